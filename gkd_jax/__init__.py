@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On-policy distillation of T5 encoder-decoders in JAX."""

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the student's next-token distribution is from the teacher's.
+
+P is the teacher, Q the student, always. A divergence maps logits `[..., V]` to
+`[...]` float32 nats, position by position: temperature, weights and reductions
+belong to `objectives`. To add one, write a function with this signature and
+name it in a gin file.
+
+Logits may be masked by a large negative number or by -inf: such an id has
+probability 0, and value and gradient stay finite. Where one model masks an id
+that the other uses, the KL that is infinite there is a number near 1e9 times
+the probability concerned.
+
+Source: Agarwal et al. (2024), arXiv:2306.13649, section 2 and Eq. 1; total
+variation as in f-distill, Wen et al. (2023), arXiv:2307.15190.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.batch import MASKED_LOGIT
+
+
+def forward_kl(
+  *, teacher_logits: jax.Array, student_logits: jax.Array
+) -> jax.Array:
+  """KL(P || Q): the student must cover all that the teacher would say.
+
+  Its gradient by the student's logits is Q - P, as in maximum likelihood with
+  the teacher's distribution as soft labels.
+
+  Args:
+    teacher_logits: [..., V] logits of P.
+    student_logits: [..., V] logits of Q.
+
+  Returns:
+    [...] float32 nats, at least 0.
+  """
+  return _kl(_log_probs(teacher_logits), _log_probs(student_logits))
+
+
+def reverse_kl(
+  *, teacher_logits: jax.Array, student_logits: jax.Array
+) -> jax.Array:
+  """KL(Q || P): the student must say nothing that the teacher would not.
+
+  Args:
+    teacher_logits: [..., V] logits of P.
+    student_logits: [..., V] logits of Q.
+
+  Returns:
+    [...] float32 nats, at least 0.
+  """
+  return _kl(_log_probs(student_logits), _log_probs(teacher_logits))
+
+
+def generalized_jsd(
+  *, teacher_logits: jax.Array, student_logits: jax.Array, beta: float
+) -> jax.Array:
+  """Generalized Jensen-Shannon divergence, JSD(beta).
+
+      JSD(beta) = beta KL(P || M) + (1 - beta) KL(Q || M)
+              M = beta P + (1 - beta) Q
+
+  Its gradient acts like that of forward KL for small beta and like that of
+  reverse KL for large beta, but the value goes to 0 at both ends: it is
+  JSD(beta) / beta that tends to KL(P || Q). The ends are therefore refused.
+
+  Args:
+    teacher_logits: [..., V] logits of P.
+    student_logits: [..., V] logits of Q.
+    beta: weight of the teacher in M, strictly between 0 and 1.
+
+  Returns:
+    [...] float32 nats, at most -(beta ln beta + (1 - beta) ln(1 - beta)).
+
+  Raises:
+    ValueError: beta is not strictly between 0 and 1.
+
+  Source: Eq. 1 of arXiv:2306.13649; equals TRL's for 0 < beta < 1.
+  """
+  if not 0.0 < beta < 1.0:
+    raise ValueError(
+      f'generalized_jsd needs 0 < beta < 1, got beta={beta}. At beta=0 and '
+      'beta=1 it is 0 for every pair of models. For those limits use '
+      'forward_kl, KL(teacher || student), or reverse_kl, '
+      'KL(student || teacher).'
+    )
+  log_p, log_q = _log_probs(teacher_logits), _log_probs(student_logits)
+  log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
+  return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
+
+
+def total_variation(
+  *, teacher_logits: jax.Array, student_logits: jax.Array
+) -> jax.Array:
+  """Total variation distance, 1/2 sum |P - Q|.
+
+  Args:
+    teacher_logits: [..., V] logits of P.
+    student_logits: [..., V] logits of Q.
+
+  Returns:
+    [...] float32 between 0 and 1: one minus the chance that a token drawn from
+    the student would be accepted in speculative decoding for the teacher.
+  """
+  p = jnp.exp(_log_probs(teacher_logits))
+  q = jnp.exp(_log_probs(student_logits))
+  return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+
+
+def _log_probs(logits: jax.Array) -> jax.Array:
+  # bfloat16 keeps 8 bits: too few for a difference of log-probabilities. The
+  # floor turns -inf into a number whose exp is 0 as well: 0 * inf is nan.
+  logits = jnp.maximum(logits.astype(jnp.float32), MASKED_LOGIT)
+  return jax.nn.log_softmax(logits)
+
+
+def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+  return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of a T5, with T5X's parameter names and logical axes.
+
+Weights are float32; `dtype` is that of the activations. RMSNorm's statistics
+and the attention softmax are float32 whatever `dtype` is.
+
+Source: Raffel et al. (2020), arXiv:1910.10683; T5X, `t5x/examples/t5`.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax.batch import MASKED_LOGIT
+
+Dtype = Any
+Initializer = Any
+
+_fan_in_normal = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+_fan_in_truncated = nn.initializers.variance_scaling(
+  1.0, 'fan_in', 'truncated_normal'
+)
+
+
+def _dense(
+  features: int,
+  axes: tuple[str, str],
+  dtype: Dtype,
+  init: Initializer = _fan_in_normal,
+  name: str | None = None,
+) -> nn.Dense:
+  return nn.Dense(
+    features,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=nn.with_logical_partitioning(init, axes),
+    name=name,
+  )
+
+
+class RMSNorm(nn.Module):
+  """Scales to unit root mean square; no mean is subtracted, no bias added."""
+
+  dtype: Dtype
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = self.param(
+      'scale',
+      nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+      (x.shape[-1],),
+      jnp.float32,
+    )
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale_D).astype(
+      self.dtype
+    )
+
+
+class Embed(nn.Module):
+  """The token embedding, shared by encoder and decoder."""
+
+  num_embeddings: int
+  features: int
+  dtype: Dtype
+
+  def setup(self):
+    self.embedding = self.param(
+      'embedding',
+      nn.with_logical_partitioning(
+        nn.initializers.normal(stddev=1.0), ('vocab', 'embed')
+      ),
+      (self.num_embeddings, self.features),
+      jnp.float32,
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Looks tokens [...] up: [..., D]."""
+    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Maps hidden states [..., D] to float32 logits [..., V]."""
+    return _matmul_float32(x, self.embedding.T, self.dtype)
+
+
+class LogitsDense(nn.Module):
+  """The output projection of an untied model: [..., D] -> [..., V] float32."""
+
+  vocab_size: int
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel_DV = self.param(
+      'kernel',
+      nn.with_logical_partitioning(_fan_in_truncated, ('embed', 'vocab')),
+      (x.shape[-1], self.vocab_size),
+      jnp.float32,
+    )
+    return _matmul_float32(x, kernel_DV, self.dtype)
+
+
+def _matmul_float32(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
+  # Logits are differences of large sums: accumulate and keep them in float32.
+  return jnp.matmul(
+    x.astype(dtype),
+    kernel.astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def relative_position_bucket(
+  relative_position: np.ndarray,
+  *,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
+) -> np.ndarray:
+  """Buckets of key position minus query position.
+
+  Half of the buckets are exact distances, the other half grow logarithmically
+  up to `max_distance`; all beyond share the last. A bidirectional encoder
+  spends half of all buckets on each sign; a decoder never looks ahead.
+
+  Args:
+    relative_position: [...] int, key position - query position.
+    bidirectional: True in the encoder.
+    num_buckets: of the whole table.
+    max_distance: from which on all distances are alike.
+
+  Returns:
+    [...] int32 bucket numbers.
+  """
+  bucket = np.zeros(relative_position.shape, np.int32)
+  distance = -relative_position
+  if bidirectional:
+    num_buckets //= 2
+    bucket += (distance < 0).astype(np.int32) * num_buckets
+    distance = np.abs(distance)
+  else:
+    distance = np.maximum(distance, 0)
+  num_exact = num_buckets // 2
+  # The tiny constant only keeps log(0) away; those entries are not used.
+  far = num_exact + (
+    np.log(distance.astype(np.float32) / num_exact + np.finfo(np.float32).eps)
+    / np.log(max_distance / num_exact)
+    * (num_buckets - num_exact)
+  ).astype(np.int32)
+  far = np.minimum(far, num_buckets - 1)
+  return bucket + np.where(distance < num_exact, distance, far)
+
+
+class RelativePositionBias(nn.Module):
+  """A learnt bias of attention logits, one number a head and bucket.
+
+  One table for each stack, shared by its layers: T5's architecture (T5X's
+  scanned variant has one per layer instead, and is not equal to it).
+  """
+
+  num_heads: int
+  bidirectional: bool
+  dtype: Dtype
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  @nn.compact
+  def __call__(self, query_len: int, key_len: int) -> jax.Array:
+    """Returns the bias [1, H, query_len, key_len]."""
+    table_HR = self.param(
+      'rel_embedding',
+      nn.with_logical_partitioning(
+        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+        ('heads', 'relpos_buckets'),
+      ),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+    )
+    bucket_QK = relative_position_bucket(
+      np.arange(key_len)[None, :] - np.arange(query_len)[:, None],
+      bidirectional=self.bidirectional,
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
+    )
+    return jnp.take(table_HR.astype(self.dtype), bucket_QK, axis=1)[None]
+
+
+class Attention(nn.Module):
+  """Multi-head attention without scaling by the root of the head dimension.
+
+  T5 folds that factor into the initial query weights. Keys and values are
+  computed apart from `attend`, so that a decoder can cache what stays.
+  """
+
+  num_heads: int
+  head_dim: int
+  emb_dim: int
+  dtype: Dtype
+  dropout_rate: float = 0.0
+
+  def setup(self):
+    joined_kv = self.num_heads * self.head_dim
+    axes = ('embed', 'joined_kv')
+
+    def query_init(*args):
+      return _fan_in_normal(*args) / np.sqrt(self.head_dim)
+
+    self.query = _dense(joined_kv, axes, self.dtype, query_init)
+    self.key = _dense(joined_kv, axes, self.dtype)
+    self.value = _dense(joined_kv, axes, self.dtype)
+    self.out = _dense(self.emb_dim, axes[::-1], self.dtype)
+    # T5X drops the same keys for every query.
+    self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+  def keys_values(self, kv_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values, [B, H, L, K] each."""
+    return self._split(self.key(kv_BLD)), self._split(self.value(kv_BLD))
+
+  def attend(
+    self,
+    x_BQD: jax.Array,
+    key_BHLK: jax.Array,
+    value_BHLK: jax.Array,
+    *,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    deterministic: bool,
+  ) -> jax.Array:
+    """Attends from x to given keys and values.
+
+    Args:
+      x_BQD: [B, Q, D] where the queries come from.
+      key_BHLK: [B, H, L, K].
+      value_BHLK: [B, H, L, K].
+      bias: [1, H, Q, L] added to the attention logits.
+      mask: bool, broadcastable to [B, H, Q, L], False where not to look.
+      deterministic: True switches dropout off.
+
+    Returns:
+      [B, Q, D].
+    """
+    query_BHQK = self._split(self.query(x_BQD))
+    logits_BHQL = jnp.einsum(
+      'BHQK,BHLK->BHQL',
+      query_BHQK,
+      key_BHLK,
+      preferred_element_type=jnp.float32,
+    )
+    if bias is not None:
+      logits_BHQL += bias.astype(jnp.float32)
+    if mask is not None:
+      logits_BHQL = jnp.where(mask, logits_BHQL, MASKED_LOGIT)
+    probs_BHQL = jax.nn.softmax(logits_BHQL).astype(self.dtype)
+    probs_BHQL = self.dropout(probs_BHQL, deterministic=deterministic)
+    out_BHQK = jnp.einsum('BHQL,BHLK->BHQK', probs_BHQL, value_BHLK)
+    out_BQHK = out_BHQK.swapaxes(1, 2)
+    return self.out(out_BQHK.reshape(*x_BQD.shape[:2], -1))
+
+  def __call__(self, x_BQD: jax.Array, kv_BLD: jax.Array, **kwargs) -> jax.Array:
+    """Attends from x [B, Q, D] to kv [B, L, D]; see `attend`."""
+    return self.attend(x_BQD, *self.keys_values(kv_BLD), **kwargs)
+
+  def _split(self, x_BLJ: jax.Array) -> jax.Array:
+    x_BLHK = x_BLJ.reshape(*x_BLJ.shape[:2], self.num_heads, self.head_dim)
+    return x_BLHK.swapaxes(1, 2)
+
+
+class Mlp(nn.Module):
+  """The feed-forward block: (product of act_i(x W_i)) W_o, no biases.
+
+  One activation, ('relu',), is T5 1.0's block with a single `wi`; two,
+  ('gelu', 'linear'), are T5 1.1's gated one with `wi_0` and `wi_1`.
+  """
+
+  mlp_dim: int
+  emb_dim: int
+  activations: tuple[str, ...]
+  dtype: Dtype
+  dropout_rate: float = 0.0
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+    hidden_BTF = 1.0
+    for i, activation in enumerate(self.activations):
+      name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
+      wi = _dense(
+        self.mlp_dim, ('embed', 'mlp'), self.dtype, _fan_in_truncated, name
+      )
+      act = (lambda x: x) if activation == 'linear' else getattr(nn, activation)
+      hidden_BTF *= act(wi(x_BTD))
+    hidden_BTF = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      hidden_BTF, deterministic=deterministic
+    )
+    return _dense(
+      self.emb_dim, ('mlp', 'embed'), self.dtype, _fan_in_truncated, 'wo'
+    )(hidden_BTF)

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The T5 encoder-decoder, its sizes, and what the rest asks of a model.
+
+Sampler, policies, objectives and step know a model by these methods alone, so
+that another encoder-decoder can take its place:
+
+    encode(encoder_input_tokens)               -> encoded [B, S, D]
+    decode(encoded, encoder_input_tokens,
+           decoder_target_tokens)              -> hidden [B, T, D]
+    unembed(hidden [..., D])                   -> logits [..., V] float32
+    start_cache(encoded, encoder_input_tokens,
+                max_decode_len)                -> cache
+    decode_step(cache, tokens [B])             -> logits [B, V], cache
+
+and by `head_params`, the parameters that `unembed` reads. All are called as
+`model.apply({'params': params}, ..., method='encode')`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import layers
+from gkd_jax.batch import PAD_ID
+from gkd_jax.batch import shift_right
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """The shape of a T5.
+
+  Attributes:
+    vocab_size: rows of the embedding; at least the tokenizer's ids.
+    emb_dim: D, width of the residual stream.
+    num_heads: H.
+    head_dim: K; H * K need not equal D.
+    mlp_dim: F.
+    num_encoder_layers: depth of the encoder.
+    num_decoder_layers: depth of the decoder.
+    mlp_activations: ('relu',) is T5 1.0, ('gelu', 'linear') T5 1.1.
+    logits_via_embedding: True ties the output projection to the embedding and
+      scales hidden states by D ** -0.5 before it (T5 1.0).
+    dropout_rate: in training, everywhere T5X has it.
+    dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
+    remat: recompute each layer in the backward pass, to save memory.
+    relpos_buckets: of the relative position bias.
+    relpos_max_distance: from which on all distances share a bucket.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  num_encoder_layers: int
+  num_decoder_layers: int
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  logits_via_embedding: bool = False
+  dropout_rate: float = 0.0
+  dtype: str = 'float32'
+  remat: bool = False
+  relpos_buckets: int = 32
+  relpos_max_distance: int = 128
+
+  def __post_init__(self):
+    # gin and JSON write lists; a config must be hashable.
+    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(
+        f"T5Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}."
+      )
+    if not 0.0 <= self.dropout_rate < 1.0:
+      raise ValueError(
+        f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.'
+      )
+
+
+def _v1_0(emb_dim, num_heads, head_dim, mlp_dim, num_layers) -> T5Config:
+  return T5Config(
+    vocab_size=32128,
+    emb_dim=emb_dim,
+    num_heads=num_heads,
+    head_dim=head_dim,
+    mlp_dim=mlp_dim,
+    num_encoder_layers=num_layers,
+    num_decoder_layers=num_layers,
+    mlp_activations=('relu',),
+    logits_via_embedding=True,
+  )
+
+
+def _v1_1(*shape) -> T5Config:
+  return dataclasses.replace(
+    _v1_0(*shape),
+    mlp_activations=('gelu', 'linear'),
+    logits_via_embedding=False,
+  )
+
+
+# Source: t5x/examples/t5/{t5_1_0,t5_1_1}/*.gin. FLAN-T5 has the 1.1 shapes.
+SIZES: dict[str, T5Config] = {
+  't5_1_0_small': _v1_0(512, 8, 64, 2048, 6),
+  't5_1_0_base': _v1_0(768, 12, 64, 3072, 12),
+  't5_1_0_large': _v1_0(1024, 16, 64, 4096, 24),
+  't5_1_0_3b': _v1_0(1024, 32, 128, 16384, 24),
+  't5_1_0_11b': _v1_0(1024, 128, 128, 65536, 24),
+  't5_1_1_small': _v1_1(512, 6, 64, 1024, 8),
+  't5_1_1_base': _v1_1(768, 12, 64, 2048, 12),
+  't5_1_1_large': _v1_1(1024, 16, 64, 2816, 24),
+  't5_1_1_xl': _v1_1(2048, 32, 64, 5120, 24),
+  't5_1_1_xxl': _v1_1(4096, 64, 64, 10240, 24),
+}
+
+
+def published(size: str, **changes) -> T5Config:
+  """Returns a published size, with some fields changed.
+
+  Args:
+    size: a key of SIZES, e.g. 't5_1_1_small'.
+    **changes: fields of T5Config, e.g. dropout_rate=0.1.
+
+  Raises:
+    ValueError: there is no such size.
+  """
+  if size not in SIZES:
+    raise ValueError(f'No T5 of size {size!r}. There are: {", ".join(SIZES)}.')
+  return dataclasses.replace(SIZES[size], **changes)
+
+
+class Cache(NamedTuple):
+  """What decoding keeps between two tokens; one entry a layer in tuples."""
+
+  step: jax.Array  # [] int32, position of the token to come
+  self_keys: tuple[jax.Array, ...]  # [B, H, T, K]
+  self_values: tuple[jax.Array, ...]
+  cross_keys: tuple[jax.Array, ...]  # [B, H, S, K], computed once
+  cross_values: tuple[jax.Array, ...]
+  encoder_mask: jax.Array  # [B, 1, 1, S] bool
+
+
+class _Layer(nn.Module):
+  """What encoder and decoder layers share."""
+
+  config: T5Config
+
+  def _attention(self) -> layers.Attention:
+    c = self.config
+    return layers.Attention(
+      num_heads=c.num_heads,
+      head_dim=c.head_dim,
+      emb_dim=c.emb_dim,
+      dtype=c.dtype,
+      dropout_rate=c.dropout_rate,
+    )
+
+  def _mlp(self) -> layers.Mlp:
+    c = self.config
+    return layers.Mlp(
+      mlp_dim=c.mlp_dim,
+      emb_dim=c.emb_dim,
+      activations=c.mlp_activations,
+      dtype=c.dtype,
+      dropout_rate=c.dropout_rate,
+    )
+
+
+class EncoderLayer(_Layer):
+  """Self-attention and feed-forward, each normalised before and added."""
+
+  def setup(self):
+    dtype = self.config.dtype
+    self.pre_attention_layer_norm = layers.RMSNorm(dtype)
+    self.attention = self._attention()
+    self.pre_mlp_layer_norm = layers.RMSNorm(dtype)
+    self.mlp = self._mlp()
+    self.dropout = _dropout(self.config)
+
+  def __call__(self, x_BSD, bias, mask, deterministic):
+    """Returns [B, S, D]."""
+    h = self.pre_attention_layer_norm(x_BSD)
+    h = self.attention(
+      h, h, bias=bias, mask=mask, deterministic=deterministic
+    )
+    x_BSD += self.dropout(h, deterministic=deterministic)
+    h = self.mlp(self.pre_mlp_layer_norm(x_BSD), deterministic)
+    return x_BSD + self.dropout(h, deterministic=deterministic)
+
+
+class DecoderLayer(_Layer):
+  """Causal self-attention, attention to the encoder, feed-forward."""
+
+  def setup(self):
+    dtype = self.config.dtype
+    self.pre_self_attention_layer_norm = layers.RMSNorm(dtype)
+    self.self_attention = self._attention()
+    self.pre_cross_attention_layer_norm = layers.RMSNorm(dtype)
+    self.encoder_decoder_attention = self._attention()
+    self.pre_mlp_layer_norm = layers.RMSNorm(dtype)
+    self.mlp = self._mlp()
+    self.dropout = _dropout(self.config)
+
+  def __call__(
+    self, x_BTD, encoded_BSD, bias, causal_mask, encoder_mask, deterministic
+  ):
+    """All positions at once: [B, T, D]."""
+    h = self.pre_self_attention_layer_norm(x_BTD)
+    keys, values = self.self_attention.keys_values(h)
+    return self._after_keys_values(
+      x_BTD,
+      h,
+      (keys, values),
+      self.encoder_decoder_attention.keys_values(encoded_BSD),
+      bias=bias,
+      self_mask=causal_mask,
+      encoder_mask=encoder_mask,
+      deterministic=deterministic,
+    )
+
+  def step(
+    self, x_B1D, step, keys, values, cross, *, bias, self_mask, encoder_mask
+  ):
+    """One position: [B, 1, D] and the caches with its key and value in."""
+    h = self.pre_self_attention_layer_norm(x_B1D)
+    key, value = self.self_attention.keys_values(h)
+    at = (0, 0, step, 0)
+    keys = jax.lax.dynamic_update_slice(keys, key, at)
+    values = jax.lax.dynamic_update_slice(values, value, at)
+    x_B1D = self._after_keys_values(
+      x_B1D,
+      h,
+      (keys, values),
+      cross,
+      bias=bias,
+      self_mask=self_mask,
+      encoder_mask=encoder_mask,
+      deterministic=True,
+    )
+    return x_B1D, keys, values
+
+  def _after_keys_values(
+    self,
+    x,
+    h,
+    own,
+    cross,
+    *,
+    bias,
+    self_mask,
+    encoder_mask,
+    deterministic,
+  ):
+    h = self.self_attention.attend(
+      h, *own, bias=bias, mask=self_mask, deterministic=deterministic
+    )
+    x += self.dropout(h, deterministic=deterministic)
+    h = self.encoder_decoder_attention.attend(
+      self.pre_cross_attention_layer_norm(x),
+      *cross,
+      bias=None,
+      mask=encoder_mask,
+      deterministic=deterministic,
+    )
+    x += self.dropout(h, deterministic=deterministic)
+    h = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+    return x + self.dropout(h, deterministic=deterministic)
+
+
+class Encoder(nn.Module):
+  """Embedded tokens [B, S, D] to encoded [B, S, D]."""
+
+  config: T5Config
+
+  def setup(self):
+    c = self.config
+    self.relpos_bias = _relpos_bias(c, bidirectional=True)
+    layer = nn.remat(EncoderLayer, static_argnums=(4,)) if c.remat else EncoderLayer
+    self.layers = [layer(c) for _ in range(c.num_encoder_layers)]
+    self.encoder_norm = layers.RMSNorm(c.dtype)
+    self.dropout = _dropout(c)
+
+  def __call__(self, x_BSD, mask, deterministic):
+    """Encodes; mask is [B, 1, 1, S] bool."""
+    bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
+    x_BSD = self.dropout(x_BSD, deterministic=deterministic)
+    for layer in self.layers:
+      x_BSD = layer(x_BSD, bias, mask, deterministic)
+    x_BSD = self.encoder_norm(x_BSD)
+    return self.dropout(x_BSD, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+  """Embedded tokens to hidden states, all at once or one by one."""
+
+  config: T5Config
+
+  def setup(self):
+    c = self.config
+    self.relpos_bias = _relpos_bias(c, bidirectional=False)
+    layer = nn.remat(DecoderLayer, static_argnums=(6,)) if c.remat else DecoderLayer
+    self.layers = [layer(c) for _ in range(c.num_decoder_layers)]
+    self.decoder_norm = layers.RMSNorm(c.dtype)
+    self.dropout = _dropout(c)
+    if not c.logits_via_embedding:
+      self.logits_dense = layers.LogitsDense(c.vocab_size, c.dtype)
+
+  def __call__(self, x_BTD, encoded_BSD, encoder_mask, deterministic):
+    """Teacher-forced hidden states [B, T, D], after the last norm."""
+    length = x_BTD.shape[1]
+    bias = self.relpos_bias(length, length)
+    causal_mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    x_BTD = self.dropout(x_BTD, deterministic=deterministic)
+    for layer in self.layers:
+      x_BTD = layer(
+        x_BTD, encoded_BSD, bias, causal_mask, encoder_mask, deterministic
+      )
+    x_BTD = self.decoder_norm(x_BTD)
+    return self.dropout(x_BTD, deterministic=deterministic)
+
+  def start_cache(self, encoded_BSD, encoder_mask, max_decode_len) -> Cache:
+    """Computes the cross-attention's keys and values; the rest is empty."""
+    c = self.config
+    cross = [
+      layer.encoder_decoder_attention.keys_values(encoded_BSD)
+      for layer in self.layers
+    ]
+    empty = tuple(
+      jnp.zeros(
+        (encoded_BSD.shape[0], c.num_heads, max_decode_len, c.head_dim),
+        c.dtype,
+      )
+      for _ in self.layers
+    )
+    return Cache(
+      step=jnp.int32(0),
+      self_keys=empty,
+      self_values=empty,
+      cross_keys=tuple(key for key, _ in cross),
+      cross_values=tuple(value for _, value in cross),
+      encoder_mask=encoder_mask,
+    )
+
+  def step(self, cache: Cache, x_B1D) -> tuple[jax.Array, Cache]:
+    """Hidden state [B, 1, D] of the next position, and the cache with it."""
+    max_decode_len = cache.self_keys[0].shape[2]
+    bias_1HTT = self.relpos_bias(max_decode_len, max_decode_len)
+    bias_1H1T = jax.lax.dynamic_slice_in_dim(bias_1HTT, cache.step, 1, axis=2)
+    self_mask = (jnp.arange(max_decode_len) <= cache.step)[None, None, None]
+    keys, values = [], []
+    for i, layer in enumerate(self.layers):
+      x_B1D, key, value = layer.step(
+        x_B1D,
+        cache.step,
+        cache.self_keys[i],
+        cache.self_values[i],
+        (cache.cross_keys[i], cache.cross_values[i]),
+        bias=bias_1H1T,
+        self_mask=self_mask,
+        encoder_mask=cache.encoder_mask,
+      )
+      keys.append(key)
+      values.append(value)
+    cache = cache._replace(
+      step=cache.step + 1, self_keys=tuple(keys), self_values=tuple(values)
+    )
+    return self.decoder_norm(x_B1D), cache
+
+
+class T5(nn.Module):
+  """The encoder-decoder; see the module's docstring for its methods."""
+
+  config: T5Config
+
+  def setup(self):
+    c = self.config
+    self.token_embedder = layers.Embed(c.vocab_size, c.emb_dim, c.dtype)
+    self.encoder = Encoder(c)
+    self.decoder = Decoder(c)
+
+  def __call__(
+    self, encoder_input_tokens, decoder_target_tokens, *, deterministic=True
+  ):
+    """Teacher-forced logits.
+
+    Args:
+      encoder_input_tokens: [B, S] int32, pad after the end.
+      decoder_target_tokens: [B, T] int32; the shift to the right is done here.
+      deterministic: False applies dropout and needs an rng named 'dropout'.
+
+    Returns:
+      [B, T, V] float32; entry t predicts decoder_target_tokens[:, t].
+    """
+    encoded = self.encode(encoder_input_tokens, deterministic=deterministic)
+    hidden = self.decode(
+      encoded,
+      encoder_input_tokens,
+      decoder_target_tokens,
+      deterministic=deterministic,
+    )
+    return self.unembed(hidden)
+
+  def encode(self, encoder_input_tokens, *, deterministic=True):
+    """Returns encoded inputs [B, S, D]."""
+    return self.encoder(
+      self.token_embedder(encoder_input_tokens),
+      _encoder_mask(encoder_input_tokens),
+      deterministic,
+    )
+
+  def decode(
+    self,
+    encoded,
+    encoder_input_tokens,
+    decoder_target_tokens,
+    *,
+    deterministic=True,
+  ):
+    """Returns hidden states [B, T, D]; t sees the targets before t."""
+    return self.decoder(
+      self.token_embedder(shift_right(decoder_target_tokens)),
+      encoded,
+      _encoder_mask(encoder_input_tokens),
+      deterministic,
+    )
+
+  def unembed(self, hidden):
+    """Maps hidden states [..., D] to logits [..., V] in float32."""
+    if self.config.logits_via_embedding:
+      return self.token_embedder.attend(hidden * self.config.emb_dim**-0.5)
+    return self.decoder.logits_dense(hidden)
+
+  def start_cache(self, encoded, encoder_input_tokens, max_decode_len) -> Cache:
+    """Returns the cache for `decode_step`, before the first token."""
+    return self.decoder.start_cache(
+      encoded, _encoder_mask(encoder_input_tokens), max_decode_len
+    )
+
+  def decode_step(self, cache: Cache, tokens_B) -> tuple[jax.Array, Cache]:
+    """Returns logits [B, V] of the next token, given the last (BOS first)."""
+    hidden, cache = self.decoder.step(
+      cache, self.token_embedder(tokens_B[:, None])
+    )
+    return self.unembed(hidden[:, 0]), cache
+
+  def head_params(self, params: Params) -> Params:
+    """Returns the part of the parameters that `unembed` reads."""
+    if self.config.logits_via_embedding:
+      return {'token_embedder': params['token_embedder']}
+    return {'decoder': {'logits_dense': params['decoder']['logits_dense']}}
+
+
+def init_params(model: T5, rng: jax.Array) -> Params:
+  """Returns fresh float32 parameters, with T5X's names and initializers."""
+  return nn.unbox(_boxed_params(model, rng))
+
+
+def logical_axes(model: T5) -> Params:
+  """Returns, for each parameter, the names of its axes: a PartitionSpec."""
+  boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
+  return nn.get_partition_spec(boxed)
+
+
+def _boxed_params(model: T5, rng: jax.Array) -> Params:
+  one_token = jnp.ones((1, 1), jnp.int32)
+  return model.init(rng, one_token, one_token)['params']
+
+
+def count_params(params: Params) -> int:
+  """Returns how many numbers the parameters hold."""
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _dropout(config: T5Config) -> nn.Dropout:
+  # Broadcast over length, as in T5X.
+  return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+
+def _relpos_bias(
+  config: T5Config, *, bidirectional: bool
+) -> layers.RelativePositionBias:
+  return layers.RelativePositionBias(
+    num_heads=config.num_heads,
+    bidirectional=bidirectional,
+    dtype=config.dtype,
+    num_buckets=config.relpos_buckets,
+    max_distance=config.relpos_max_distance,
+  )
+
+
+def _encoder_mask(encoder_input_tokens: jax.Array) -> jax.Array:
+  return (encoder_input_tokens != PAD_ID)[:, None, None, :]

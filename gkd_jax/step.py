@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step: write outputs, score them, compare, update. One program.
+
+Source: Agarwal et al. (2024), arXiv:2306.13649, Algorithm 1.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gkd_jax import objectives
+from gkd_jax import policies
+from gkd_jax import sampler
+from gkd_jax.batch import Batch
+from gkd_jax.batch import EOS_ID
+from gkd_jax.batch import Outputs
+
+Params = Any
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+  """All that changes from step to step. Nothing random is stored."""
+
+  step: jax.Array  # [] int32, updates done
+  params: Params
+  opt_state: optax.OptState
+
+
+TrainStep = Callable[
+  [TrainState, Params, Batch], tuple[TrainState, Metrics]
+]
+
+
+def init_state(
+  params: Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Returns the state before the first step."""
+  return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def make_train_step(
+  *,
+  student,
+  teacher,
+  policy: policies.Policy,
+  objective: objectives.Objective,
+  optimizer: optax.GradientTransformation,
+  student_sampler: sampler.SamplerConfig,
+  teacher_sampler: sampler.SamplerConfig,
+  num_ids: int,
+  seed: int,
+  num_microbatches: int = 1,
+) -> TrainStep:
+  """Returns `train_step(state, teacher_params, batch) -> (state, metrics)`.
+
+  It is pure and not yet jitted; donate `state`, not the teacher.
+
+  Args:
+    student: model that learns; `model` says what is asked of a model.
+    teacher: model that is imitated, or None if nothing needs one.
+    policy: who writes the outputs.
+    objective: what is minimised on them.
+    optimizer: any optax optimizer; it gets the mean gradient of the batch.
+    student_sampler: how the student's outputs are drawn; the paper: as it is.
+    teacher_sampler: how the teacher's are.
+    num_ids: size of the tokenizer's vocabulary; ids beyond it do not occur.
+    seed: of dropout, sampling and the policy's draws. Together with
+      `state.step` it determines them all.
+    num_microbatches: parts the batch is worked through in, to save memory.
+      Changes nothing else, up to rounding and dropout masks.
+  """
+
+  def microbatch_sums(params, teacher_params, batch, row_ids_B, rngs):
+    """Returns the loss summed, not yet divided, and all metric sums."""
+    written, student_hidden = _write_and_run_student(
+      student,
+      teacher,
+      policy,
+      params,
+      teacher_params,
+      batch,
+      row_ids_B,
+      rngs,
+      samplers=(student_sampler, teacher_sampler),
+      num_ids=num_ids,
+    )
+    outputs = written.outputs
+    weights_BT, count = objectives.coefficients(
+      outputs.weights, objective.reduction
+    )
+    teacher_head = teacher_hidden = teacher_unembed = None
+    if objective.needs_teacher:
+      teacher_params = jax.lax.stop_gradient(teacher_params)
+      teacher_head = teacher.head_params(teacher_params)
+      teacher_hidden = hidden_states(
+        teacher, teacher_params, batch.encoder_input_tokens, outputs.tokens
+      )
+      teacher_unembed = unembed(teacher)
+    sums = objectives.weighted_sums(
+      objective.terms(num_ids),
+      unembed(student),
+      teacher_unembed,
+      objective.chunk_tokens,
+      student.head_params(params),
+      student_hidden,
+      teacher_head,
+      teacher_hidden,
+      outputs.tokens,
+      weights_BT,
+    )
+    ended_B = jnp.any(outputs.tokens == EOS_ID, axis=1)
+    counts = {
+      'count': count,
+      'sequences': jnp.float32(outputs.tokens.shape[0]),
+      'target_tokens': outputs.weights.sum(),
+      'on_policy': written.by_student.sum(dtype=jnp.float32),
+      'truncated': (~ended_B).sum(dtype=jnp.float32),
+    }
+    return sums['loss'], {**sums, **counts}
+
+  def train_step(state, teacher_params, batch):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
+
+    def grads_and_sums(batch, row_ids_B, microbatch):
+      rngs = (
+        policy_rng,  # the same for all: one draw a step, as in Algorithm 1
+        sample_rng,  # the same for all: draws are told apart by row_ids
+        jax.random.fold_in(dropout_rng, microbatch),
+      )
+      return jax.grad(microbatch_sums, has_aux=True)(
+        state.params, teacher_params, batch, row_ids_B, rngs
+      )
+
+    grads, sums = _over_microbatches(grads_and_sums, batch, num_microbatches)
+    count = jnp.maximum(sums.pop('count'), 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    sequences = sums.pop('sequences')
+    per_sequence = {
+      name: sums.pop(name) / sequences for name in ('on_policy', 'truncated')
+    }
+    metrics = {
+      'target_tokens': sums.pop('target_tokens'),
+      **{name: total / count for name, total in sums.items()},
+      **per_sequence,
+      'grad_norm': optax.tree.norm(grads),
+      'param_norm': optax.tree.norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def unembed(model) -> objectives.Unembed:
+  """Returns (head parameters, hidden [..., D]) -> logits [..., V]."""
+
+  def apply(head, hidden):
+    return model.apply({'params': head}, hidden, method='unembed')
+
+  return apply
+
+
+def hidden_states(
+  model,
+  params: Params,
+  encoder_input_tokens: jax.Array,
+  target_tokens: jax.Array,
+  *,
+  encoded: jax.Array | None = None,
+  dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+  """Runs a model on inputs and outputs, up to the projection: [B, T, D].
+
+  Args:
+    model: encoder-decoder.
+    params: its parameters.
+    encoder_input_tokens: [B, S] int32.
+    target_tokens: [B, T] int32.
+    encoded: [B, S, D], where the encoder's output is known already.
+    dropout_rng: switches dropout on.
+  """
+  keywords = {'deterministic': dropout_rng is None}
+  if dropout_rng is not None:
+    encoder_rng, decoder_rng = jax.random.split(dropout_rng)
+  apply = functools.partial(model.apply, {'params': params})
+  if encoded is None:
+    rngs = None if dropout_rng is None else {'dropout': encoder_rng}
+    encoded = apply(
+      encoder_input_tokens, method='encode', rngs=rngs, **keywords
+    )
+  rngs = None if dropout_rng is None else {'dropout': decoder_rng}
+  return apply(
+    encoded,
+    encoder_input_tokens,
+    target_tokens,
+    method='decode',
+    rngs=rngs,
+    **keywords,
+  )
+
+
+def _write_and_run_student(
+  student,
+  teacher,
+  policy,
+  params,
+  teacher_params,
+  batch,
+  row_ids_B,
+  rngs,
+  *,
+  samplers,
+  num_ids,
+) -> tuple[policies.Written, jax.Array]:
+  """Returns what the policy wrote, and the student's hidden states on it."""
+  policy_rng, sample_rng, dropout_rng = rngs
+  inputs = batch.encoder_input_tokens
+  dropout = student.config.dropout_rate > 0.0
+  # Without dropout, sampling and loss see the same encoder output: it is
+  # computed once. (Sampling itself is never differentiated.)
+  encoded = None
+  if not dropout:
+    encoded = student.apply({'params': params}, inputs, method='encode')
+  shape = {
+    'row_ids_B': row_ids_B,
+    'max_decode_len': batch.decoder_target_tokens.shape[1],
+    'num_ids': num_ids,
+  }
+
+  def sample_student() -> Outputs:
+    drawn = policies.rollout(
+      student, params, inputs, sample_rng, samplers[0], encoded=encoded, **shape
+    )
+    return Outputs(drawn.tokens, drawn.weights)
+
+  def sample_teacher() -> Outputs:
+    drawn = policies.rollout(
+      teacher, teacher_params, inputs, sample_rng, samplers[1], **shape
+    )
+    return Outputs(drawn.tokens, drawn.weights)
+
+  written = policy.write(
+    policy_rng, batch, row_ids_B, sample_student, sample_teacher
+  )
+  hidden = hidden_states(
+    student,
+    params,
+    inputs,
+    written.outputs.tokens,
+    encoded=encoded,
+    dropout_rng=dropout_rng if dropout else None,
+  )
+  return written, hidden
+
+
+def _over_microbatches(grads_and_sums, batch, num_microbatches):
+  """Adds up grads_and_sums(batch, row_ids, i) over the parts of a batch."""
+  row_ids_B = jnp.arange(batch.encoder_input_tokens.shape[0])
+  if num_microbatches == 1:
+    return grads_and_sums(batch, row_ids_B, 0)
+
+  # Row i goes to part i % num_microbatches: a part has rows of every device.
+  def split(x):
+    return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+  parts = jax.tree.map(split, (batch, row_ids_B))
+  shapes = jax.eval_shape(
+    grads_and_sums, *jax.tree.map(lambda x: x[0], parts), 0
+  )
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def add(total, part):
+    i, (batch, row_ids_B) = part
+    return jax.tree.map(
+      jnp.add, total, grads_and_sums(batch, row_ids_B, i)
+    ), None
+
+  total, _ = jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), parts))
+  return total
