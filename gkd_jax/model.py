@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import layers
+from gkd_jax import partitioning
 from gkd_jax.batch import PAD_ID
 from gkd_jax.batch import shift_right
 
@@ -462,6 +463,16 @@ def logical_axes(model: T5) -> Params:
   """Returns, for each parameter, the names of its axes: a PartitionSpec."""
   boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
   return nn.get_partition_spec(boxed)
+
+
+def abstract_params(model: T5, mesh: jax.sharding.Mesh) -> Params:
+  """Returns shape, dtype and sharding of each parameter, without making it."""
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    partitioning.param_shardings(mesh, logical_axes(model)),
+  )
 
 
 def _boxed_params(model: T5, rng: jax.Array) -> Params:

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves and restores a run, and loads the parameters of another.
+
+A run folder holds `checkpoint_<step>` folders. Each is complete in itself:
+parameters, optimizer state, the data iterator's position, and a description of
+the model and its vocabulary. Orbax writes a checkpoint under another name and
+renames it when all of it is there.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from gkd_jax.model import T5Config
+from gkd_jax.step import TrainState
+
+_PREFIX = 'checkpoint'
+# Fields of T5Config that do not change what the parameters mean.
+_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat')
+_MAX_DIFFERENCES = 5
+
+
+class ModelDescription(NamedTuple):
+  """What parameters need beside themselves to be understood."""
+
+  config: T5Config
+  vocabulary: str
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      'config': dataclasses.asdict(self.config),
+      'vocabulary': self.vocabulary,
+    }
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> 'ModelDescription':
+    return cls(T5Config(**values['config']), values['vocabulary'])
+
+
+class Saved(NamedTuple):
+  """A restored run."""
+
+  state: TrainState
+  train_seconds: float
+
+
+class _IteratorHandler(ocp.CheckpointHandler):
+  """Lets an object with save(folder) and restore(folder) do both."""
+
+  def save(self, directory, args):
+    args.item.save(os.fspath(directory))
+
+  def restore(self, directory, args):
+    args.item.restore(os.fspath(directory))
+    return args.item
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveIterator(ocp.args.CheckpointArgs):
+  item: Any
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreIterator(ocp.args.CheckpointArgs):
+  item: Any
+
+
+class Checkpoints:
+  """The checkpoints of one run: the last and the best are kept."""
+
+  def __init__(
+    self,
+    run_dir: str | os.PathLike,
+    model: ModelDescription,
+    *,
+    best_metric: str | None = None,
+    best_mode: str = 'min',
+  ):
+    """Opens the folder, and makes it where it is not there.
+
+    Args:
+      run_dir: of the run.
+      model: saved with each checkpoint.
+      best_metric: keeps the checkpoint that is best by this metric, too.
+      best_mode: 'min' or 'max'.
+    """
+    if best_mode not in ('min', 'max'):
+      raise ValueError(
+        f"BEST_MODE must be 'min' or 'max', got {best_mode!r}."
+      )
+    self._model = model
+    keep = [checkpoint_managers.LatestN(n=1)]
+    if best_metric is not None:
+      keep.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=lambda metrics: metrics[best_metric],
+          reverse=best_mode == 'min',
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      pathlib.Path(run_dir).absolute(),
+      options=ocp.CheckpointManagerOptions(
+        step_prefix=_PREFIX,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the newest whole checkpoint."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    state: TrainState,
+    data_iterator: Any,
+    *,
+    train_seconds: float,
+    metrics: dict[str, float] | None = None,
+  ) -> None:
+    """Saves a state; parameters are copied at once and written meanwhile."""
+    step = int(state.step)
+    if step == self.latest_step():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        opt_state=ocp.args.StandardSave(state.opt_state),
+        data=_SaveIterator(data_iterator),
+        description=ocp.args.JsonSave(
+          {
+            'step': step,
+            'train_seconds': train_seconds,
+            'model': self._model.to_json(),
+          }
+        ),
+      ),
+      metrics=metrics,
+    )
+
+  def restore(
+    self, abstract_state: TrainState, data_iterator: Any
+  ) -> Saved | None:
+    """Restores the newest checkpoint, and the iterator's position in place.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings of the state.
+      data_iterator: of this run's data.
+
+    Returns:
+      None if there is none.
+    """
+    step = self.latest_step()
+    if step is None:
+      return None
+    folder = pathlib.Path(self._manager.directory) / f'{_PREFIX}_{step}'
+    _check_tree(folder, 'params', abstract_state.params)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract_state.params),
+        opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
+        data=_RestoreIterator(data_iterator),
+        description=ocp.args.JsonRestore(),
+      ),
+    )
+    state = TrainState(
+      jax.device_put(
+        jax.numpy.int32(step), abstract_state.step.sharding
+      ),
+      restored.params,
+      restored.opt_state,
+    )
+    return Saved(state, restored.description['train_seconds'])
+
+  def close(self) -> None:
+    """Waits until all is written."""
+    self._manager.close()
+
+
+def find(path: str | os.PathLike) -> pathlib.Path:
+  """Returns the checkpoint folder that a path means.
+
+  Args:
+    path: a `checkpoint_<step>` folder, or a run folder: its newest one.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = pathlib.Path(path).absolute()
+  if (path / 'description').is_dir():
+    return path
+  steps = _steps(path)
+  if not steps:
+    what = 'is not there' if not path.exists() else 'holds no checkpoint'
+    raise ValueError(
+      f'{path} {what}. Give a run folder (a MODEL_DIR that has been trained) or '
+      f'one {_PREFIX}_<step> folder in it.'
+    )
+  return path / f'{_PREFIX}_{max(steps)}'
+
+
+def describe(path: str | os.PathLike) -> ModelDescription:
+  """Returns which model a checkpoint holds."""
+  text = (find(path) / 'description' / 'metadata').read_text()
+  return ModelDescription.from_json(json.loads(text)['model'])
+
+
+def load_params(
+  path: str | os.PathLike,
+  model: ModelDescription,
+  abstract_params: Any,
+) -> Any:
+  """Loads the parameters of another run.
+
+  Args:
+    path: see `find`.
+    model: what they must fit.
+    abstract_params: shapes, dtypes and shardings wanted.
+
+  Raises:
+    ValueError: no checkpoint, or it is of another architecture, vocabulary or
+      shape; the first differences are listed.
+  """
+  folder = find(path)
+  saved = describe(folder)
+  differences = [
+    f'{field}: {was} in the checkpoint, {want} wanted'
+    for field, was in dataclasses.asdict(saved.config).items()
+    if field not in _FREE_FIELDS
+    and was != (want := getattr(model.config, field))
+  ]
+  if saved.vocabulary != model.vocabulary:
+    differences.insert(
+      0,
+      f'vocabulary: {saved.vocabulary} in the checkpoint, '
+      f'{model.vocabulary} wanted',
+    )
+  _raise_differences(folder, differences)
+  _check_tree(folder, 'params', abstract_params)
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(folder / 'params', abstract_params)
+
+
+def _steps(run_dir: pathlib.Path) -> list[int]:
+  return [
+    int(folder.name.removeprefix(f'{_PREFIX}_'))
+    for folder in run_dir.glob(f'{_PREFIX}_*')
+    if folder.name.removeprefix(f'{_PREFIX}_').isdigit()
+  ]
+
+
+def _check_tree(folder: pathlib.Path, item: str, wanted: Any) -> None:
+  """Raises ValueError, with the first differences, unless shapes agree."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    metadata = checkpointer.metadata(folder / item).item_metadata.tree
+  saved, want = _shapes(metadata), _shapes(wanted)
+  differences = [
+    f'{name}: {saved.get(name, "absent")} in the checkpoint, '
+    f'{want.get(name, "absent")} wanted'
+    for name in sorted(saved.keys() | want.keys())
+    if saved.get(name) != want.get(name)
+  ]
+  _raise_differences(folder, differences)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _raise_differences(folder: pathlib.Path, differences: Sequence[str]):
+  if not differences:
+    return
+  shown = list(differences[:_MAX_DIFFERENCES])
+  if len(differences) > len(shown):
+    shown.append(f'and {len(differences) - len(shown)} more')
+  raise ValueError(
+    f'The checkpoint {folder} does not fit the model:\n  ' + '\n  '.join(shown)
+  )

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a seqio task to batches and metrics. Importing this imports TensorFlow.
+
+Only this module and `tasks` do, and only the modules that run experiments
+import them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib
+import os
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from gkd_jax.batch import Batch
+from gkd_jax.batch import EOS_ID
+from gkd_jax.batch import PAD_ID
+
+_FEATURES = ('inputs', 'targets')
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+  """Which examples, and how they become a batch. Names as in T5X.
+
+  Attributes:
+    mixture_or_task_name: a seqio task or mixture.
+    task_feature_lengths: {'inputs': S, 'targets': T} in tokens, EOS included;
+      longer examples are cut.
+    batch_size: rows of the global batch.
+    split: of the task, e.g. 'train'.
+    shuffle: in an order that the seed determines.
+    mixture_or_task_module: imported first, to register the task; None for the
+      tasks that come with gkd_jax.
+    use_cached: read seqio's offline cache of the task.
+    num_examples: at most so many, from the split's start; None takes all. For
+      evaluation only.
+  """
+
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  batch_size: int
+  split: str = 'train'
+  shuffle: bool = True
+  mixture_or_task_module: str | None = None
+  use_cached: bool = False
+  num_examples: int | None = None
+
+  def __post_init__(self):
+    lengths = dict(self.task_feature_lengths)
+    if sorted(lengths) != sorted(_FEATURES) or not all(
+      isinstance(n, int) and n > 0 for n in lengths.values()
+    ):
+      raise ValueError(
+        "TASK_FEATURE_LENGTHS must be {'inputs': tokens, 'targets': tokens} "
+        f'with positive whole numbers, got {lengths}.'
+      )
+    if self.batch_size < 1:
+      raise ValueError(f'BATCH_SIZE must be positive, got {self.batch_size}.')
+
+
+def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
+  """Returns the task, after importing what registers it.
+
+  Raises:
+    ValueError: it is not registered, lacks the split, or has none of the
+      features of an encoder-decoder.
+  """
+  name = config.mixture_or_task_name
+  if config.mixture_or_task_module:
+    importlib.import_module(config.mixture_or_task_module)
+  elif _comes_with_us(name):
+    importlib.import_module(f'gkd_jax.tasks.{name}')
+  try:
+    task = seqio.get_mixture_or_task(name)
+  except ValueError as e:
+    registered = sorted(
+      {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names(), *_our_tasks()}
+    )
+    near = difflib.get_close_matches(name, registered, n=1)
+    raise ValueError(
+      f'MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered.'
+      + (f' Did you mean {near[0]!r}?' if near else '')
+      + f' Registered: {", ".join(registered)}. To use your own, set '
+      'MIXTURE_OR_TASK_MODULE to the Python module that registers it.'
+    ) from e
+  if config.split not in task.splits:
+    raise ValueError(
+      f'Task {name!r} has no split {config.split!r}. It has: '
+      f'{", ".join(sorted(task.splits))}.'
+    )
+  if missing := set(_FEATURES) - set(task.output_features):
+    raise ValueError(
+      f'Task {name!r} has no output feature {sorted(missing)}; an '
+      'encoder-decoder reads inputs and targets.'
+    )
+  return task
+
+
+def check_not_empty(config: DatasetConfig) -> None:
+  """Raises ValueError if the split has no examples. Reads one."""
+  ds = get_task(config).get_dataset(
+    sequence_length=dict(config.task_feature_lengths),
+    split=config.split,
+    shuffle=False,
+    use_cached=config.use_cached,
+  )
+  if not list(ds.take(1)):
+    raise ValueError(
+      f'Split {config.split!r} of task {config.mixture_or_task_name!r} is empty.'
+    )
+
+
+def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:
+  """Returns the vocabulary of the task's inputs and targets.
+
+  Raises:
+    ValueError: they differ, or its special ids are not T5's.
+  """
+  features = get_task(config).output_features
+  vocabulary = features['targets'].vocabulary
+  if features['inputs'].vocabulary != vocabulary:
+    raise ValueError(
+      f'Task {config.mixture_or_task_name!r} has different vocabularies for '
+      'inputs and targets; a T5 embeds both with one table.'
+    )
+  ids = (vocabulary.pad_id, vocabulary.eos_id)
+  if ids != (PAD_ID, EOS_ID):
+    raise ValueError(
+      f'The vocabulary of task {config.mixture_or_task_name!r} has pad and EOS '
+      f'ids {ids}; T5 needs ({PAD_ID}, {EOS_ID}).'
+    )
+  return vocabulary
+
+
+def describe_vocabulary(vocabulary: seqio.Vocabulary) -> str:
+  """Returns a line that is equal for equal vocabularies; saved with models."""
+  kind, size = type(vocabulary).__name__, vocabulary.vocab_size
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    digest = hashlib.sha256(vocabulary.sp_model).hexdigest()
+    return f'{kind} {size} ids, model sha256 {digest}'
+  return f'{kind} {size} ids'
+
+
+class TrainIterator(Iterator[Batch]):
+  """Endless shuffled batches of one host's rows; can be saved and restored.
+
+  The order is a function of the seed. A batch handed out is consumed: what is
+  read ahead stays in the iterator and is saved with it.
+  """
+
+  def __init__(
+    self,
+    config: DatasetConfig,
+    *,
+    seed: int,
+    shard: int = 0,
+    num_shards: int = 1,
+  ):
+    """Args: the dataset, the seed of its order, and which host this is of."""
+    get_task(config)
+    ds = seqio.get_dataset(
+      config.mixture_or_task_name,
+      task_feature_lengths=dict(config.task_feature_lengths),
+      feature_converter=seqio.EncDecFeatureConverter(pack=False),
+      dataset_split=config.split,
+      use_cached=config.use_cached,
+      shuffle=config.shuffle,
+      num_epochs=None,
+      seed=seed,
+      shard_info=seqio.ShardInfo(index=shard, num_shards=num_shards),
+      verbose=False,
+    )
+    ds = ds.batch(config.batch_size // num_shards, drop_remainder=True)
+    options = tf.data.Options()
+    # Reading is cheap; the cores belong to the model.
+    options.threading.private_threadpool_size = 2
+    options.deterministic = True
+    self._iterator = iter(ds.prefetch(2).with_options(options))
+    self._name = f'process_{shard}_of_{num_shards}'
+
+  def __next__(self) -> Batch:
+    """Returns numpy arrays [rows of this host, ...]."""
+    return _to_batch(
+      {name: x.numpy() for name, x in next(self._iterator).items()}
+    )
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes the position into a folder."""
+    tf.train.Checkpoint(iterator=self._iterator).write(
+      os.path.join(directory, self._name)
+    )
+
+  def restore(self, directory: str | os.PathLike) -> None:
+    """Goes to the position that `save` wrote."""
+    path = os.path.join(directory, self._name)
+    if not os.path.exists(path + '.index'):
+      raise ValueError(
+        f'{directory} holds no position of data shard {self._name}: it was '
+        'saved by another number of hosts.'
+      )
+    tf.train.Checkpoint(iterator=self._iterator).read(path).assert_consumed()
+
+
+def _to_batch(features: Mapping[str, np.ndarray]) -> Batch:
+  return Batch(
+    features['encoder_input_tokens'].astype(np.int32),
+    features['decoder_target_tokens'].astype(np.int32),
+    features['decoder_loss_weights'].astype(np.float32),
+  )
+
+
+# Rows of a batch [n, ...] -> tokens written for them [n, T].
+Predict = Callable[[Batch], np.ndarray]
+
+
+class EvalDataset:
+  """A split in memory, with the task's metrics (through seqio.Evaluator)."""
+
+  def __init__(self, config: DatasetConfig):
+    """Reads the split.
+
+    Raises:
+      ValueError: it is empty, or the task has no metrics.
+    """
+    check_not_empty(config)
+    task = get_task(config)
+    self.batch_size = config.batch_size
+    self._name = config.mixture_or_task_name
+    self._evaluator = seqio.Evaluator(
+      config.mixture_or_task_name,
+      feature_converter=seqio.EncDecFeatureConverter(pack=False),
+      eval_split=config.split,
+      use_cached=config.use_cached,
+      sequence_length=dict(config.task_feature_lengths),
+      num_examples=config.num_examples,
+      logger_cls=(),
+    )
+    if not self._evaluator.eval_tasks:
+      raise ValueError(
+        f'Task {self._name!r} has no metric_fns: there is nothing to evaluate.'
+      )
+    if len(self._evaluator.eval_tasks) > 1:
+      raise ValueError(
+        f'{self._name!r} is a mixture of several tasks; evaluate them one by '
+        'one.'
+      )
+    self._task = self._evaluator.eval_tasks[0]
+    self.vocabulary = task.output_features['targets'].vocabulary
+    rows = list(
+      self._evaluator.cached_model_datasets[self._task.name].as_numpy_iterator()
+    )
+    # (row number, features) pairs; the numbers are seqio's.
+    self._indices = [int(i) for i, _ in rows]
+    self._rows = _to_batch(
+      {k: np.stack([f[k] for _, f in rows]) for k in rows[0][1]}
+    )
+
+  def __len__(self) -> int:
+    """The number of examples."""
+    return len(self._indices)
+
+  def batches(self) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yields (row numbers [B], batch); rows that fill the last one up weigh 0.
+
+    All batches have the same shape, so that one compiled program serves.
+    """
+    for start in range(0, len(self), self.batch_size):
+      part = Batch(*(x[start : start + self.batch_size] for x in self._rows))
+      fill = self.batch_size - len(part.encoder_input_tokens)
+      yield (
+        np.arange(start, start + self.batch_size, dtype=np.int32),
+        Batch(*(np.pad(x, ((0, fill), (0, 0))) for x in part)),
+      )
+
+  def predict(
+    self, write: Callable[[np.ndarray, Batch], np.ndarray]
+  ) -> np.ndarray:
+    """Returns the tokens [N, T] that write(row numbers, batch) gives."""
+    written = [np.asarray(write(rows, batch)) for rows, batch in self.batches()]
+    return np.concatenate(written)[: len(self)]
+
+  def metrics(self, tokens: np.ndarray) -> dict[str, float]:
+    """Returns the task's metrics of outputs [N, T]."""
+    predictions = [
+      (index, row) for index, row in zip(self._indices, tokens, strict=True)
+    ]
+    results, _ = self._evaluator.evaluate(
+      compute_metrics=True, predict_fn=lambda ds: predictions
+    )
+    # seqio names the metric's class or function in the task's results.
+    return {
+      name: float(value) for name, value in results.result()[self._task.name].items()
+    }
+
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    """Returns the texts of outputs [N, T], as the task postprocesses them."""
+    return [str(self.vocabulary.decode([int(t) for t in row])) for row in tokens]
+
+  def examples(self) -> list[dict[str, str]]:
+    """Returns {'inputs', 'targets'} of every example, as text."""
+    return [
+      {'inputs': x, 'targets': y}
+      for x, y in zip(
+        self.decode(self._rows.encoder_input_tokens),
+        self.decode(self._rows.decoder_target_tokens),
+        strict=True,
+      )
+    ]
+
+
+def _our_tasks() -> Sequence[str]:
+  folder = os.path.join(os.path.dirname(__file__), 'tasks')
+  return [
+    name[:-3]
+    for name in sorted(os.listdir(folder))
+    if name.endswith('.py') and not name.startswith('_')
+  ]
+
+
+def _comes_with_us(name: str) -> bool:
+  return name in _our_tasks()

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a student, alone and against its teacher.
+
+Task metrics on what a model writes (greedy, sampled, by beam search), and the
+divergences between the two on the dataset's outputs and on the student's own.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax import beam_search
+from gkd_jax import checkpoint
+from gkd_jax import data
+from gkd_jax import divergences
+from gkd_jax import metrics as metrics_lib
+from gkd_jax import objectives
+from gkd_jax import partitioning
+from gkd_jax import policies
+from gkd_jax import sampler
+from gkd_jax import step as step_lib
+from gkd_jax.batch import Batch
+from gkd_jax.batch import mask_unused_ids
+from gkd_jax.batch import Outputs
+from gkd_jax.model import abstract_params
+from gkd_jax.model import T5
+
+Params = Any
+Decoding = sampler.SamplerConfig | beam_search.BeamConfig
+
+# Reported under these names, in nats per token, reduced as in Eq. 2.
+_DIVERGENCES = {
+  'forward_kl': divergences.forward_kl,
+  'reverse_kl': divergences.reverse_kl,
+  'jsd_0.5': functools.partial(divergences.generalized_jsd, beta=0.5),
+  'total_variation': divergences.total_variation,
+}
+
+
+def make_write(
+  model: T5,
+  decoding: Decoding,
+  *,
+  max_decode_len: int,
+  num_ids: int,
+  seed: int,
+  mesh: Mesh,
+) -> Callable[[Params, np.ndarray, Batch], np.ndarray]:
+  """Returns (params, row numbers [B], batch) -> tokens [B, T], compiled once.
+
+  Args:
+    model: that writes.
+    decoding: a SamplerConfig, or a BeamConfig, of which the best is taken.
+    max_decode_len: T.
+    num_ids: size of the tokenizer's vocabulary.
+    seed: of sampling; the same rows get the same draws each time.
+    mesh: rows are spread over its data axis.
+  """
+
+  def sample(params, row_ids_B, inputs):
+    return policies.rollout(
+      model,
+      params,
+      inputs,
+      jax.random.key(seed),
+      decoding,
+      row_ids_B=row_ids_B,
+      max_decode_len=max_decode_len,
+      num_ids=num_ids,
+    ).tokens
+
+  def beam(params, row_ids_B, inputs):
+    del row_ids_B
+    apply = functools.partial(model.apply, {'params': params})
+    width = decoding.num_beams
+    encoded = jnp.repeat(apply(inputs, method='encode'), width, axis=0)
+    inputs = jnp.repeat(inputs, width, axis=0)
+    cache = apply(encoded, inputs, max_decode_len, method='start_cache')
+
+    def decode_step(cache, tokens):
+      logits, cache = apply(cache, tokens, method='decode_step')
+      return mask_unused_ids(logits, num_ids), cache
+
+    return beam_search.beam_search(
+      decode_step,
+      cache,
+      decoding,
+      batch_size=inputs.shape[0] // width,
+      max_decode_len=max_decode_len,
+    ).tokens[:, 0]
+
+  is_beam = isinstance(decoding, beam_search.BeamConfig)
+  write = jax.jit(beam if is_beam else sample)
+
+  def place_and_write(params, row_ids_B, batch):
+    row_ids_B, inputs = partitioning.put_batch(
+      (row_ids_B, batch.encoder_input_tokens), mesh
+    )
+    return np.asarray(write(params, row_ids_B, inputs))
+
+  return place_and_write
+
+
+def make_score(
+  student: T5, teacher: T5, *, num_ids: int, seed: int, mesh: Mesh
+) -> Callable[[Params, Params, data.EvalDataset], dict[str, float]]:
+  """Returns (student params, teacher params, dataset) -> divergences.
+
+  Their names are `on_dataset_outputs/<divergence>` and
+  `on_student_outputs/<divergence>`; the latter are drawn at temperature 1. In
+  nats per token: the mean over each output, then over outputs (Eq. 2).
+  """
+
+  def terms(student_logits, teacher_logits, tokens):
+    student_logits = mask_unused_ids(student_logits, num_ids)
+    teacher_logits = mask_unused_ids(teacher_logits, num_ids)
+    return {
+      'nll': objectives.negative_log_likelihood(student_logits, tokens),
+      **{
+        name: divergence(
+          teacher_logits=teacher_logits, student_logits=student_logits
+        )
+        for name, divergence in _DIVERGENCES.items()
+      },
+    }
+
+  def sums_on(student_params, teacher_params, inputs, outputs):
+    weights_BT, count = objectives.coefficients(outputs.weights, 'sequence')
+    sums = objectives.weighted_sums(
+      terms,
+      step_lib.unembed(student),
+      step_lib.unembed(teacher),
+      objectives.Objective.chunk_tokens,
+      student.head_params(student_params),
+      step_lib.hidden_states(student, student_params, inputs, outputs.tokens),
+      teacher.head_params(teacher_params),
+      step_lib.hidden_states(teacher, teacher_params, inputs, outputs.tokens),
+      outputs.tokens,
+      weights_BT,
+    )
+    return {'count': count, **sums}
+
+  @jax.jit
+  def score_batch(student_params, teacher_params, row_ids_B, batch):
+    inputs = batch.encoder_input_tokens
+    drawn = policies.rollout(
+      student,
+      student_params,
+      inputs,
+      jax.random.key(seed),
+      sampler.SamplerConfig(),
+      row_ids_B=row_ids_B,
+      max_decode_len=batch.decoder_target_tokens.shape[1],
+      num_ids=num_ids,
+    )
+    # The student writes for rows that only fill the batch up, too.
+    is_example_B = batch.decoder_loss_weights.any(axis=1, keepdims=True)
+    drawn = Outputs(drawn.tokens, drawn.weights * is_example_B)
+    on = {'on_dataset_outputs': batch.outputs, 'on_student_outputs': drawn}
+    return {
+      name: sums_on(student_params, teacher_params, inputs, outputs)
+      for name, outputs in on.items()
+    }
+
+  def score(student_params, teacher_params, dataset):
+    totals = None
+    for row_ids_B, batch in dataset.batches():
+      row_ids_B, batch = partitioning.put_batch((row_ids_B, batch), mesh)
+      sums = score_batch(student_params, teacher_params, row_ids_B, batch)
+      totals = (
+        sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+      )
+    return {
+      f'{on}/{name}': float(total / sums['count'])
+      for on, sums in totals.items()
+      for name, total in sums.items()
+      if name != 'count'
+    }
+
+  return score
+
+
+def task_metrics(
+  writes: Mapping[str, Callable[[Params, np.ndarray, Batch], np.ndarray]],
+  params: Params,
+  dataset: data.EvalDataset,
+) -> tuple[dict[str, float], dict[str, list[str]]]:
+  """Lets a model write with each decoding, and applies the task's metrics.
+
+  Args:
+    writes: {decoding: what `make_write` returned}.
+    params: of the model.
+    dataset: split with its metrics.
+
+  Returns:
+    {'<decoding>/<metric>': value} and {decoding: texts written}.
+  """
+  values, texts = {}, {}
+  for decoding, write in writes.items():
+    tokens = dataset.predict(functools.partial(write, params))
+    texts[decoding] = dataset.decode(tokens)
+    for name, value in dataset.metrics(tokens).items():
+      values[f'{decoding}/{name}'] = value
+  return values, texts
+
+
+class Evaluation:
+  """One split, and all that is measured on it; compiled at its first call."""
+
+  def __init__(
+    self,
+    config: data.DatasetConfig,
+    student: T5,
+    teacher: T5 | None,
+    teacher_params: Params | None,
+    decodings: Mapping[str, Decoding],
+    *,
+    seed: int,
+    mesh: Mesh,
+  ):
+    """Reads the split.
+
+    Args:
+      config: task and split.
+      student: the model that is measured.
+      teacher: adds its own metrics and the divergences; may be None.
+      teacher_params: of the teacher.
+      decodings: {name: how outputs are drawn}.
+      seed: of sampling.
+      mesh: of devices.
+    """
+    self._dataset = data.EvalDataset(config)
+    self._teacher_params = teacher_params
+    shape = {
+      'num_ids': self._dataset.vocabulary.vocab_size,
+      'seed': seed,
+      'mesh': mesh,
+    }
+
+    def writes(model):
+      return {
+        name: make_write(
+          model,
+          decoding,
+          max_decode_len=config.task_feature_lengths['targets'],
+          **shape,
+        )
+        for name, decoding in decodings.items()
+      }
+
+    self._student_writes = writes(student)
+    self._score = self._of_teacher = None
+    if teacher is not None:
+      self._score = make_score(student, teacher, **shape)
+      self._teacher_writes = writes(teacher)
+
+  def __call__(
+    self, params: Params, *, with_teacher: bool = True
+  ) -> tuple[dict[str, float], str]:
+    """Measures a student.
+
+    Args:
+      params: of the student.
+      with_teacher: let the teacher write, too (it does so once: it does not
+        change). The divergences from it are measured in any case.
+
+    Returns:
+      {name: value}, and a Markdown table of samples.
+    """
+    values, texts = task_metrics(self._student_writes, params, self._dataset)
+    teacher_texts = None
+    if self._score is not None:
+      values |= self._score(params, self._teacher_params, self._dataset)
+      if with_teacher:
+        if self._of_teacher is None:
+          self._of_teacher = task_metrics(
+            self._teacher_writes, self._teacher_params, self._dataset
+          )
+        teacher_values, all_texts = self._of_teacher
+        values |= {f'teacher/{k}': v for k, v in teacher_values.items()}
+        teacher_texts = next(iter(all_texts.values()))
+    table = sample_table(
+      self._dataset.examples(), next(iter(texts.values())), teacher_texts
+    )
+    return values, table
+
+
+def evaluate_checkpoint(
+  checkpoint_path: str,
+  output_dir: str,
+  dataset: data.DatasetConfig,
+  decodings: Mapping[str, Decoding],
+  teacher_checkpoint_path: str | None = None,
+  seed: int = 0,
+) -> None:
+  """Evaluates a checkpoint, and writes `<output_dir>/eval_<split>.json`.
+
+  Args:
+    checkpoint_path: a run folder or a step in it.
+    output_dir: made if it is not there.
+    dataset: task and split.
+    decodings: {name: SamplerConfig or BeamConfig}.
+    teacher_checkpoint_path: adds this teacher and the divergences from it.
+    seed: of sampling.
+  """
+  vocabulary = data.describe_vocabulary(data.get_vocabulary(dataset))
+  mesh = partitioning.make_mesh()
+  student, params = load_model(checkpoint_path, vocabulary, mesh)
+  teacher = teacher_params = None
+  if teacher_checkpoint_path is not None:
+    teacher, teacher_params = load_model(
+      teacher_checkpoint_path, vocabulary, mesh
+    )
+  values, table = Evaluation(
+    dataset, student, teacher, teacher_params, decodings, seed=seed, mesh=mesh
+  )(params)
+  path = write_results(
+    output_dir,
+    dataset.split,
+    {'checkpoint': os.fspath(checkpoint.find(checkpoint_path)), **values},
+  )
+  metrics_lib.say(f'{table}\n{format_metrics(values)}\nWritten: {path}')
+
+
+def load_model(path: str, vocabulary: str, mesh: Mesh) -> tuple[T5, Params]:
+  """Loads a checkpoint's model and parameters, as the checkpoint says it is.
+
+  Raises:
+    ValueError: no checkpoint, or its vocabulary is not the task's.
+  """
+  saved = checkpoint.describe(path)
+  model = T5(saved.config)
+  want = checkpoint.ModelDescription(saved.config, vocabulary)
+  return model, checkpoint.load_params(
+    path, want, abstract_params(model, mesh)
+  )
+
+
+def write_results(
+  output_dir: str | os.PathLike, split: str, values: Mapping[str, Any]
+) -> pathlib.Path:
+  """Writes `eval_<split>.json`, whole or not at all; returns its path."""
+  path = pathlib.Path(output_dir) / f'eval_{split}.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix('.partial')
+  partial.write_text(json.dumps(values, indent=2) + '\n')
+  partial.rename(path)
+  return path
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+  """Returns one line of names and values."""
+  return '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+
+
+def sample_table(
+  examples: list[dict[str, str]],
+  student_texts: list[str],
+  teacher_texts: list[str] | None,
+  num_rows: int = 8,
+) -> str:
+  """Returns a Markdown table of inputs, references and what was written."""
+  heads = ['input', 'reference', 'teacher', 'student']
+  if teacher_texts is None:
+    heads.remove('teacher')
+    teacher_texts = [''] * len(student_texts)
+  rows = [heads, ['---'] * len(heads)]
+  for example, teacher, student in zip(
+    examples[:num_rows], teacher_texts, student_texts, strict=False
+  ):
+    cells = {
+      'input': example['inputs'],
+      'reference': example['targets'],
+      'teacher': teacher,
+      'student': student,
+    }
+    rows.append([cells[head].replace('|', '\\|') for head in heads])
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)

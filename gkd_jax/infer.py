@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets a model write outputs for a split, into a JSON lines file."""
+
+import json
+import os
+import pathlib
+
+from gkd_jax import checkpoint
+from gkd_jax import data
+from gkd_jax import evaluate
+from gkd_jax import metrics as metrics_lib
+from gkd_jax import partitioning
+from gkd_jax import sampler
+
+
+def infer(
+  checkpoint_path: str,
+  output_dir: str,
+  dataset: data.DatasetConfig,
+  decoding: evaluate.Decoding = sampler.GREEDY,
+  seed: int = 0,
+) -> None:
+  """Writes `<output_dir>/predictions_<split>.jsonl`, a line per example.
+
+  A line is {"inputs", "targets", "prediction"}; the file beside it, ending in
+  `.json`, says which checkpoint wrote it, and how.
+
+  Args:
+    checkpoint_path: a run folder or a step in it.
+    output_dir: made if it is not there.
+    dataset: task and split.
+    decoding: a SamplerConfig or a BeamConfig.
+    seed: of sampling.
+  """
+  split = data.EvalDataset(dataset)
+  mesh = partitioning.make_mesh()
+  model, params = evaluate.load_model(
+    checkpoint_path, data.describe_vocabulary(split.vocabulary), mesh
+  )
+  write = evaluate.make_write(
+    model,
+    decoding,
+    max_decode_len=dataset.task_feature_lengths['targets'],
+    num_ids=split.vocabulary.vocab_size,
+    seed=seed,
+    mesh=mesh,
+  )
+  predictions = split.decode(
+    split.predict(lambda rows, batch: write(params, rows, batch))
+  )
+  path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix('.partial')
+  with partial.open('w') as file:
+    for example, prediction in zip(split.examples(), predictions, strict=True):
+      file.write(
+        json.dumps({**example, 'prediction': prediction}, ensure_ascii=False)
+        + '\n'
+      )
+  path.with_suffix('.json').write_text(
+    json.dumps(
+      {
+        'checkpoint': os.fspath(checkpoint.find(checkpoint_path)),
+        'task': dataset.mixture_or_task_name,
+        'split': dataset.split,
+        'decoding': repr(decoding),
+        'seed': seed,
+      },
+      indent=2,
+    )
+    + '\n'
+  )
+  partial.rename(path)
+  metrics_lib.say(f'{len(split):,} predictions written: {path}')

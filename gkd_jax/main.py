@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Runs the experiment that a gin file describes.
+
+    python -m gkd_jax.main --run_mode=train \
+        --gin_file=configs/cmudict_g2p/sft.gin --gin.MODEL_DIR=runs/sft
+
+Later files and `--gin.NAME=VALUE` flags override earlier ones. A value that is
+no gin literal is taken as a string, so paths need no quotes. Add `--dry_run` to
+print the resolved configuration and stop.
+
+Run modes:
+  train    train a student; a run that was interrupted goes on
+  eval     evaluate a checkpoint (CHECKPOINT_PATH) into EVAL_OUTPUT_DIR
+  infer    write a checkpoint's outputs into INFER_OUTPUT_DIR
+  compare  run several methods and seeds, and write a report
+"""
+
+import ast
+from collections.abc import Iterable, Sequence
+import difflib
+import importlib
+import inspect
+import os
+import pathlib
+import re
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+
+# Run mode -> the function that gin configures and main calls.
+_RUN_MODES = {
+  'train': 'gkd_jax.train.train',
+  'eval': 'gkd_jax.evaluate.evaluate_checkpoint',
+  'infer': 'gkd_jax.infer.infer',
+  'compare': 'gkd_jax.compare.compare',
+}
+
+_RUN_MODE = flags.DEFINE_string(
+  'run_mode', 'train', f'One of: {", ".join(_RUN_MODES)}.'
+)
+_GIN_FILE = flags.DEFINE_multi_string(
+  'gin_file', None, 'Experiment to run, e.g. configs/cmudict_g2p/sft.gin.'
+)
+_GIN_BINDINGS = flags.DEFINE_multi_string(
+  'gin_bindings', [], 'One override each; --gin.NAME=VALUE is short for this.'
+)
+_GIN_SEARCH_PATHS = flags.DEFINE_list(
+  'gin_search_paths', ['.'], 'Where gin files are looked for; then in gkd_jax.'
+)
+_TFDS_DATA_DIR = flags.DEFINE_string(
+  'tfds_data_dir', None, 'Where TFDS keeps its data; its default otherwise.'
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'Print the resolved configuration and stop.'
+)
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Resolves the configuration, then hands over to the run mode."""
+  # TensorFlow only reads data here: it need not talk, nor look for GPUs.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  logging.set_verbosity(logging.ERROR)
+  try:
+    _run(argv)
+  except (ValueError, OSError, ImportError, FloatingPointError) as e:
+    if not _is_ours(e):
+      raise
+    sys.exit(f'Error: {_without_addresses(e)}')
+
+
+def _run(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise ValueError(f'Unexpected arguments {argv[1:]}. Flags begin with --.')
+  mode = _RUN_MODE.value
+  if mode not in _RUN_MODES:
+    raise ValueError(
+      f'There is no --run_mode={mode}.' + _nearest(mode, _RUN_MODES)
+    )
+  if not _GIN_FILE.value:
+    raise ValueError(
+      '--gin_file is missing. Name an experiment, e.g. '
+      '--gin_file=configs/quickstart.gin.'
+    )
+  import gin
+
+  bindings = [_quote_strings(binding) for binding in _GIN_BINDINGS.value]
+  _parse(gin, _GIN_FILE.value, bindings)
+  if _DRY_RUN.value:
+    print(gin.config_str())
+    return
+  if _TFDS_DATA_DIR.value:
+    import seqio
+
+    seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
+  module_name, function_name = _RUN_MODES[mode].rsplit('.', 1)
+  function = getattr(importlib.import_module(module_name), function_name)
+  selector = f'{module_name.rsplit(".", 1)[1]}.{function_name}'
+  if f'{selector}.' not in gin.config_str():
+    raise ValueError(
+      f'{", ".join(_GIN_FILE.value)} does not configure --run_mode={mode}: it '
+      f'sets nothing of {selector}. Files for this mode include '
+      f'gin/runs/{mode}.gin.'
+    )
+  keywords = {}
+  if mode == 'train':
+    keywords['config_text'] = lambda: _operative_config(gin, bindings)
+  gin.get_configurable(function)(**keywords)
+
+
+def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
+  """Parses files and bindings; an unknown name is an error, and names one."""
+  folders = [*_GIN_SEARCH_PATHS.value, str(_ROOT)]
+  for folder in folders:
+    gin.add_config_file_search_path(folder)
+  for file in files:
+    if not any((pathlib.Path(folder) / file).is_file() for folder in folders):
+      there = [
+        str(path.relative_to(folder))
+        for folder in folders
+        for path in pathlib.Path(folder).glob('configs/**/*.gin')
+      ]
+      raise ValueError(
+        f'--gin_file={file} is not there (looked in {", ".join(folders)}).'
+        + _nearest(file, there)
+      )
+  try:
+    gin.parse_config_files_and_bindings(files, bindings)
+  except (ValueError, SyntaxError) as e:
+    raise ValueError(f'{e}{_nearest_parameter(gin, str(e))}') from e
+  config = gin.config_str()
+  defined = set(re.findall(r'^([A-Za-z_]\w*) =', config, re.MULTILINE))
+  used = set(re.findall(r'%([A-Za-z_]\w*)', config))
+  # gin takes any macro, so a misspelt one would be ignored in silence.
+  for name in sorted(defined - used):
+    raise ValueError(
+      f'{name} changes nothing: no setting of this experiment reads it.'
+      + _nearest(name, used)
+    )
+
+
+def _operative_config(gin, bindings: Sequence[str]) -> str:
+  """Returns the settings that were read, once all parts have been built.
+
+  Raises:
+    ValueError: an override from the command line was not among them.
+  """
+  config = gin.operative_config_str()
+  for binding in bindings:
+    name = binding.split(' = ', 1)[0]
+    if not re.search(rf'^{re.escape(name)} =', config, re.MULTILINE):
+      raise ValueError(
+        f'{name} changes nothing in this experiment: the parts that are '
+        'chosen do not read it (BETA, say, is read by generalized_jsd alone).'
+      )
+  return config
+
+
+def _quote_strings(binding: str) -> str:
+  """Returns NAME = VALUE with VALUE as gin reads it."""
+  name, equals, value = binding.partition('=')
+  name, value = name.strip(), value.strip()
+  if not equals or not name:
+    raise ValueError(f'{binding!r} is not of the form NAME=VALUE.')
+  is_reference = re.fullmatch(r'[\[({]?.*[@%]\w.*', value)
+  if not is_reference:
+    try:
+      ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      value = repr(value)
+  return f'{name} = {value}'
+
+
+def _nearest_parameter(gin, message: str) -> str:
+  """Returns a hint for gin's own message about an unknown name."""
+  if match := re.search(r"'(.+)' doesn't have a parameter named '(.+)'", message):
+    function = gin.get_configurable(match[1])
+    return _nearest(match[2], inspect.signature(function).parameters)
+  if match := re.search(r"No configurable matching '(.+?)'", message):
+    bound = re.findall(r'^# Parameters for (?:.*/)?(.+):$', gin.config_str(), re.M)
+    return _nearest(match[1], bound)
+  return ''
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+  near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+  if near:
+    return f' Did you mean {near[0]}?'
+  return f' There are: {", ".join(sorted(set(names)))}.' if names else ''
+
+
+def _is_ours(error: BaseException) -> bool:
+  """Whether we (or gin) raised it on purpose; else its traceback is wanted."""
+  traceback = error.__traceback__
+  while traceback.tb_next is not None:
+    traceback = traceback.tb_next
+  raised_in = pathlib.Path(traceback.tb_frame.f_code.co_filename).parent
+  return raised_in.is_relative_to(_ROOT / 'gkd_jax') or raised_in.name == 'gin'
+
+
+def _without_addresses(error: BaseException) -> str:
+  return re.sub(r' \(<.* at 0x[0-9a-f]+>\)', '', str(error))
+
+
+def expand_gin_flags(args: Sequence[str]) -> list[str]:
+  """Rewrites `--gin.NAME=VALUE` to `--gin_bindings=NAME=VALUE`, as T5X does."""
+  return [re.sub(r'^--?gin\.', '--gin_bindings=', arg) for arg in args]
+
+
+if __name__ == '__main__':
+  app.run(main, argv=expand_gin_flags(sys.argv))

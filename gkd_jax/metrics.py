@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where numbers go: JSON lines, TensorBoard, and the terminal."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import tensorboardX
+import tqdm
+
+
+class MetricWriter:
+  """Appends scalars to `metrics.jsonl` and to a TensorBoard file in a folder."""
+
+  def __init__(self, run_dir: str | os.PathLike, first_step: int):
+    """Opens both.
+
+    Args:
+      run_dir: of the run.
+      first_step: the run goes on after this step: what an interrupted run
+        wrote beyond it will be written again, and is dropped.
+    """
+    self._path = pathlib.Path(run_dir) / 'metrics.jsonl'
+    if self._path.exists():
+      _keep_through_step(self._path, first_step)
+    self._file = self._path.open('a')
+    self._board = tensorboardX.SummaryWriter(
+      os.fspath(run_dir), purge_step=first_step + 1
+    )
+
+  def write(self, step: int, scalars: dict[str, float]) -> None:
+    """Writes the scalars of a step, at once visible to others."""
+    self._file.write(json.dumps({'step': step, **scalars}) + '\n')
+    self._file.flush()
+    for name, value in scalars.items():
+      self._board.add_scalar(name, value, step)
+
+  def text(self, step: int, name: str, markdown: str) -> None:
+    """Writes a text to TensorBoard."""
+    self._board.add_text(name, markdown, step)
+
+  def close(self) -> None:
+    """Closes both."""
+    self._file.close()
+    self._board.close()
+
+
+def _keep_through_step(path: pathlib.Path, step: int) -> None:
+  """Drops later lines, and one that was cut off while it was written."""
+  kept = []
+  for line in path.read_text().splitlines(keepends=True):
+    if not line.endswith('\n'):
+      break
+    if json.loads(line)['step'] <= step:
+      kept.append(line)
+  path.write_text(''.join(kept))
+
+
+def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
+  """Returns the lines of a run's `metrics.jsonl`; none if there is none."""
+  path = pathlib.Path(run_dir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Progress:
+  """Shows how far training is: a bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, total_steps: int, first_step: int, every_seconds: float):
+    """Args: steps in all, steps done, and how often a plain line is due."""
+    self._total = total_steps
+    self._first = self._step = first_step
+    self._every = every_seconds
+    self._start = self._last = time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        total=total_steps, initial=first_step, unit='step', dynamic_ncols=True
+      )
+
+  def update(
+    self, step: int, *, loss: float, on_policy: float, tokens_per_second: float
+  ) -> None:
+    """Shows the state after `step`: loss in nats, on-policy share so far."""
+    figures = (
+      f'loss {loss:.4f}  on-policy {on_policy:.0%}  '
+      f'{tokens_per_second:,.0f} target tokens/s'
+    )
+    if self._bar is not None:
+      self._bar.set_description_str(figures, refresh=False)
+      self._bar.update(step - self._step)
+      self._step = step
+      return
+    now = time.monotonic()
+    self._step = step
+    if step == self._total or now - self._last >= self._every:
+      self._last = now
+      left = (now - self._start) / max(1, step - self._first)
+      left *= self._total - step
+      print(
+        f'step {step}/{self._total}  {figures}  {_minutes(left)} left',
+        file=sys.stderr,
+        flush=True,
+      )
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def say(text: str) -> None:
+  """Prints a line for the person who waits, without breaking the bar."""
+  tqdm.tqdm.write(text, file=sys.stderr)
+  sys.stderr.flush()
+
+
+def _minutes(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  return f'{minutes}:{seconds:02d}'

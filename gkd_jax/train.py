@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a student: checks and builds everything, then runs the loop."""
+
+from collections.abc import Callable, Mapping
+import difflib
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import sys
+import time
+
+import jax
+import optax
+
+from gkd_jax import checkpoint
+from gkd_jax import data
+from gkd_jax import evaluate
+from gkd_jax import metrics as metrics_lib
+from gkd_jax import objectives
+from gkd_jax import partitioning
+from gkd_jax import policies
+from gkd_jax import sampler
+from gkd_jax import step as step_lib
+from gkd_jax.model import abstract_params
+from gkd_jax.model import count_params
+from gkd_jax.model import init_params
+from gkd_jax.model import T5
+from gkd_jax.model import T5Config
+
+# Packages whose versions can change a result.
+_VERSIONS_OF = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'seqio',
+  'tensorflow',
+  'numpy',
+)
+
+
+def train(
+  *,
+  model_dir: str,
+  student: T5Config,
+  train_dataset: data.DatasetConfig,
+  policy: policies.Policy,
+  objective: objectives.Objective,
+  optimizer: Callable[..., optax.GradientTransformation],
+  learning_rate: optax.Schedule,
+  total_steps: int,
+  seed: int,
+  initial_checkpoint_path: str | None = None,
+  teacher_checkpoint_path: str | None = None,
+  max_grad_norm: float | None = None,
+  num_microbatches: int = 1,
+  student_sampler: sampler.SamplerConfig = sampler.SamplerConfig(),
+  teacher_sampler: sampler.SamplerConfig = sampler.SamplerConfig(),
+  max_decode_len: int | None = None,
+  mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
+  eval_dataset: data.DatasetConfig | None = None,
+  final_eval_dataset: data.DatasetConfig | None = None,
+  decodings: Mapping[str, evaluate.Decoding] | None = None,
+  eval_period: int = 1000,
+  checkpoint_period: int = 1000,
+  log_period: int = 10,
+  best_metric: str | None = None,
+  best_mode: str = 'min',
+  config_text: Callable[[], str] = str,
+) -> None:
+  """Trains a student and evaluates it. A run that was interrupted goes on.
+
+  Args:
+    model_dir: the run's folder; made if it is not there.
+    student: shape of the model that learns.
+    train_dataset: what it learns on.
+    policy: who writes the outputs; see `policies`.
+    objective: what is minimised; see `objectives`.
+    optimizer: called with learning_rate=...; e.g. optax.adafactor.
+    learning_rate: schedule, step -> rate.
+    total_steps: of this run, from 0.
+    seed: determines initialisation, data order, sampling and dropout.
+    initial_checkpoint_path: the student starts from these parameters; None:
+      from random ones.
+    teacher_checkpoint_path: a run whose model is the teacher, as its
+      checkpoint describes it. Without a need for one in policy and objective
+      it only serves evaluation.
+    max_grad_norm: gradients of a larger global norm are scaled down to it.
+    num_microbatches: parts a batch is worked through in, to save memory.
+    student_sampler: how the student's training outputs are drawn.
+    teacher_sampler: how the teacher's are.
+    max_decode_len: length of sampled outputs; None: as the task's targets.
+    mesh: makes the device mesh.
+    eval_dataset: evaluated every `eval_period` steps and at the end; the
+      training metrics' name for it is its split.
+    final_eval_dataset: evaluated once, at the end, into eval_<split>.json.
+    decodings: {name: SamplerConfig or BeamConfig} to evaluate with.
+    eval_period: steps; 0: only at the end.
+    checkpoint_period: steps; one more is saved at the end.
+    log_period: steps whose metrics are averaged into one line.
+    best_metric: name of a validation metric; its best checkpoint is kept
+      beside the last.
+    best_mode: 'min' or 'max'.
+    config_text: returns the resolved configuration, which is saved with the
+      run and must be the same when it goes on.
+
+  Raises:
+    ValueError: something does not fit together. All such errors come before
+      anything is compiled or written.
+  """
+  run_dir = pathlib.Path(model_dir).absolute()
+  target_len = train_dataset.task_feature_lengths['targets']
+  if max_decode_len not in (None, target_len):
+    raise ValueError(
+      'Sampled and dataset outputs must have one length, because one compiled '
+      f'step trains on either: MAX_DECODE_LEN is {max_decode_len}, but '
+      f"TASK_FEATURE_LENGTHS['targets'] is {target_len}. Make them equal, or "
+      'set MAX_DECODE_LEN = None.'
+    )
+  device_mesh = mesh()
+  _check_batch(train_dataset.batch_size, num_microbatches, device_mesh)
+  if teacher_checkpoint_path is None and (
+    policy.needs_teacher or objective.needs_teacher
+  ):
+    raise ValueError(
+      'This method needs a teacher: set TEACHER_CHECKPOINT_PATH to the '
+      'MODEL_DIR of a trained run.'
+    )
+  vocabulary = data.get_vocabulary(train_dataset)
+  num_ids = vocabulary.vocab_size
+  if num_ids > student.vocab_size:
+    raise ValueError(
+      f'The student embeds {student.vocab_size} ids, but the vocabulary of '
+      f'task {train_dataset.mixture_or_task_name!r} has {num_ids}. Set '
+      'VOCAB_SIZE to that or more.'
+    )
+  description = checkpoint.ModelDescription(
+    student, data.describe_vocabulary(vocabulary)
+  )
+  data.check_not_empty(train_dataset)
+  model = T5(student)
+  abstract = abstract_params(model, device_mesh)
+  tx = optimizer(learning_rate=learning_rate)
+  if max_grad_norm is not None:
+    tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+  _check_same_config(run_dir, config_text())
+
+  # From here on files are read whole, and the run's folder is written.
+  teacher = teacher_params = None
+  if teacher_checkpoint_path is not None:
+    teacher, teacher_params = evaluate.load_model(
+      teacher_checkpoint_path, description.vocabulary, device_mesh
+    )
+    metrics_lib.say(
+      f'Teacher: {count_params(teacher_params):,} parameters, from '
+      f'{checkpoint.find(teacher_checkpoint_path)}'
+    )
+  if initial_checkpoint_path is not None:
+    params = checkpoint.load_params(
+      initial_checkpoint_path, description, abstract
+    )
+    start = f'from {checkpoint.find(initial_checkpoint_path)}'
+  else:
+    params = jax.jit(
+      lambda: init_params(model, jax.random.key(seed)),
+      out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+    )()
+    start = 'from random initialisation'
+  metrics_lib.say(f'Student: {count_params(params):,} parameters, {start}')
+  train_step = step_lib.make_train_step(
+    student=model,
+    teacher=teacher,
+    policy=policy,
+    objective=objective,
+    optimizer=tx,
+    student_sampler=student_sampler,
+    teacher_sampler=teacher_sampler,
+    num_ids=num_ids,
+    seed=seed,
+    num_microbatches=num_microbatches,
+  )
+  evaluations = {
+    split.split: evaluate.Evaluation(
+      split,
+      model,
+      teacher,
+      teacher_params,
+      decodings or {'greedy': sampler.GREEDY},
+      seed=seed,
+      mesh=device_mesh,
+    )
+    for split in (eval_dataset, final_eval_dataset)
+    if split is not None
+  }
+  iterator = data.TrainIterator(
+    train_dataset,
+    seed=seed,
+    shard=jax.process_index(),
+    num_shards=jax.process_count(),
+  )
+
+  _save_manifest(run_dir, config_text())
+  state = jax.jit(lambda p: step_lib.init_state(p, tx))(params)
+  del params  # the state owns them now, and will be donated
+  checkpoints = checkpoint.Checkpoints(
+    run_dir, description, best_metric=best_metric, best_mode=best_mode
+  )
+  train_seconds = 0.0
+  abstract_state = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  if saved := checkpoints.restore(abstract_state, iterator):
+    state, train_seconds = saved
+    metrics_lib.say(f'Resuming after step {int(state.step)}.')
+  first_step = int(state.step)
+  if first_step < total_steps:
+    state, train_seconds = _loop(
+      train_step,
+      state,
+      teacher_params,
+      iterator,
+      writer=metrics_lib.MetricWriter(run_dir, first_step),
+      checkpoints=checkpoints,
+      evaluation=evaluations.get(eval_dataset.split) if eval_dataset else None,
+      mesh=device_mesh,
+      learning_rate=learning_rate,
+      total_steps=total_steps,
+      train_seconds=train_seconds,
+      eval_period=eval_period or total_steps,
+      checkpoint_period=checkpoint_period,
+      log_period=log_period,
+    )
+  checkpoints.close()
+  if final_eval_dataset is not None:
+    path = run_dir / f'eval_{final_eval_dataset.split}.json'
+    if not path.exists():
+      values, _ = evaluations[final_eval_dataset.split](state.params)
+      evaluate.write_results(
+        run_dir,
+        final_eval_dataset.split,
+        {'step': int(state.step), 'train_seconds': train_seconds, **values},
+      )
+      metrics_lib.say(
+        f'{final_eval_dataset.split}: {evaluate.format_metrics(values)}'
+      )
+  metrics_lib.say(f'Done: {run_dir}')
+
+
+def _loop(
+  train_step,
+  state,
+  teacher_params,
+  iterator,
+  *,
+  writer,
+  checkpoints,
+  evaluation,
+  mesh,
+  learning_rate,
+  total_steps,
+  train_seconds,
+  eval_period,
+  checkpoint_period,
+  log_period,
+):
+  """Runs steps up to total_steps; returns the state and the seconds spent.
+
+  The device is never waited for but to read the metrics of the step before
+  the one it works on. `train_seconds` counts neither compilation nor
+  evaluation.
+  """
+  first_step = int(state.step)
+  batch = partitioning.put_batch(next(iterator), mesh)
+  start = time.monotonic()
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  compiled = (
+    jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    .lower(state, teacher_params, batch)
+    .compile()
+  )
+  metrics_lib.say(f'Compiled the step in {time.monotonic() - start:.1f} s.')
+
+  log = _Log(writer, learning_rate, total_steps, first_step, log_period)
+  clock = time.monotonic()
+  for step in range(first_step + 1, total_steps + 1):
+    if batch is None:
+      batch = partitioning.put_batch(next(iterator), mesh)
+    state, step_metrics = compiled(state, teacher_params, batch)
+    batch = None
+    log.dispatched(step, step_metrics)
+    last = step == total_steps
+    evaluates = evaluation is not None and (last or step % eval_period == 0)
+    saves = last or step % checkpoint_period == 0
+    if not (evaluates or saves):
+      continue
+
+    log.flush()
+    train_seconds += time.monotonic() - clock
+    values = None
+    if evaluates:
+      values, table = evaluation(state.params)
+      writer.write(step, {f'validation/{k}': v for k, v in values.items()})
+      writer.text(step, 'samples', table)
+      metrics_lib.say(f'step {step}  {evaluate.format_metrics(values)}\n{table}')
+    if saves:
+      checkpoints.save(
+        state, iterator, train_seconds=train_seconds, metrics=values
+      )
+    clock = time.monotonic()
+    log.restart_clock()
+  log.close()
+  writer.close()
+  return state, train_seconds
+
+
+class _Log:
+  """Reads the metrics of a step after the next one was dispatched."""
+
+  def __init__(self, writer, learning_rate, total_steps, first_step, period):
+    self._writer = writer
+    self._learning_rate = learning_rate
+    self._period = period
+    self._progress = metrics_lib.Progress(total_steps, first_step, 10.0)
+    self._pending = None
+    self._window = []
+    self._on_policy = []
+    self.restart_clock()
+
+  def restart_clock(self):
+    self._clock = time.monotonic()
+
+  def dispatched(self, step, step_metrics):
+    self.flush()
+    self._pending = (step, step_metrics)
+
+  def flush(self):
+    """Waits for the pending step, if any, and logs it."""
+    if self._pending is None:
+      return
+    step, device_metrics = self._pending
+    self._pending = None
+    values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+    if not math.isfinite(values['loss']) or not math.isfinite(
+      values['grad_norm']
+    ):
+      raise FloatingPointError(
+        f'Step {step}: loss {values["loss"]}, gradient norm '
+        f'{values["grad_norm"]}. Nothing was saved since; lower LEARNING_RATE '
+        'or set MAX_GRAD_NORM, and start again: the run goes on from its last '
+        'checkpoint.'
+      )
+    self._window.append(values)
+    self._on_policy.append(values['on_policy'])
+    if step % self._period:
+      return
+    now = time.monotonic()
+    seconds, self._clock = now - self._clock, now
+    window, self._window = self._window, []
+    mean = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
+    tokens_per_second = mean['target_tokens'] * len(window) / seconds
+    self._writer.write(
+      step,
+      {
+        **{f'train/{k}': v for k, v in mean.items()},
+        'train/learning_rate': float(self._learning_rate(step - 1)),
+        'train/steps_per_second': len(window) / seconds,
+        'train/target_tokens_per_second': tokens_per_second,
+      },
+    )
+    self._progress.update(
+      step,
+      loss=mean['loss'],
+      on_policy=sum(self._on_policy) / len(self._on_policy),
+      tokens_per_second=tokens_per_second,
+    )
+
+  def close(self):
+    self._progress.close()
+
+
+def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:
+  spread = mesh.shape['data']
+  if num_microbatches < 1 or batch_size % (num_microbatches * spread):
+    raise ValueError(
+      f'BATCH_SIZE {batch_size} must be divisible by NUM_MICROBATCHES '
+      f'{num_microbatches} times the {spread} devices of the data axis.'
+    )
+
+
+def _check_same_config(run_dir: pathlib.Path, config: str) -> None:
+  """Refuses a folder that another experiment has written."""
+  path = run_dir / 'config.gin'
+  if not path.exists():
+    if run_dir.exists() and any(run_dir.glob('checkpoint_*')):
+      raise ValueError(
+        f'MODEL_DIR {run_dir} holds checkpoints but no config.gin: it is not '
+        'clear whose they are. Use another MODEL_DIR.'
+      )
+    return
+  was, now = _comparable(path.read_text()), _comparable(config)
+  if was != now:
+    changes = [
+      line
+      for line in difflib.unified_diff(was, now, lineterm='', n=0)
+      if line[0] in '+-' and line[:3] not in ('+++', '---')
+    ]
+    raise ValueError(
+      f'MODEL_DIR {run_dir} holds another run. Its config.gin (-) differs from '
+      'this one (+):\n  ' + '\n  '.join(changes[:10]) + '\nUse another '
+      'MODEL_DIR, or the same settings to go on with that run.'
+    )
+
+
+def _comparable(config: str) -> list[str]:
+  """Lines that must not change: all but comments and where the run lies."""
+  return [
+    line
+    for line in config.splitlines()
+    if line and not line.startswith(('#', 'MODEL_DIR ='))
+  ]
+
+
+def _save_manifest(run_dir: pathlib.Path, config: str) -> None:
+  """Writes config.gin and versions.json beside the checkpoints."""
+  run_dir.mkdir(parents=True, exist_ok=True)
+  (run_dir / 'config.gin').write_text(config)
+  versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
+  versions |= {
+    'python': platform.python_version(),
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'command': sys.argv,
+  }
+  (run_dir / 'versions.json').write_text(json.dumps(versions, indent=2) + '\n')
