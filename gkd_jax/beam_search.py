@@ -11,11 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.batch import EOS_ID
-from gkd_jax.batch import MASKED_LOGIT
-from gkd_jax.batch import PAD_ID
-from gkd_jax.sampler import Cache
-from gkd_jax.sampler import DecodeStep
+from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
+from gkd_jax.sampler import Cache, DecodeStep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ the model and its vocabulary. Orbax writes a checkpoint under another name and
 renames it when all of it is there.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,9 +94,7 @@ class Checkpoints:
       best_mode: 'min' or 'max'.
     """
     if best_mode not in ('min', 'max'):
-      raise ValueError(
-        f"BEST_MODE must be 'min' or 'max', got {best_mode!r}."
-      )
+      raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
     self._model = model
     keep = [checkpoint_managers.LatestN(n=1)]
     if best_metric is not None:
@@ -177,9 +175,7 @@ class Checkpoints:
       ),
     )
     state = TrainState(
-      jax.device_put(
-        jax.numpy.int32(step), abstract_state.step.sharding
-      ),
+      jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding),
       restored.params,
       restored.opt_state,
     )
@@ -206,8 +202,8 @@ def find(path: str | os.PathLike) -> pathlib.Path:
   if not steps:
     what = 'is not there' if not path.exists() else 'holds no checkpoint'
     raise ValueError(
-      f'{path} {what}. Give a run folder (a MODEL_DIR that has been trained) or '
-      f'one {_PREFIX}_<step> folder in it.'
+      f'{path} {what}. Give a run folder (a MODEL_DIR that has been trained) '
+      f'or one {_PREFIX}_<step> folder in it.'
     )
   return path / f'{_PREFIX}_{max(steps)}'
 

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a seqio task to batches and metrics. Importing this imports TensorFlow.
+"""From a seqio task to batches and metrics.
 
-Only this module and `tasks` do, and only the modules that run experiments
-import them.
+Only this module and `tasks` use seqio and TensorFlow. This one imports them
+when they are first used: they take 10 seconds, which a misspelt setting need
+not wait for.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
 import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib
 import os
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import seqio
-import tensorflow as tf
+from etils import epy
 
-from gkd_jax.batch import Batch
-from gkd_jax.batch import EOS_ID
-from gkd_jax.batch import PAD_ID
+from gkd_jax.batch import EOS_ID, PAD_ID, Batch
+
+with epy.lazy_imports():
+  import seqio
+  import tensorflow as tf
 
 _FEATURES = ('inputs', 'targets')
 
@@ -81,7 +83,11 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
     task = seqio.get_mixture_or_task(name)
   except ValueError as e:
     registered = sorted(
-      {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names(), *_our_tasks()}
+      {
+        *seqio.TaskRegistry.names(),
+        *seqio.MixtureRegistry.names(),
+        *_our_tasks(),
+      }
     )
     near = difflib.get_close_matches(name, registered, n=1)
     raise ValueError(
@@ -113,7 +119,8 @@ def check_not_empty(config: DatasetConfig) -> None:
   )
   if not list(ds.take(1)):
     raise ValueError(
-      f'Split {config.split!r} of task {config.mixture_or_task_name!r} is empty.'
+      f'Split {config.split!r} of task {config.mixture_or_task_name!r} is '
+      'empty.'
     )
 
 
@@ -296,12 +303,15 @@ class EvalDataset:
     )
     # seqio names the metric's class or function in the task's results.
     return {
-      name: float(value) for name, value in results.result()[self._task.name].items()
+      name: float(value)
+      for name, value in results.result()[self._task.name].items()
     }
 
   def decode(self, tokens: np.ndarray) -> list[str]:
     """Returns the texts of outputs [N, T], as the task postprocesses them."""
-    return [str(self.vocabulary.decode([int(t) for t in row])) for row in tokens]
+    return [
+      str(self.vocabulary.decode([int(t) for t in row])) for row in tokens
+    ]
 
   def examples(self) -> list[dict[str, str]]:
     """Returns {'inputs', 'targets'} of every example, as text."""

@@ -5,33 +5,32 @@ Task metrics on what a model writes (greedy, sampled, by beam search), and the
 divergences between the two on the dataset's outputs and on the student's own.
 """
 
-from collections.abc import Callable, Mapping
 import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from gkd_jax import beam_search
-from gkd_jax import checkpoint
-from gkd_jax import data
-from gkd_jax import divergences
+from gkd_jax import (
+  beam_search,
+  checkpoint,
+  data,
+  divergences,
+  objectives,
+  partitioning,
+  policies,
+  sampler,
+)
 from gkd_jax import metrics as metrics_lib
-from gkd_jax import objectives
-from gkd_jax import partitioning
-from gkd_jax import policies
-from gkd_jax import sampler
 from gkd_jax import step as step_lib
-from gkd_jax.batch import Batch
-from gkd_jax.batch import mask_unused_ids
-from gkd_jax.batch import Outputs
-from gkd_jax.model import abstract_params
-from gkd_jax.model import T5
+from gkd_jax.batch import Batch, Outputs, mask_unused_ids
+from gkd_jax.model import T5, abstract_params
 
 Params = Any
 Decoding = sampler.SamplerConfig | beam_search.BeamConfig
@@ -156,7 +155,7 @@ def make_score(
       student_params,
       inputs,
       jax.random.key(seed),
-      sampler.SamplerConfig(),
+      sampler.ANCESTRAL,
       row_ids_B=row_ids_B,
       max_decode_len=batch.decoder_target_tokens.shape[1],
       num_ids=num_ids,
@@ -175,9 +174,7 @@ def make_score(
     for row_ids_B, batch in dataset.batches():
       row_ids_B, batch = partitioning.put_batch((row_ids_B, batch), mesh)
       sums = score_batch(student_params, teacher_params, row_ids_B, batch)
-      totals = (
-        sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-      )
+      totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     return {
       f'{on}/{name}': float(total / sums['count'])
       for on, sums in totals.items()
@@ -339,9 +336,7 @@ def load_model(path: str, vocabulary: str, mesh: Mesh) -> tuple[T5, Params]:
   saved = checkpoint.describe(path)
   model = T5(saved.config)
   want = checkpoint.ModelDescription(saved.config, vocabulary)
-  return model, checkpoint.load_params(
-    path, want, abstract_params(model, mesh)
-  )
+  return model, checkpoint.load_params(path, want, abstract_params(model, mesh))
 
 
 def write_results(

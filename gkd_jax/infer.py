@@ -5,12 +5,8 @@ import json
 import os
 import pathlib
 
-from gkd_jax import checkpoint
-from gkd_jax import data
-from gkd_jax import evaluate
+from gkd_jax import checkpoint, data, evaluate, partitioning, sampler
 from gkd_jax import metrics as metrics_lib
-from gkd_jax import partitioning
-from gkd_jax import sampler
 
 
 def infer(

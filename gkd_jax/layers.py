@@ -9,10 +9,10 @@ Source: Raffel et al. (2020), arXiv:1910.10683; T5X, `t5x/examples/t5`.
 
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from gkd_jax.batch import MASKED_LOGIT
 
@@ -260,7 +260,9 @@ class Attention(nn.Module):
     out_BQHK = out_BHQK.swapaxes(1, 2)
     return self.out(out_BQHK.reshape(*x_BQD.shape[:2], -1))
 
-  def __call__(self, x_BQD: jax.Array, kv_BLD: jax.Array, **kwargs) -> jax.Array:
+  def __call__(
+    self, x_BQD: jax.Array, kv_BLD: jax.Array, **kwargs
+  ) -> jax.Array:
     """Attends from x [B, Q, D] to kv [B, L, D]; see `attend`."""
     return self.attend(x_BQD, *self.keys_values(kv_BLD), **kwargs)
 

@@ -16,7 +16,6 @@ Run modes:
 """
 
 import ast
-from collections.abc import Iterable, Sequence
 import difflib
 import importlib
 import inspect
@@ -24,10 +23,9 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Iterable, Sequence
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 
 # Run mode -> the function that gin configures and main calls.
 _RUN_MODES = {
@@ -176,11 +174,15 @@ def _quote_strings(binding: str) -> str:
 
 def _nearest_parameter(gin, message: str) -> str:
   """Returns a hint for gin's own message about an unknown name."""
-  if match := re.search(r"'(.+)' doesn't have a parameter named '(.+)'", message):
+  if match := re.search(
+    r"'(.+)' doesn't have a parameter named '(.+)'", message
+  ):
     function = gin.get_configurable(match[1])
     return _nearest(match[2], inspect.signature(function).parameters)
   if match := re.search(r"No configurable matching '(.+?)'", message):
-    bound = re.findall(r'^# Parameters for (?:.*/)?(.+):$', gin.config_str(), re.M)
+    bound = re.findall(
+      r'^# Parameters for (?:.*/)?(.+):$', gin.config_str(), re.M
+    )
     return _nearest(match[1], bound)
   return ''
 

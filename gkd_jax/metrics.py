@@ -12,7 +12,7 @@ import tqdm
 
 
 class MetricWriter:
-  """Appends scalars to `metrics.jsonl` and to a TensorBoard file in a folder."""
+  """Appends scalars to a folder's `metrics.jsonl` and TensorBoard file."""
 
   def __init__(self, run_dir: str | os.PathLike, first_step: int):
     """Opens both.

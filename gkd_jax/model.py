@@ -19,14 +19,12 @@ and by `head_params`, the parameters that `unembed` reads. All are called as
 import dataclasses
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from gkd_jax import layers
-from gkd_jax import partitioning
-from gkd_jax.batch import PAD_ID
-from gkd_jax.batch import shift_right
+from gkd_jax import layers, partitioning
+from gkd_jax.batch import PAD_ID, shift_right
 
 Params = Any
 
@@ -184,9 +182,7 @@ class EncoderLayer(_Layer):
   def __call__(self, x_BSD, bias, mask, deterministic):
     """Returns [B, S, D]."""
     h = self.pre_attention_layer_norm(x_BSD)
-    h = self.attention(
-      h, h, bias=bias, mask=mask, deterministic=deterministic
-    )
+    h = self.attention(h, h, bias=bias, mask=mask, deterministic=deterministic)
     x_BSD += self.dropout(h, deterministic=deterministic)
     h = self.mlp(self.pre_mlp_layer_norm(x_BSD), deterministic)
     return x_BSD + self.dropout(h, deterministic=deterministic)
@@ -279,7 +275,9 @@ class Encoder(nn.Module):
   def setup(self):
     c = self.config
     self.relpos_bias = _relpos_bias(c, bidirectional=True)
-    layer = nn.remat(EncoderLayer, static_argnums=(4,)) if c.remat else EncoderLayer
+    layer = (
+      nn.remat(EncoderLayer, static_argnums=(4,)) if c.remat else EncoderLayer
+    )
     self.layers = [layer(c) for _ in range(c.num_encoder_layers)]
     self.encoder_norm = layers.RMSNorm(c.dtype)
     self.dropout = _dropout(c)
@@ -302,7 +300,9 @@ class Decoder(nn.Module):
   def setup(self):
     c = self.config
     self.relpos_bias = _relpos_bias(c, bidirectional=False)
-    layer = nn.remat(DecoderLayer, static_argnums=(6,)) if c.remat else DecoderLayer
+    layer = (
+      nn.remat(DecoderLayer, static_argnums=(6,)) if c.remat else DecoderLayer
+    )
     self.layers = [layer(c) for _ in range(c.num_decoder_layers)]
     self.decoder_norm = layers.RMSNorm(c.dtype)
     self.dropout = _dropout(c)

@@ -10,9 +10,9 @@ projected to the vocabulary, compared and differentiated chunk by chunk.
 Source: Agarwal et al. (2024), arXiv:2306.13649, Eq. 2 to 4.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +25,7 @@ Head = Any  # parameters of a projection to the vocabulary
 Unembed = Callable[[Head, jax.Array], jax.Array]  # (head, [..., D]) -> [..., V]
 # Named quantities of each token: student logits [..., V], teacher logits
 # [..., V] or None, tokens [...] -> {name: [...]}. 'loss' is differentiated.
-Terms = Callable[
-  [jax.Array, jax.Array | None, jax.Array], dict[str, jax.Array]
-]
+Terms = Callable[[jax.Array, jax.Array | None, jax.Array], dict[str, jax.Array]]
 
 REDUCTIONS = ('sequence', 'token')
 
@@ -265,9 +263,7 @@ def _chunk_sums(terms, student_unembed, teacher_unembed, teacher_head, chunk):
   return sums
 
 
-def _chunks(
-  chunk_tokens, student_hidden, teacher_hidden, tokens, coefficients
-):
+def _chunks(chunk_tokens, student_hidden, teacher_hidden, tokens, coefficients):
   """Cuts [B, T, ...] along T: {name: [num_chunks, B, chunk_len, ...]}."""
   batch_size, length = tokens.shape
   chunk_len = min(length, max(1, chunk_tokens // batch_size))

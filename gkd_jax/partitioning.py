@@ -10,12 +10,10 @@ Source: T5X, `t5x/partitioning.py`, standard_logical_axis_rules.
 from collections.abc import Sequence
 from typing import Any
 
-from flax import linen as nn
 import jax
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AxisRules = Sequence[tuple[str, str | None]]
 

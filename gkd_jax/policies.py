@@ -8,17 +8,15 @@ in a gin file.
 Source: Agarwal et al. (2024), arXiv:2306.13649, Algorithm 1.
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import sampler
-from gkd_jax.batch import Batch
-from gkd_jax.batch import mask_unused_ids
-from gkd_jax.batch import Outputs
+from gkd_jax.batch import Batch, Outputs, mask_unused_ids
 
 
 class Written(NamedTuple):
@@ -120,9 +118,12 @@ def mixture(
     )
 
   def write_sequence(rng, batch, row_ids_B, *sample):
-    sampled_B = jax.vmap(
-      lambda row: jax.random.uniform(jax.random.fold_in(rng, row))
-    )(row_ids_B) < student_data_fraction
+    sampled_B = (
+      jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(rng, row)))(
+        row_ids_B
+      )
+      < student_data_fraction
+    )
     arguments = (rng, batch, row_ids_B, *sample)
     ours, theirs = student().write(*arguments), other.write(*arguments)
     return Written(

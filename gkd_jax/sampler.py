@@ -6,16 +6,14 @@ every row and returns the logits of the next. The logits it returns must give
 ids that may not occur (see `batch.mask_unused_ids`) a huge negative value.
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.batch import EOS_ID
-from gkd_jax.batch import MASKED_LOGIT
-from gkd_jax.batch import PAD_ID
+from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
 
 Cache = Any
 DecodeStep = Callable[[Cache, jax.Array], tuple[jax.Array, Cache]]
@@ -56,6 +54,7 @@ class SamplerConfig:
       )
 
 
+ANCESTRAL = SamplerConfig()  # from the model's own distribution
 GREEDY = SamplerConfig(temperature=0.0)
 
 
@@ -206,9 +205,7 @@ def _draw(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
   return (block_B * _BLOCK + within_B).astype(jnp.int32)
 
 
-def _find(
-  target_B: jax.Array, p_BN: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _find(target_B: jax.Array, p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the first index whose cumulative sum exceeds the target.
 
   Rounding may carry the target past every sum, or past one that only an entry

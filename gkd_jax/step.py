@@ -4,20 +4,16 @@
 Source: Agarwal et al. (2024), arXiv:2306.13649, Algorithm 1.
 """
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gkd_jax import objectives
-from gkd_jax import policies
-from gkd_jax import sampler
-from gkd_jax.batch import Batch
-from gkd_jax.batch import EOS_ID
-from gkd_jax.batch import Outputs
+from gkd_jax import objectives, policies, sampler
+from gkd_jax.batch import EOS_ID, Batch, Outputs
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -31,9 +27,7 @@ class TrainState(NamedTuple):
   opt_state: optax.OptState
 
 
-TrainStep = Callable[
-  [TrainState, Params, Batch], tuple[TrainState, Metrics]
-]
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
 def init_state(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a student: checks and builds everything, then runs the loop."""
 
-from collections.abc import Callable, Mapping
 import difflib
 import importlib.metadata
 import json
@@ -10,24 +9,29 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 import optax
 
-from gkd_jax import checkpoint
-from gkd_jax import data
-from gkd_jax import evaluate
+from gkd_jax import (
+  checkpoint,
+  data,
+  evaluate,
+  objectives,
+  partitioning,
+  policies,
+  sampler,
+)
 from gkd_jax import metrics as metrics_lib
-from gkd_jax import objectives
-from gkd_jax import partitioning
-from gkd_jax import policies
-from gkd_jax import sampler
 from gkd_jax import step as step_lib
-from gkd_jax.model import abstract_params
-from gkd_jax.model import count_params
-from gkd_jax.model import init_params
-from gkd_jax.model import T5
-from gkd_jax.model import T5Config
+from gkd_jax.model import (
+  T5,
+  T5Config,
+  abstract_params,
+  count_params,
+  init_params,
+)
 
 # Packages whose versions can change a result.
 _VERSIONS_OF = (
@@ -57,8 +61,8 @@ def train(
   teacher_checkpoint_path: str | None = None,
   max_grad_norm: float | None = None,
   num_microbatches: int = 1,
-  student_sampler: sampler.SamplerConfig = sampler.SamplerConfig(),
-  teacher_sampler: sampler.SamplerConfig = sampler.SamplerConfig(),
+  student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   max_decode_len: int | None = None,
   mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
   eval_dataset: data.DatasetConfig | None = None,
@@ -304,7 +308,9 @@ def _loop(
       values, table = evaluation(state.params)
       writer.write(step, {f'validation/{k}': v for k, v in values.items()})
       writer.text(step, 'samples', table)
-      metrics_lib.say(f'step {step}  {evaluate.format_metrics(values)}\n{table}')
+      metrics_lib.say(
+        f'step {step}  {evaluate.format_metrics(values)}\n{table}'
+      )
     if saves:
       checkpoints.save(
         state, iterator, train_seconds=train_seconds, metrics=values

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models and batches: quick to compile, and no two sizes alike."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax.batch import Batch
+from gkd_jax.model import T5, T5Config, init_params
+
+VOCAB_SIZE = 24
+NUM_IDS = 19  # of the tokenizer, so to speak; the rest fills the embedding up
+
+
+def config(version='1.1', **changes) -> T5Config:
+  """A T5 with num_heads * head_dim != emb_dim, to tell the two apart."""
+  shape = {
+    'vocab_size': VOCAB_SIZE,
+    'emb_dim': 16,
+    'num_heads': 2,
+    'head_dim': 6,
+    'mlp_dim': 20,
+    'num_encoder_layers': 1,
+    'num_decoder_layers': 1,
+    'mlp_activations': {'1.0': ('relu',), '1.1': ('gelu', 'linear')}[version],
+    'logits_via_embedding': version == '1.0',
+  }
+  return T5Config(**(shape | changes))
+
+
+def params(model: T5, seed: int):
+  """Random parameters, no norm's scale left at 1."""
+  fresh = init_params(model, jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: x + jnp.float32(0.2 * rng.standard_normal(x.shape)), fresh
+  )
+
+
+def model_and_params(seed: int, version='1.1', **changes):
+  model = T5(config(version, **changes))
+  return model, params(model, seed)
+
+
+def tokens(seed: int, lengths, max_len: int) -> np.ndarray:
+  """Random ids [len(lengths), max_len], EOS last, pad after it."""
+  rng = np.random.default_rng(seed)
+  rows = np.zeros((len(lengths), max_len), np.int32)
+  for row, length in zip(rows, lengths, strict=True):
+    row[:length] = rng.integers(2, NUM_IDS, length)
+    row[length - 1] = 1
+  return rows
+
+
+def batch(
+  seed: int = 0,
+  input_lengths=(7, 3, 5, 6),
+  target_lengths=(5, 2, 6, 4),
+  max_input_len: int = 7,
+  max_target_len: int = 6,
+) -> Batch:
+  """A batch of rows of different lengths."""
+  targets = tokens(seed + 1, target_lengths, max_target_len)
+  return Batch(
+    jnp.asarray(tokens(seed, input_lengths, max_input_len)),
+    jnp.asarray(targets),
+    jnp.float32(targets != 0),
+  )
+
+
+def on_simulated_devices(num_devices: int, module: str, function: str):
+  """Calls module.function() in a process that sees so many CPU devices.
+
+  The number of devices is fixed when JAX starts, hence another process.
+
+  Returns:
+    What the function returned.
+  """
+  code = (
+    'import pickle, sys\n'
+    f'from {module} import {function}\n'
+    f'sys.stdout.buffer.write(pickle.dumps({function}()))'
+  )
+  flags = f'--xla_force_host_platform_device_count={num_devices}'
+  finished = subprocess.run(
+    [sys.executable, '-c', code],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+    stdout=subprocess.PIPE,
+    check=True,
+  )
+  return pickle.loads(finished.stdout)
