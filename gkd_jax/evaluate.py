@@ -119,8 +119,9 @@ def make_score(
   """
 
   def terms(student_logits, teacher_logits, tokens):
-    student_logits = mask_unused_ids(student_logits, num_ids)
-    teacher_logits = mask_unused_ids(teacher_logits, num_ids)
+    student_logits, teacher_logits = objectives.comparable_logits(
+      student_logits, teacher_logits, num_ids
+    )
     return {
       'nll': objectives.negative_log_likelihood(student_logits, tokens),
       **{

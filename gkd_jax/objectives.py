@@ -102,11 +102,15 @@ class Objective:
     """Returns 'loss' and its parts for each token, in nats."""
 
     def terms(student_logits, teacher_logits, tokens):
-      student_logits = mask_unused_ids(student_logits, num_ids)
+      if self.needs_teacher:
+        student_logits, teacher_logits = comparable_logits(
+          student_logits, teacher_logits, num_ids
+        )
+      else:
+        student_logits = mask_unused_ids(student_logits, num_ids)
       out = {'nll': negative_log_likelihood(student_logits, tokens)}
       loss = self.likelihood_weight * out['nll']
       if self.needs_teacher:
-        teacher_logits = mask_unused_ids(teacher_logits, num_ids)
         out['divergence'] = self.divergence(
           teacher_logits=teacher_logits / self.teacher_temperature,
           student_logits=student_logits,
@@ -115,6 +119,29 @@ class Objective:
       return {'loss': loss, **out}
 
     return terms
+
+
+def comparable_logits(
+  student_logits: jax.Array, teacher_logits: jax.Array, num_ids: int
+) -> tuple[jax.Array, jax.Array]:
+  """Masks the unused ids of both, and cuts them to one width.
+
+  Embeddings of one vocabulary may be padded to different sizes (T5's 32100 ids
+  to 32100 or 32128); what is cut off has probability 0.
+
+  Args:
+    student_logits: [..., V].
+    teacher_logits: [..., V'].
+    num_ids: size of the vocabulary, at most V and V'.
+
+  Returns:
+    Both, [..., min(V, V')].
+  """
+  width = min(student_logits.shape[-1], teacher_logits.shape[-1])
+  return (
+    mask_unused_ids(student_logits[..., :width], num_ids),
+    mask_unused_ids(teacher_logits[..., :width], num_ids),
+  )
 
 
 def negative_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:

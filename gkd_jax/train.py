@@ -241,7 +241,10 @@ def train(
   if final_eval_dataset is not None:
     path = run_dir / f'eval_{final_eval_dataset.split}.json'
     if not path.exists():
-      values, _ = evaluations[final_eval_dataset.split](state.params)
+      # The teacher's own test metrics are those of its own run.
+      values, _ = evaluations[final_eval_dataset.split](
+        state.params, with_teacher=False
+      )
       evaluate.write_results(
         run_dir,
         final_eval_dataset.split,

@@ -155,7 +155,7 @@ def test_attention_dropout_drops_the_same_keys_for_every_query():
   np.testing.assert_array_equal(dropped_QL, np.tile(dropped_QL[0], (4, 1)))
 
 
-def test_hidden_states_times_kernel_are_summed_in_float32():
+def test_logits_are_summed_in_float32_under_bfloat16():
   dense = layers.LogitsDense(vocab_size=3, dtype='bfloat16')
   # bfloat16 has 8 bits: 256 + 1 would be 256 again.
   params = {'kernel': jnp.ones((2, 3))}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models and batches: quick to compile, and no two sizes alike."""
 
+import functools
 import os
 import pickle
 import subprocess
@@ -34,17 +35,38 @@ def config(version='1.1', **changes) -> T5Config:
 
 
 def params(model: T5, seed: int):
-  """Random parameters, no norm's scale left at 1."""
-  fresh = init_params(model, jax.random.key(seed))
+  """Random parameters of the usual size, no norm's scale left at 1.
+
+  Made with NumPy: to initialise a model would take longer than most tests do.
+  """
   rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda x: x + jnp.float32(0.2 * rng.standard_normal(x.shape)), fresh
-  )
+
+  def draw(path, leaf):
+    noise = rng.standard_normal(leaf.shape)
+    kind = path[-1].key
+    if kind == 'scale':
+      return jnp.float32(1.0 + 0.2 * noise)
+    if kind == 'kernel':
+      noise /= leaf.shape[0] ** 0.5
+    return jnp.float32(noise)
+
+  return jax.tree_util.tree_map_with_path(draw, _shapes(model))
+
+
+@functools.cache
+def _shapes(model: T5):
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def model_and_params(seed: int, version='1.1', **changes):
   model = T5(config(version, **changes))
   return model, params(model, seed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model: T5, params, inputs, targets):
+  """Teacher-forced logits [B, T, V]."""
+  return model.apply({'params': params}, inputs, targets)
 
 
 def tokens(seed: int, lengths, max_len: int) -> np.ndarray:

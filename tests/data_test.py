@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import io
+import itertools
+import time
+
+import numpy as np
+import pytest
+import sentencepiece
+import seqio
+
+from gkd_jax import data
+from gkd_jax.tasks import cmudict_g2p
+from tests import conftest
+
+LENGTHS = conftest.LENGTHS
+NUM_TRAIN = conftest.NUM_LETTERS['train']
+
+
+@pytest.fixture
+def train_config(letters):
+  return data.DatasetConfig(letters, LENGTHS, batch_size=8)
+
+
+@pytest.fixture
+def validation(letters):
+  """10 examples in batches of 4."""
+  config = data.DatasetConfig(
+    letters, LENGTHS, batch_size=4, split='validation', shuffle=False
+  )
+  return data.EvalDataset(config)
+
+
+def take(iterator, num_batches):
+  return list(itertools.islice(iterator, num_batches))
+
+
+def words(batches, vocabulary=seqio.ByteVocabulary()):
+  """What the inputs of some batches say, row by row."""
+  return [
+    vocabulary.decode([int(t) for t in row])
+    for batch in batches
+    for row in batch.encoder_input_tokens
+  ]
+
+
+def assert_equal(batches, others):
+  for batch, other in zip(batches, others, strict=True):
+    for x, y in zip(batch, other, strict=True):
+      np.testing.assert_array_equal(x, y)
+
+
+# --- Training batches -------------------------------------------------------
+
+
+def test_a_batch_has_the_shapes_and_dtypes_it_is_documented_with(train_config):
+  batch = next(data.TrainIterator(train_config, seed=0))
+
+  shapes = {
+    name: (x.shape, x.dtype.name) for name, x in batch._asdict().items()
+  }
+  assert shapes == {
+    'encoder_input_tokens': ((8, 6), 'int32'),
+    'decoder_target_tokens': ((8, 7), 'int32'),
+    'decoder_loss_weights': ((8, 7), 'float32'),
+  }
+
+
+def test_inputs_and_targets_are_the_tasks_texts_with_eos(train_config):
+  batch = next(data.TrainIterator(train_config, seed=0))
+
+  vocabulary = seqio.ByteVocabulary()
+  for inputs, targets, word in zip(
+    batch.encoder_input_tokens,
+    batch.decoder_target_tokens,
+    words([batch]),
+    strict=True,
+  ):
+    want = [*vocabulary.encode(word), 1]
+    assert inputs.tolist() == want + [0] * (6 - len(want))
+    want = [*vocabulary.encode(word[::-1]), 1]
+    assert targets.tolist() == want + [0] * (7 - len(want))
+
+
+def test_weights_cover_eos_and_nothing_after(train_config):
+  batch = next(data.TrainIterator(train_config, seed=0))
+
+  for targets, weights in zip(
+    batch.decoder_target_tokens, batch.decoder_loss_weights, strict=True
+  ):
+    length = targets.tolist().index(1) + 1
+    assert weights.tolist() == [1.0] * length + [0.0] * (7 - length)
+
+
+def test_too_long_targets_are_cut_and_still_end_in_eos(train_config):
+  short = dataclasses.replace(
+    train_config, task_feature_lengths={'inputs': 6, 'targets': 3}
+  )
+
+  batch = next(data.TrainIterator(short, seed=0))
+
+  assert (batch.decoder_target_tokens == 1).sum(axis=1).tolist() == [1] * 8
+  assert batch.decoder_loss_weights.all(axis=1).any()  # some were cut
+
+
+def test_the_seed_determines_the_order(train_config):
+  first, again, other = (
+    words(take(data.TrainIterator(train_config, seed=seed), 8))
+    for seed in (3, 3, 4)
+  )
+
+  assert first == again
+  assert first != other
+
+
+def test_an_epoch_has_every_example_once_and_the_next_another_order(
+  train_config,
+):
+  rows = words(take(data.TrainIterator(train_config, seed=0), 12))
+
+  first, second = rows[:NUM_TRAIN], rows[NUM_TRAIN:]
+  assert sorted(first) == sorted(conftest.letter_words('train'))
+  assert sorted(second) == sorted(first)
+  assert second != first
+
+
+def test_without_shuffling_the_order_is_the_sources(train_config):
+  config = dataclasses.replace(train_config, shuffle=False)
+
+  rows = words(take(data.TrainIterator(config, seed=0), 6))
+
+  assert rows == conftest.letter_words('train')
+
+
+@pytest.mark.parametrize('num_shards', [2, 4])
+def test_shards_are_disjoint_and_complete(train_config, num_shards):
+  shards = [
+    data.TrainIterator(train_config, seed=0, shard=i, num_shards=num_shards)
+    for i in range(num_shards)
+  ]
+
+  # The batch is the global one: 6 steps are an epoch, whatever the shards.
+  batches = [take(shard, 6) for shard in shards]
+
+  assert {b.encoder_input_tokens.shape for b in batches[0]} == {
+    (8 // num_shards, 6)
+  }
+  rows = [word for shard in batches for word in words(shard)]
+  assert sorted(rows) == sorted(conftest.letter_words('train'))
+
+
+# --- Saving the position ----------------------------------------------------
+
+
+@pytest.mark.parametrize('num_before', [0, 2, 7])  # 6 are an epoch
+def test_a_restored_iterator_goes_on_as_the_saved_one(
+  train_config, tmp_path, num_before
+):
+  saved = data.TrainIterator(train_config, seed=0)
+  take(saved, num_before)
+  time.sleep(0.2)  # let it read ahead: that must neither be lost nor repeated
+  saved.save(tmp_path)
+
+  restored = data.TrainIterator(train_config, seed=0)
+  take(restored, 1)
+  restored.restore(tmp_path)
+
+  assert_equal(take(restored, 8), take(saved, 8))
+
+
+def test_a_position_of_another_number_of_hosts_is_refused(
+  train_config, tmp_path
+):
+  data.TrainIterator(train_config, seed=0).save(tmp_path)
+  one_of_two = data.TrainIterator(train_config, seed=0, shard=0, num_shards=2)
+
+  with pytest.raises(ValueError, match='another number of hosts'):
+    one_of_two.restore(tmp_path)
+
+
+# --- Evaluation -------------------------------------------------------------
+
+
+def test_the_last_batch_is_filled_up_with_rows_of_weight_0(validation):
+  rows, batches = zip(*validation.batches(), strict=True)
+
+  assert [batch.decoder_target_tokens.shape for batch in batches] == [(4, 7)] * 3
+  assert np.concatenate(rows).tolist() == list(range(12))
+  has_weight = [b.decoder_loss_weights.any(axis=1).tolist() for b in batches]
+  assert has_weight == [[True] * 4, [True] * 4, [True, True, False, False]]
+
+
+def test_all_examples_are_there_in_order(validation):
+  want = conftest.letter_words('validation')
+
+  assert len(validation) == 10
+  assert validation.examples() == [
+    {'inputs': word, 'targets': word[::-1]} for word in want
+  ]
+
+
+def test_what_is_written_for_the_filling_is_dropped(validation):
+  def write(rows, batch):
+    assert len(rows) == len(batch.encoder_input_tokens) == 4
+    return np.repeat(rows[:, None], 7, axis=1)
+
+  tokens = validation.predict(write)
+
+  assert tokens[:, 0].tolist() == list(range(10))
+
+
+def test_perfect_outputs_have_perfect_metrics(validation):
+  tokens = validation.predict(lambda _, batch: batch.decoder_target_tokens)
+
+  assert validation.metrics(tokens) == {'error': 0.0}
+
+
+def test_each_output_is_scored_against_its_own_target(validation):
+  tokens = validation.predict(lambda _, batch: batch.decoder_target_tokens)
+
+  # The words differ: moved by one row, all are wrong; 3 of 10 spoilt, 3 are.
+  moved = validation.metrics(np.roll(tokens, 1, axis=0))
+  spoilt = tokens.copy()
+  spoilt[[0, 4, 9], 0] = 50
+  some = validation.metrics(spoilt)
+
+  assert moved == {'error': 100.0}
+  assert some == {'error': 30.0}
+
+
+def test_what_follows_eos_does_not_count(validation):
+  tokens = validation.predict(lambda _, batch: batch.decoder_target_tokens)
+  ended = (tokens == 1).cumsum(axis=1) > 0
+
+  junk = np.where(ended & (tokens != 1), 50, tokens)
+
+  assert (junk != tokens).any()
+  assert validation.metrics(junk) == {'error': 0.0}
+
+
+def test_num_examples_takes_the_first(letters):
+  config = data.DatasetConfig(
+    letters, LENGTHS, batch_size=4, split='validation', num_examples=3
+  )
+
+  examples = data.EvalDataset(config).examples()
+
+  assert [e['inputs'] for e in examples] == conftest.letter_words('validation')[
+    :3
+  ]
+
+
+def test_any_of_several_references_is_right():
+  config = data.DatasetConfig(
+    'cmudict_g2p',
+    {'inputs': 16, 'targets': 16},
+    batch_size=32,
+    split='validation',
+    num_examples=96,
+  )
+  dataset = data.EvalDataset(config)
+  of = cmudict_g2p.pronunciations()
+  told = [e['inputs'] for e in dataset.examples()]
+  several = sum(len(of[word]) > 1 for word in told)
+  assert several > 3
+
+  last = [dataset.vocabulary.encode(of[word][-1]) + [1] for word in told]
+  tokens = np.array([row + [0] * (16 - len(row)) for row in last])
+  metrics = dataset.metrics(tokens)
+
+  assert metrics == {'wer': 0.0, 'per': 0.0}
+  # They are not the targets, which are the first ones.
+  targets = dataset.predict(lambda _, batch: batch.decoder_target_tokens)
+  assert (tokens != targets).any(axis=1).sum() == several
+
+
+# --- What is refused --------------------------------------------------------
+
+
+def test_an_unregistered_task_is_refused_with_the_nearest_name():
+  config = data.DatasetConfig('cmudict_gp2', LENGTHS, batch_size=8)
+
+  with pytest.raises(ValueError, match="Did you mean 'cmudict_g2p'") as error:
+    data.TrainIterator(config, seed=0)
+
+  # It says which there are, even those not imported yet, and what to do.
+  assert 'arithmetic_cot' in str(error.value)
+  assert 'MIXTURE_OR_TASK_MODULE' in str(error.value)
+
+
+def test_a_module_that_is_not_there_is_refused_by_name(letters):
+  config = data.DatasetConfig(
+    letters, LENGTHS, batch_size=8, mixture_or_task_module='my_tasks.riddles'
+  )
+
+  with pytest.raises(ValueError, match="MIXTURE_OR_TASK_MODULE.*'my_tasks"):
+    data.get_task(config)
+
+
+def test_an_error_inside_the_module_is_not_hidden(
+  letters, tmp_path, monkeypatch
+):
+  (tmp_path / 'tasks_with_a_bug.py').write_text('import no_such_package')
+  monkeypatch.syspath_prepend(tmp_path)
+  config = data.DatasetConfig(
+    letters, LENGTHS, batch_size=8, mixture_or_task_module='tasks_with_a_bug'
+  )
+
+  with pytest.raises(ModuleNotFoundError, match='no_such_package'):
+    data.get_task(config)
+
+
+def test_the_module_of_ones_own_task_is_imported(tmp_path, monkeypatch):
+  (tmp_path / 'my_own_tasks.py').write_text(
+    'from tests import conftest\n'
+    "conftest.register('my_own', conftest.letter_words)\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  config = data.DatasetConfig(
+    'my_own', LENGTHS, batch_size=8, mixture_or_task_module='my_own_tasks'
+  )
+
+  batch = next(data.TrainIterator(config, seed=0))
+
+  assert set(words([batch])) <= set(conftest.letter_words('train'))
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(letters):
+  config = data.DatasetConfig(letters, LENGTHS, batch_size=8, split='valid')
+
+  with pytest.raises(
+    ValueError, match="no split 'valid'.*empty, test, train, validation"
+  ):
+    data.EvalDataset(config)
+
+
+def test_an_empty_split_is_refused(letters):
+  config = data.DatasetConfig(letters, LENGTHS, batch_size=8, split='empty')
+
+  with pytest.raises(ValueError, match="'empty' of task 'letters' is empty"):
+    data.check_not_empty(config)
+  with pytest.raises(ValueError, match="'empty' of task 'letters' is empty"):
+    data.EvalDataset(config)
+
+
+def test_a_split_with_examples_is_not_called_empty(train_config):
+  data.check_not_empty(train_config)
+
+
+def test_a_task_without_metrics_cannot_be_evaluated():
+  name = conftest.register('no_metrics', conftest.letter_words, metric_fns=[])
+  config = data.DatasetConfig(name, LENGTHS, batch_size=8, split='validation')
+
+  with pytest.raises(ValueError, match="'no_metrics' has no metric_fns"):
+    data.EvalDataset(config)
+
+
+def test_a_mixture_of_tasks_can_be_trained_on_but_not_evaluated(letters):
+  other = conftest.register('more_letters', conftest.letter_words)
+  seqio.MixtureRegistry.add('both', [letters, other], default_rate=1.0)
+  config = data.DatasetConfig('both', LENGTHS, batch_size=8, split='validation')
+
+  next(data.TrainIterator(config, seed=0))
+  with pytest.raises(ValueError, match='mixture of several tasks'):
+    data.EvalDataset(config)
+
+
+def test_different_vocabularies_for_inputs_and_targets_are_refused():
+  features = {
+    'inputs': seqio.Feature(seqio.ByteVocabulary(extra_ids=7)),
+    'targets': seqio.Feature(seqio.ByteVocabulary()),
+  }
+  name = conftest.register(
+    'two_vocabularies', conftest.letter_words, output_features=features
+  )
+  config = data.DatasetConfig(name, LENGTHS, batch_size=8)
+
+  with pytest.raises(ValueError, match='different vocabularies'):
+    data.get_vocabulary(config)
+
+
+def test_a_vocabulary_whose_eos_is_not_t5s_is_refused():
+  feature = seqio.Feature(seqio.PassThroughVocabulary(size=9, eos_id=3))
+  name = conftest.register(
+    'odd_eos',
+    conftest.letter_words,
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  config = data.DatasetConfig(name, LENGTHS, batch_size=8)
+
+  with pytest.raises(ValueError, match=r'ids \(0, 3\); T5 needs \(0, 1\)'):
+    data.get_vocabulary(config)
+
+
+def test_a_task_without_targets_is_refused():
+  feature = seqio.Feature(seqio.ByteVocabulary())
+  name = conftest.register(
+    'no_targets', conftest.letter_words, output_features={'inputs': feature}
+  )
+  config = data.DatasetConfig(name, LENGTHS, batch_size=8)
+
+  with pytest.raises(ValueError, match=r"no output feature \['targets'\]"):
+    data.get_task(config)
+
+
+@pytest.mark.parametrize(
+  'lengths',
+  [
+    {'inputs': 6},
+    {'inputs': 6, 'targets': 7, 'hints': 8},
+    {'inputs': 6, 'targets': 0},
+    {'inputs': 6, 'targets': '7'},
+    {'inputs': 6, 'targets': None},
+  ],
+)
+def test_wrong_feature_lengths_are_refused(lengths):
+  with pytest.raises(ValueError, match='TASK_FEATURE_LENGTHS must be'):
+    data.DatasetConfig('letters', lengths, batch_size=8)
+
+
+@pytest.mark.parametrize('batch_size', [0, -8, '64', 6.4])
+def test_a_batch_size_that_is_no_positive_whole_number_is_refused(batch_size):
+  with pytest.raises(ValueError, match='BATCH_SIZE must be'):
+    data.DatasetConfig('letters', LENGTHS, batch_size=batch_size)
+
+
+# --- Descriptions of vocabularies ---------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def sentencepiece_models(tmp_path_factory):
+  """Three vocabularies of one size; the first two are equal."""
+  folder = tmp_path_factory.mktemp('vocabularies')
+  paths = []
+  for i, text in enumerate(('ab', 'ab', 'cd')):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([text] * 9),
+      model_writer=model,
+      model_type='char',
+      vocab_size=6,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      minloglevel=2,
+    )
+    paths.append(folder / f'{i}.model')
+    paths[-1].write_bytes(model.getvalue())
+  return paths
+
+
+def test_equal_vocabularies_have_equal_descriptions(sentencepiece_models):
+  one, same, _ = (
+    seqio.SentencePieceVocabulary(str(path)) for path in sentencepiece_models
+  )
+
+  assert data.describe_vocabulary(one) == data.describe_vocabulary(same)
+
+
+def test_different_vocabularies_of_one_size_have_different_descriptions(
+  sentencepiece_models,
+):
+  one, _, other = (
+    seqio.SentencePieceVocabulary(str(path)) for path in sentencepiece_models
+  )
+
+  assert one.vocab_size == other.vocab_size
+  assert data.describe_vocabulary(one) != data.describe_vocabulary(other)
+
+
+def test_vocabularies_of_different_sizes_have_different_descriptions():
+  bytes_alone = data.describe_vocabulary(seqio.ByteVocabulary(extra_ids=0))
+
+  assert bytes_alone == 'ByteVocabulary 259 ids'
+  assert bytes_alone != data.describe_vocabulary(seqio.ByteVocabulary())
