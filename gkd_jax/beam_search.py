@@ -33,6 +33,12 @@ class BeamConfig:
       raise ValueError(
         f'BeamConfig.num_beams must be at least 1, got {self.num_beams}.'
       )
+    if self.alpha < 0.0:
+      # The rule of stopping takes the penalty to grow with the length.
+      raise ValueError(
+        f'BeamConfig.alpha must not be negative, got {self.alpha}. Use 0 for '
+        'no length penalty.'
+      )
 
 
 class Beams(NamedTuple):
@@ -74,7 +80,8 @@ def beam_search(
 
   Returns:
     `Beams`, best first. A row none of whose hypotheses ended within T returns
-    its unended ones.
+    its unended ones. Where fewer than `num_beams` were found, the scores of the
+    rest are near MASKED_LOGIT.
   """
   width = config.num_beams
 

@@ -9,6 +9,7 @@ renames it when all of it is there.
 
 import dataclasses
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Sequence
@@ -96,11 +97,14 @@ class Checkpoints:
     if best_mode not in ('min', 'max'):
       raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
     self._model = model
+    self._best_metric = best_metric
     keep = [checkpoint_managers.LatestN(n=1)]
+    value = None
     if best_metric is not None:
+      value = operator.itemgetter(best_metric)
       keep.append(
         checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics[best_metric],
+          get_metric_fn=value,
           reverse=best_mode == 'min',
           n=1,
           keep_checkpoints_without_metrics=False,
@@ -110,6 +114,9 @@ class Checkpoints:
       pathlib.Path(run_dir).absolute(),
       options=ocp.CheckpointManagerOptions(
         step_prefix=_PREFIX,
+        # The policy decides. Without best_fn no metrics would be saved, and a
+        # run that goes on would not know which of its checkpoints is the best.
+        best_fn=value,
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=True,
       ),
@@ -131,6 +138,11 @@ class Checkpoints:
     step = int(state.step)
     if step == self.latest_step():
       return
+    if metrics and self._best_metric not in (None, *metrics):
+      raise ValueError(
+        f'BEST_METRIC {self._best_metric!r} is none of the validation metrics: '
+        f'{", ".join(metrics)}.'
+      )
     self._manager.save(
       step,
       args=ocp.args.Composite(

@@ -178,7 +178,7 @@ def _run(jobs: Sequence[Job], folder: pathlib.Path, num_parallel: int) -> None:
     metrics_lib.say(f'{len(done)} of {len(jobs)} runs are done already.')
   environment = {
     # Runs of one comparison compile much the same programs.
-    'JAX_COMPILATION_CACHE_DIR': str(folder / '.compilation_cache'),
+    'JAX_COMPILATION_CACHE_DIR': str(folder.absolute() / 'compilation_cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     **os.environ,
   }

@@ -63,8 +63,10 @@ class DatasetConfig:
         "TASK_FEATURE_LENGTHS must be {'inputs': tokens, 'targets': tokens} "
         f'with positive whole numbers, got {lengths}.'
       )
-    if self.batch_size < 1:
-      raise ValueError(f'BATCH_SIZE must be positive, got {self.batch_size}.')
+    if not isinstance(self.batch_size, int) or self.batch_size < 1:
+      raise ValueError(
+        f'BATCH_SIZE must be a positive whole number, got {self.batch_size!r}.'
+      )
 
 
 def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
@@ -72,11 +74,20 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
   Raises:
     ValueError: it is not registered, lacks the split, or has none of the
-      features of an encoder-decoder.
+      features of an encoder-decoder; or there is no such module.
   """
   name = config.mixture_or_task_name
-  if config.mixture_or_task_module:
-    importlib.import_module(config.mixture_or_task_module)
+  if module := config.mixture_or_task_module:
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as e:
+      if e.name is None or not f'{module}.'.startswith(f'{e.name}.'):
+        raise  # it is there, and lacks something itself
+      raise ValueError(
+        f'MIXTURE_OR_TASK_MODULE: there is no Python module {module!r}. It is '
+        'looked for where Python is started, on PYTHONPATH, and among the '
+        'installed packages.'
+      ) from e
   elif _comes_with_us(name):
     importlib.import_module(f'gkd_jax.tasks.{name}')
   try:

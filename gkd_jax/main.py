@@ -23,6 +23,7 @@ import os
 import pathlib
 import re
 import sys
+import tokenize
 from collections.abc import Iterable, Sequence
 
 from absl import app, flags, logging
@@ -127,8 +128,10 @@ def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
       )
   try:
     gin.parse_config_files_and_bindings(files, bindings)
-  except (ValueError, SyntaxError) as e:
-    raise ValueError(f'{e}{_nearest_parameter(gin, str(e))}') from e
+  except (ValueError, SyntaxError, tokenize.TokenError) as e:
+    # gin may add the whole configuration: it helps nobody to see it here.
+    message = str(e).split(' in config string: ')[0]
+    raise ValueError(f'{message}{_nearest_name(gin, message)}') from e
   config = gin.config_str()
   defined = set(re.findall(r'^([A-Za-z_]\w*) =', config, re.MULTILINE))
   used = set(re.findall(r'%([A-Za-z_]\w*)', config))
@@ -163,7 +166,7 @@ def _quote_strings(binding: str) -> str:
   name, value = name.strip(), value.strip()
   if not equals or not name:
     raise ValueError(f'{binding!r} is not of the form NAME=VALUE.')
-  is_reference = re.fullmatch(r'[\[({]?.*[@%]\w.*', value)
+  is_reference = re.match(r'[@%]\w|[\[({].*[@%]\w', value)
   if not is_reference:
     try:
       ast.literal_eval(value)
@@ -172,18 +175,28 @@ def _quote_strings(binding: str) -> str:
   return f'{name} = {value}'
 
 
-def _nearest_parameter(gin, message: str) -> str:
+def _nearest_name(gin, message: str) -> str:
   """Returns a hint for gin's own message about an unknown name."""
   if match := re.search(
     r"'(.+)' doesn't have a parameter named '(.+)'", message
   ):
     function = gin.get_configurable(match[1])
+    if inspect.isclass(function):  # gin hides what the class is called with
+      function = function.__init__
     return _nearest(match[2], inspect.signature(function).parameters)
-  if match := re.search(r"No configurable matching '(.+?)'", message):
+  if match := re.search(r"No bindings specified for '(.+)/gin.macro'", message):
+    defined = re.findall(r'^(\w+) =', gin.config_str(), re.MULTILINE)
+    return '.' + _nearest(match[1], defined)
+  if match := re.search(
+    r"No configurable matching (?:reference '@)?'?(?:.*/)?([\w.]+)", message
+  ):
     bound = re.findall(
       r'^# Parameters for (?:.*/)?(.+):$', gin.config_str(), re.M
     )
-    return _nearest(match[1], bound)
+    package = match[1].rpartition('.')[0]
+    module = sys.modules.get(f'gkd_jax.{package}', sys.modules.get(package))
+    others = [f'{package}.{name}' for name in vars(module)] if module else []
+    return _nearest(match[1], [*bound, *others])
   return ''
 
 

@@ -67,7 +67,19 @@ def make_train_step(
       `state.step` it determines them all.
     num_microbatches: parts the batch is worked through in, to save memory.
       Changes nothing else, up to rounding and dropout masks.
+
+  Raises:
+    ValueError: the likelihood of outputs that the student writes would be
+      maximised.
   """
+  if objective.likelihood_weight > 0.0 and policy.student_data_fraction > 0.0:
+    raise ValueError(
+      f'likelihood_weight is {objective.likelihood_weight}, and '
+      f'student_data_fraction {policy.student_data_fraction}: to make outputs '
+      'likely that the student wrote would teach it its own mistakes. Set '
+      'LIKELIHOOD_WEIGHT = 0.0, or STUDENT_DATA_FRACTION = 0.0 to learn from '
+      "the dataset's outputs alone."
+    )
 
   def microbatch_sums(params, teacher_params, batch, row_ids_B, rngs):
     """Returns the loss summed, not yet divided, and all metric sums."""

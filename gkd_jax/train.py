@@ -144,7 +144,9 @@ def train(
   description = checkpoint.ModelDescription(
     student, data.describe_vocabulary(vocabulary)
   )
-  data.check_not_empty(train_dataset)
+  for dataset in (train_dataset, eval_dataset, final_eval_dataset):
+    if dataset is not None:
+      data.check_not_empty(dataset)
   model = T5(student)
   abstract = abstract_params(model, device_mesh)
   tx = optimizer(learning_rate=learning_rate)

@@ -5,8 +5,13 @@ Importing this must stay cheap: seqio and TensorFlow take 15 seconds, which the
 tests of the core need not wait for. So they are imported inside fixtures.
 """
 
+import contextlib
 import dataclasses
+import io
+import os
+import pathlib
 import random
+import struct
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -58,10 +63,117 @@ def register(name: str, words: Callable[[str], list[str]], **changes) -> str:
   return name
 
 
+def board_events(path: pathlib.Path) -> list:
+  """Returns the events of a TensorBoard file."""
+  from tensorboardX.proto import event_pb2
+
+  events, rest = [], path.read_bytes()
+  while rest:  # TFRecord: length, its checksum, data, its checksum
+    (length,) = struct.unpack('<Q', rest[:8])
+    events.append(event_pb2.Event.FromString(rest[12 : 12 + length]))
+    rest = rest[16 + length :]
+  return events
+
+
+def read_board(run_dir: pathlib.Path) -> list[tuple[int, str, float | str]]:
+  """Returns (step, tag, scalar or text) of a folder's TensorBoard files."""
+  return [
+    (
+      event.step,
+      value.tag,
+      value.simple_value
+      if value.HasField('simple_value')
+      else value.tensor.string_val[0].decode(),
+    )
+    for path in sorted(run_dir.glob('events.out.tfevents.*'))
+    for event in board_events(path)
+    for value in event.summary.value
+  ]
+
+
+def save_model(
+  run_dir: pathlib.Path, config, vocabulary: str = 'ByteVocabulary 259 ids'
+) -> None:
+  """Leaves what a run leaves: a checkpoint, here of random parameters."""
+  import jax
+  import optax
+
+  from gkd_jax import checkpoint, step
+  from gkd_jax.model import T5, init_params
+
+  class NoData:
+    def save(self, directory):
+      pass
+
+  params = init_params(T5(config), jax.random.key(5))
+  checkpoints = checkpoint.Checkpoints(
+    run_dir, checkpoint.ModelDescription(config, vocabulary)
+  )
+  state = step.init_state(params, optax.sgd(1.0))
+  checkpoints.save(state, NoData(), train_seconds=0.0)
+  checkpoints.close()
+
+
 @pytest.fixture(scope='session')
 def letters() -> str:
-  """The name of a task of short words, written backwards; has an empty split."""
+  """The name of a task of short words; its split 'empty' is empty."""
   return register(LETTERS, letter_words)
+
+
+@pytest.fixture(scope='session')
+def compile_once(tmp_path_factory) -> None:
+  """Programs are compiled once for all tests, those in other processes too.
+
+  Compiling takes most of the time of a tiny run.
+  """
+  import jax
+
+  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  folder = folder or str(tmp_path_factory.mktemp('compiled'))
+  settings = {
+    'jax_compilation_cache_dir': folder,
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  for name, value in settings.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope='session')
+def train_letters(letters, compile_once) -> Callable[..., str]:
+  """Runs train.train on the tiny task; returns what it said on stderr."""
+  import optax
+
+  from gkd_jax import data, objectives, policies, train
+  from gkd_jax.model import T5Config
+
+  def dataset(split, **changes):
+    return data.DatasetConfig(
+      letters, LENGTHS, **({'batch_size': 8, 'split': split} | changes)
+    )
+
+  def run(run_dir, **changes) -> str:
+    settings = {
+      'model_dir': str(run_dir),
+      'student': T5Config(264, 12, 2, 4, 10, 1, 1),
+      'train_dataset': dataset('train'),
+      'policy': policies.dataset(),
+      'objective': objectives.Objective(
+        divergence_weight=0.0, likelihood_weight=1.0
+      ),
+      'optimizer': optax.adamw,
+      'learning_rate': optax.constant_schedule(1e-2),
+      'total_steps': 1,
+      'seed': 0,
+      'log_period': 1,
+    }
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+      train.train(**(settings | changes))
+    return said.getvalue()
+
+  run.dataset = dataset
+  return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +185,8 @@ class Finished:
   err: str
 
 
-@pytest.fixture
-def run_main(capsys, monkeypatch) -> Callable[..., Finished]:
+@pytest.fixture(scope='session')
+def run_main(compile_once) -> Callable[..., Finished]:
   """Runs `python -m gkd_jax.main ARGUMENTS`, but in this process."""
   import gin
   from absl import flags
@@ -83,18 +195,21 @@ def run_main(capsys, monkeypatch) -> Callable[..., Finished]:
   from gkd_jax import main
 
   def run(*arguments: str) -> Finished:
-    monkeypatch.setattr('sys.argv', ['main', *arguments])
+    out, err = io.StringIO(), io.StringIO()
     gin.clear_config()
-    capsys.readouterr()
-    code, message = 0, ''
-    with flagsaver.flagsaver():
+    with (
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(err),
+      flagsaver.flagsaver(),
+    ):
       rest = flags.FLAGS(main.expand_gin_flags(['main', *arguments]))
+      code = 0
       try:
         main.main(rest)
-      except SystemExit as e:  # Python prints a text and exits with 1
-        code, message = 1, e.code
-    written = capsys.readouterr()
-    return Finished(code, written.out, f'{written.err}{message}')
+      except SystemExit as e:  # Python prints the text, and exits with 1
+        print(e.code, file=err)
+        code = 1
+    gin.clear_config()
+    return Finished(code, out.getvalue(), err.getvalue())
 
-  yield run
-  gin.clear_config()
+  return run

@@ -148,7 +148,7 @@ def test_initial_weights_have_t5x_standard_deviations():
     vocab_size=128, emb_dim=64, num_heads=4, head_dim=25, mlp_dim=144
   )
 
-  params = jax.jit(
+  params = tiny.jit(
     lambda: model_lib.init_params(T5(config), jax.random.key(0))
   )()
 
@@ -232,7 +232,7 @@ def test_padding_of_inputs_changes_nothing():
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'max_decode_len'))
+@functools.partial(tiny.jit, static_argnames=('model', 'max_decode_len'))
 def start_cache(model, params, inputs, max_decode_len):
   variables = {'params': params}
   encoded = model.apply(variables, inputs, method='encode')
@@ -255,7 +255,7 @@ def test_cached_decoding_equals_the_full_forward_pass(changes):
   cache = start_cache(model, params, inputs, max_decode_len=12)
   num_traces = 0
 
-  @jax.jit
+  @tiny.jit
   def decode_step(cache, tokens):
     nonlocal num_traces
     num_traces += 1
@@ -332,7 +332,7 @@ def test_dropout_changes_with_its_rng_and_with_nothing_else():
   inputs = tiny.tokens(1, [7, 5], 7)
   targets = tiny.tokens(2, [6, 6], 6)
 
-  @jax.jit
+  @tiny.jit
   def logits(seed):
     return model.apply(
       {'params': params},
@@ -360,7 +360,7 @@ def test_dropout_drops_the_same_features_at_all_positions(stack):
   inputs, targets = tiny.tokens(1, [7, 7], 7), tiny.tokens(2, [6, 6], 6)
   keywords = {'deterministic': False, 'rngs': {'dropout': jax.random.key(0)}}
 
-  @jax.jit
+  @tiny.jit
   def hidden_states(params):
     apply = functools.partial(model.apply, {'params': params})
     encoded = apply(inputs, method='encode', **keywords)
@@ -394,7 +394,7 @@ def test_remat_changes_neither_values_nor_gradients():
     return jnp.mean(jnp.square(logits))
 
   def value_and_grad(model):
-    return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
+    return tiny.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
 
   def num_checkpoints(model):
     return str(jax.make_jaxpr(lambda p: loss(model, p))(params)).count('remat2')

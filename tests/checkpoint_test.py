@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gkd_jax import checkpoint
+from gkd_jax.model import T5
+from gkd_jax.step import TrainState
+from tests import tiny
+
+DESCRIPTION = checkpoint.ModelDescription(tiny.config(), 'letters, 19 ids')
+
+
+class Counter:
+  """Stands for a data iterator: its position is a number in a file."""
+
+  def __init__(self, position=0):
+    self.position = position
+
+  def save(self, directory):
+    (pathlib.Path(directory) / 'position').write_text(str(self.position))
+
+  def restore(self, directory):
+    self.position = int((pathlib.Path(directory) / 'position').read_text())
+
+
+def state_at(step: int, seed: int = 0, **changes) -> TrainState:
+  """A state; its optimizer's arrays are not zeros, and differ by step."""
+  params = tiny.params(T5(tiny.config(**changes)), seed)
+  opt_state = jax.tree.map(
+    lambda x: x + step, optax.adamw(1e-3).init(jax.tree.map(jnp.sin, params))
+  )
+  return TrainState(jnp.int32(step), params, opt_state)
+
+
+def abstract(tree):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )
+
+
+def save_steps(run_dir, metrics_by_step, description=DESCRIPTION, **keep):
+  checkpoints = checkpoint.Checkpoints(run_dir, description, **keep)
+  for step, metrics in metrics_by_step.items():
+    checkpoints.save(
+      state_at(step), Counter(step), train_seconds=1.5 * step, metrics=metrics
+    )
+  checkpoints.close()
+
+
+def assert_equal(tree, other):
+  jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory):
+  """A run with one checkpoint, of step 7."""
+  folder = tmp_path_factory.mktemp('run')
+  save_steps(folder, {7: None})
+  return folder
+
+
+def folders(run_dir):
+  return sorted(path.name for path in run_dir.iterdir())
+
+
+# --- A run that goes on -----------------------------------------------------
+
+
+def test_all_of_a_state_comes_back(run_dir):
+  want = state_at(7)
+  iterator = Counter()
+
+  saved = checkpoint.Checkpoints(run_dir, DESCRIPTION).restore(
+    abstract(state_at(0, seed=1)), iterator
+  )
+
+  assert_equal(saved.state, want)
+  assert jax.tree.structure(saved.state) == jax.tree.structure(want)
+  assert iterator.position == 7
+  assert saved.train_seconds == 10.5
+
+
+def test_the_newest_checkpoint_is_restored(tmp_path):
+  save_steps(tmp_path, {9: {'wer': 1.0}, 10: {'wer': 2.0}}, best_metric='wer')
+
+  checkpoints = checkpoint.Checkpoints(tmp_path, DESCRIPTION)
+  saved = checkpoints.restore(abstract(state_at(0)), Counter())
+
+  assert folders(tmp_path) == ['checkpoint_10', 'checkpoint_9']
+  assert checkpoints.latest_step() == 10
+  assert saved.state.step == 10
+
+
+def test_a_new_run_has_nothing_to_restore(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path / 'new', DESCRIPTION)
+
+  assert checkpoints.latest_step() is None
+  assert checkpoints.restore(abstract(state_at(0)), Counter()) is None
+
+
+def test_a_step_that_is_saved_already_is_not_saved_again(run_dir):
+  checkpoints = checkpoint.Checkpoints(run_dir, DESCRIPTION)
+
+  checkpoints.save(state_at(7, seed=5), Counter(99), train_seconds=0.0)
+  checkpoints.close()
+
+  iterator = Counter()
+  saved = checkpoint.Checkpoints(run_dir, DESCRIPTION).restore(
+    abstract(state_at(0)), iterator
+  )
+  assert iterator.position == 7
+  assert_equal(saved.state.params, state_at(7).params)
+
+
+def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
+  save_steps(tmp_path, {2: None})
+  whole = tmp_path / 'checkpoint_2'
+  # Orbax writes under such a name, and renames at the end.
+  shutil.copytree(whole, tmp_path / 'checkpoint_3.orbax-checkpoint-tmp')
+
+  assert checkpoint.find(tmp_path) == whole
+  assert checkpoint.Checkpoints(tmp_path, DESCRIPTION).latest_step() == 2
+
+
+# --- Which checkpoints are kept ---------------------------------------------
+
+
+WER = {1: {'wer': 30.0}, 2: {'wer': 10.0}, 3: {'wer': 40.0}, 4: {'wer': 20.0}}
+
+
+def test_the_last_one_alone_is_kept_without_a_metric(tmp_path):
+  save_steps(tmp_path, WER)
+
+  assert folders(tmp_path) == ['checkpoint_4']
+
+
+@pytest.mark.parametrize('mode, best', [('min', 2), ('max', 3)])
+def test_the_last_and_the_best_are_kept(tmp_path, mode, best):
+  save_steps(tmp_path, WER, best_metric='wer', best_mode=mode)
+
+  assert folders(tmp_path) == [f'checkpoint_{best}', 'checkpoint_4']
+
+
+def test_a_checkpoint_that_was_not_evaluated_is_not_the_best(tmp_path):
+  save_steps(tmp_path, {1: None, **WER, 5: None}, best_metric='wer')
+
+  assert folders(tmp_path) == ['checkpoint_2', 'checkpoint_5']
+
+
+def test_the_best_is_remembered_by_a_run_that_goes_on(tmp_path):
+  save_steps(tmp_path, WER, best_metric='wer')
+
+  save_steps(tmp_path, {5: {'wer': 15.0}}, best_metric='wer')
+
+  assert folders(tmp_path) == ['checkpoint_2', 'checkpoint_5']
+
+
+def test_a_best_mode_that_is_neither_min_nor_max_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="BEST_MODE must be 'min' or 'max'"):
+    checkpoint.Checkpoints(tmp_path, DESCRIPTION, best_mode='maximum')
+
+
+def test_a_best_metric_that_does_not_exist_is_refused_with_those_that_do(
+  tmp_path,
+):
+  with pytest.raises(ValueError, match="'wre' is none of .*: wer, per"):
+    save_steps(tmp_path, {1: {'wer': 1.0, 'per': 2.0}}, best_metric='wre')
+
+
+# --- Where a checkpoint is --------------------------------------------------
+
+
+def test_a_run_folder_means_its_newest_checkpoint(tmp_path):
+  save_steps(tmp_path, {9: {'wer': 1.0}, 10: {'wer': 2.0}}, best_metric='wer')
+
+  assert checkpoint.find(tmp_path) == tmp_path / 'checkpoint_10'
+
+
+def test_a_checkpoint_folder_means_itself(run_dir):
+  folder = run_dir / 'checkpoint_7'
+
+  assert checkpoint.find(str(folder)) == folder
+
+
+def test_a_relative_path_is_found(run_dir, monkeypatch):
+  monkeypatch.chdir(run_dir.parent)
+
+  assert checkpoint.find(run_dir.name) == run_dir / 'checkpoint_7'
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='nowhere is not there. Give a run fold'):
+    checkpoint.find(tmp_path / 'nowhere')
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='holds no checkpoint. Give a run fold'):
+    checkpoint.find(tmp_path)
+
+
+# --- Parameters for another run ---------------------------------------------
+
+
+def load(path, description=DESCRIPTION, **changes):
+  wanted = abstract(state_at(0, **changes).params)
+  return checkpoint.load_params(path, description, wanted)
+
+
+def test_the_parameters_of_another_run_come_as_they_were(run_dir):
+  assert_equal(load(run_dir), state_at(7).params)
+
+
+def test_a_checkpoint_says_which_model_it_holds(run_dir):
+  assert checkpoint.describe(run_dir) == DESCRIPTION
+
+
+def test_a_checkpoint_is_complete_in_itself(run_dir, tmp_path):
+  # Of all files of the run, only the one folder, under another name.
+  shutil.copytree(run_dir / 'checkpoint_7', tmp_path / 'my_teacher')
+
+  assert checkpoint.describe(tmp_path / 'my_teacher') == DESCRIPTION
+  assert_equal(load(tmp_path / 'my_teacher'), state_at(7).params)
+
+
+@pytest.mark.parametrize(
+  'changes', [{'dropout_rate': 0.1}, {'dtype': 'bfloat16'}, {'remat': True}]
+)
+def test_what_does_not_change_the_parameters_may_differ(run_dir, changes):
+  config = dataclasses.replace(DESCRIPTION.config, **changes)
+
+  params = load(run_dir, DESCRIPTION._replace(config=config))
+
+  assert_equal(params, state_at(7).params)
+
+
+def test_another_vocabulary_is_refused_with_both(run_dir):
+  with pytest.raises(ValueError, match='does not fit the model') as error:
+    load(run_dir, DESCRIPTION._replace(vocabulary='bytes, 259 ids'))
+
+  assert str(error.value).splitlines()[1:] == [
+    '  vocabulary: letters, 19 ids in the checkpoint, bytes, 259 ids wanted'
+  ]
+  assert str(run_dir / 'checkpoint_7') in str(error.value)
+
+
+def test_another_architecture_is_refused_with_what_differs(run_dir):
+  config = dataclasses.replace(
+    DESCRIPTION.config, mlp_dim=21, logits_via_embedding=True
+  )
+
+  with pytest.raises(ValueError) as error:
+    load(run_dir, DESCRIPTION._replace(config=config))
+
+  assert str(error.value).splitlines()[1:] == [
+    '  mlp_dim: 20 in the checkpoint, 21 wanted',
+    '  logits_via_embedding: False in the checkpoint, True wanted',
+  ]
+
+
+def test_parameters_of_other_shapes_are_refused_first_differences_first(
+  run_dir,
+):
+  # The descriptions agree, but what is wanted has a layer more, and wider ones.
+  with pytest.raises(ValueError) as error:
+    load(run_dir, num_encoder_layers=2, mlp_dim=21)
+
+  first, *rest, last = str(error.value).splitlines()[1:]
+  assert first == (
+    '  decoder/layers_0/mlp/wi_0/kernel: (16, 20) in the checkpoint, '
+    '(16, 21) wanted'
+  )
+  assert len(rest) == 4
+  # 6 kernels of the layers there were, and the 9 parameters of the new one.
+  assert last == '  and 10 more'
+
+
+def test_parameters_that_are_absent_are_named(run_dir):
+  with pytest.raises(
+    ValueError, match=r'encoder/layers_1/\S+: absent in the checkpoint, \(16'
+  ):
+    load(run_dir, num_encoder_layers=2)
+
+
+def test_a_run_with_another_model_cannot_go_on_from_a_checkpoint(run_dir):
+  checkpoints = checkpoint.Checkpoints(run_dir, DESCRIPTION)
+
+  with pytest.raises(ValueError, match=r'\(16, 20\) in the checkpoint'):
+    checkpoints.restore(abstract(state_at(0, mlp_dim=21)), Counter())

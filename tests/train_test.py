@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import re
+import shutil
+import time
+import types
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from gkd_jax import (
+  checkpoint,
+  data,
+  divergences,
+  metrics,
+  objectives,
+  policies,
+)
+from gkd_jax.model import T5Config
+from tests import conftest
+
+# How fast it went is not the same twice.
+TIMING = {
+  'train/steps_per_second',
+  'train/target_tokens_per_second',
+  'train_seconds',
+}
+NUM_STEPS = 6
+RATE = optax.linear_schedule(3e-2, 1e-2, NUM_STEPS)
+
+
+def without_timing(line):
+  return {name: line[name] for name in line if name not in TIMING}
+
+
+def arrays(run_dir, item):
+  """The arrays of a checkpoint, as they lie on disk."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(checkpoint.find(run_dir) / item)
+
+
+def tree_of(folder):
+  """{path: content} of all files below a folder."""
+  return {
+    path.relative_to(folder): path.read_bytes()
+    for path in folder.rglob('*')
+    if path.is_file()
+  }
+
+
+STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
+
+
+@contextlib.contextmanager
+def names_of_compiled():
+  """Gives a list that gets the name of every function that jax compiles."""
+  names = []
+
+  class Listener(logging.Handler):
+    def emit(self, record):
+      if match := re.match(r'Compiling jit\((.+?)\)', record.getMessage()):
+        names.append(match[1])
+
+  listener, logger = Listener(), logging.getLogger('jax')
+  logger.addHandler(listener)
+  with jax.log_compiles():
+    yield names
+  logger.removeHandler(listener)
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory, compile_once):
+  folder = tmp_path_factory.mktemp('teacher')
+  conftest.save_model(folder, dataclasses.replace(STUDENT, dropout_rate=0.0))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def distil(train_letters, teacher):
+  """A run in which every source of randomness has its part."""
+  return functools.partial(
+    train_letters,
+    student=STUDENT,
+    # Which rows the student writes is drawn, and what it writes is.
+    policy=policies.mixture(0.5, per='sequence'),
+    objective=objectives.Objective(divergences.forward_kl),
+    teacher_checkpoint_path=str(teacher),
+    learning_rate=RATE,
+    total_steps=NUM_STEPS,
+    eval_dataset=train_letters.dataset('validation'),
+    final_eval_dataset=train_letters.dataset('test'),
+    eval_period=3,
+    checkpoint_period=3,
+    # The loss falls, so that its highest value is not the last.
+    best_metric='on_dataset_outputs/nll',
+    best_mode='max',
+    config_text=lambda: 'SEED = 0\n',
+  )
+
+
+@pytest.fixture(scope='module')
+def whole(distil, tmp_path_factory):
+  """A run from start to end: its folder, what it said, what was compiled."""
+  folder = tmp_path_factory.mktemp('whole')
+  with names_of_compiled() as compiled:
+    said = distil(folder)
+  return types.SimpleNamespace(folder=folder, said=said, compiled=compiled)
+
+
+@pytest.fixture(scope='module')
+def resumed(distil, tmp_path_factory):
+  """The same run, killed in its fifth step, and started again."""
+  folder = tmp_path_factory.mktemp('resumed')
+  batches = []
+
+  def die_in_step_5(self):
+    batches.append(None)
+    if len(batches) == 5:
+      raise KeyboardInterrupt
+    return take(self)
+
+  take = data.TrainIterator.__next__
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(data.TrainIterator, '__next__', die_in_step_5)
+    with pytest.raises(KeyboardInterrupt):
+      distil(folder)
+  # What a killed process leaves: a line beyond its checkpoint, one cut off.
+  lines = metrics.read(folder)
+  assert max(line['step'] for line in lines) == 3
+  with (folder / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 4, "train/loss": 99.0}\n{"step": 5, "tra')
+  wait_for(folder / 'checkpoint_3')
+  return types.SimpleNamespace(folder=folder, said=distil(folder))
+
+
+def wait_for(folder, seconds=30.0):
+  """Orbax writes in the background, and renames the folder at the end."""
+  deadline = time.monotonic() + seconds
+  while not folder.exists():
+    assert time.monotonic() < deadline, f'{folder} did not appear'
+    time.sleep(0.05)
+
+
+# --- A run that was interrupted equals one that was not -----------------------
+
+
+def test_a_resumed_run_says_where_it_goes_on(resumed):
+  assert 'Resuming after step 3.' in resumed.said
+
+
+@pytest.mark.parametrize('item', ['params', 'opt_state'])
+def test_a_resumed_run_ends_with_the_same_arrays_bit_for_bit(
+  whole, resumed, item
+):
+  want, got = arrays(whole.folder, item), arrays(resumed.folder, item)
+
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_resumed_run_ends_at_the_same_place_in_the_data(
+  whole, resumed, train_letters
+):
+  batches = []
+  for folder in (whole.folder, resumed.folder):
+    iterator = data.TrainIterator(train_letters.dataset('train'), seed=0)
+    iterator.restore(checkpoint.find(folder) / 'data')
+    batches.append(next(iterator))
+
+  for want, got in zip(*batches, strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_resumed_run_writes_the_same_metrics(whole, resumed):
+  want, got = (
+    [without_timing(line) for line in metrics.read(run.folder)]
+    for run in (whole, resumed)
+  )
+
+  assert [line['step'] for line in want] == [1, 2, 3, 3, 4, 5, 6, 6]
+  assert got == want
+
+
+def test_a_resumed_run_has_the_same_final_evaluation(whole, resumed):
+  want, got = (
+    without_timing(json.loads((run.folder / 'eval_test.json').read_text()))
+    for run in (whole, resumed)
+  )
+
+  assert want['step'] == NUM_STEPS
+  assert got == want
+
+
+def test_a_resumed_run_keeps_the_same_checkpoints(whole, resumed):
+  want, got = (
+    sorted(path.name for path in run.folder.glob('checkpoint_*'))
+    for run in (whole, resumed)
+  )
+
+  assert got == want
+
+
+def test_the_comparison_above_is_of_steps_that_differ(whole):
+  lines = [m for m in metrics.read(whole.folder) if 'train/loss' in m]
+
+  assert len({line['train/loss'] for line in lines}) == NUM_STEPS
+  # Some sequences were the student's, some the dataset's.
+  shares = [line['train/on_policy'] for line in lines]
+  assert 0.0 < min(shares) and max(shares) < 1.0
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, distil):
+  before = tree_of(whole.folder)
+
+  said = distil(whole.folder)
+
+  assert 'Compiled' not in said
+  assert said.splitlines()[-1] == f'Done: {whole.folder}'
+  after = tree_of(whole.folder)
+  assert after == before
+
+
+def test_a_run_folder_may_be_moved(whole, distil, tmp_path):
+  shutil.copytree(whole.folder, tmp_path / 'moved')
+  config = "# another day\nSEED = 0\nMODEL_DIR = 'moved'\n"
+
+  said = distil(tmp_path / 'moved', config_text=lambda: config)
+
+  assert 'Resuming after step 6.' in said
+  assert 'Compiled' not in said
+
+
+# --- What a run does and leaves -----------------------------------------------
+
+
+def test_every_program_is_compiled_once_a_run(whole):
+  times = collections.Counter(whole.compiled)
+
+  assert times['train_step'] == 1
+  # Of the two splits the first is evaluated twice, but compiled once. The
+  # teacher writes for the first alone.
+  assert times['score_batch'] <= 2
+  assert times['sample'] <= 3
+
+
+def test_a_run_leaves_the_documented_files(whole):
+  there = {path.name for path in whole.folder.iterdir()}
+
+  assert there - {path.name for path in whole.folder.glob('events.*')} == {
+    'checkpoint_3',
+    'checkpoint_6',
+    'config.gin',
+    'eval_test.json',
+    'metrics.jsonl',
+    'versions.json',
+  }
+
+
+def test_the_checkpoint_that_is_best_by_the_chosen_metric_is_kept(whole):
+  key = 'validation/on_dataset_outputs/nll'
+  values = {m['step']: m[key] for m in metrics.read(whole.folder) if key in m}
+
+  assert sorted(values) == [3, 6]
+  assert values[3] > values[6]  # the highest was asked for; 6 is the last
+  assert (whole.folder / 'checkpoint_3').is_dir()
+
+
+def test_the_learning_rate_that_is_logged_is_the_one_of_that_step(whole):
+  lines = [m for m in metrics.read(whole.folder) if 'train/loss' in m]
+
+  # The first update is made at the schedule's step 0.
+  np.testing.assert_allclose(
+    [line['train/learning_rate'] for line in lines],
+    [RATE(step) for step in range(NUM_STEPS)],
+    rtol=1e-6,
+  )
+
+
+def test_the_metrics_are_on_tensorboard_too(whole):
+  board = conftest.read_board(whole.folder)
+
+  for line in metrics.read(whole.folder):
+    for name in line.keys() - {'step'}:
+      # TensorBoard keeps 4 bytes.
+      assert (line['step'], name, np.float32(line[name])) in board, name
+
+
+def test_samples_are_shown_beside_references_and_the_teachers(whole):
+  head = '| input | reference | teacher | student |'
+  words = conftest.letter_words('validation')
+
+  lines = whole.said.splitlines()
+  start = lines.index(head)
+  row = lines[start + 2].strip('|').split('|')
+
+  assert [cell.strip() for cell in row[:2]] == [words[0], words[0][::-1]]
+  assert len(row) == 4
+  assert lines.count(head) == 2  # one an evaluation
+  texts = [v for *_, v in conftest.read_board(whole.folder) if head in str(v)]
+  assert len(texts) == 2
+
+
+def test_an_evaluation_has_task_metrics_and_divergences(whole):
+  (line, _) = (m for m in metrics.read(whole.folder) if 'train/loss' not in m)
+
+  assert line.keys() >= {
+    'validation/greedy/error',
+    'validation/teacher/greedy/error',
+    'validation/on_dataset_outputs/forward_kl',
+    'validation/on_student_outputs/reverse_kl',
+  }
+
+
+def test_the_student_starts_from_the_checkpoint_it_is_given(
+  train_letters, teacher, tmp_path
+):
+  said = train_letters(
+    tmp_path / 'run',
+    initial_checkpoint_path=str(teacher),
+    learning_rate=optax.constant_schedule(0.0),
+  )
+
+  assert f'from {teacher}/checkpoint_0' in said
+  want, got = arrays(teacher, 'params'), arrays(tmp_path / 'run', 'params')
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
+  train_letters, tmp_path
+):
+  with pytest.raises(FloatingPointError, match='Step 2: .* LEARNING_RATE'):
+    train_letters(
+      tmp_path / 'run',
+      optimizer=optax.sgd,
+      learning_rate=optax.constant_schedule(np.float32(np.inf)),
+      total_steps=4,
+    )
+
+
+# --- What is refused, before anything is compiled or written ------------------
+
+
+@pytest.fixture
+def refused(train_letters, tmp_path):
+  """Calls train, which must refuse; returns what it says."""
+
+  def refused(**changes):
+    folder = tmp_path / 'run'
+    before = tree_of(folder)
+    with names_of_compiled() as compiled:
+      with pytest.raises(ValueError) as error:
+        train_letters(folder, **changes)
+    assert compiled == []
+    assert tree_of(folder) == before
+    return str(error.value)
+
+  return refused
+
+
+def test_an_objective_that_needs_a_teacher_must_get_one(refused):
+  message = refused(objective=objectives.Objective(divergences.forward_kl))
+
+  assert 'needs a teacher: set TEACHER_CHECKPOINT_PATH' in message
+
+
+def test_a_policy_that_needs_a_teacher_must_get_one(refused):
+  message = refused(policy=policies.teacher())
+
+  assert 'needs a teacher: set TEACHER_CHECKPOINT_PATH' in message
+
+
+def test_sampled_and_dataset_outputs_must_have_one_length(refused):
+  message = refused(max_decode_len=9)
+
+  assert 'MAX_DECODE_LEN is 9' in message
+  assert "TASK_FEATURE_LENGTHS['targets'] is 7" in message
+
+
+@pytest.mark.parametrize('num_microbatches', [3, 0])
+def test_a_batch_must_be_divisible_by_its_parts(refused, num_microbatches):
+  message = refused(num_microbatches=num_microbatches)
+
+  assert 'BATCH_SIZE 8 must be divisible by NUM_MICROBATCHES' in message
+
+
+def test_a_batch_must_be_divisible_by_the_devices(refused):
+  three = types.SimpleNamespace(shape={'data': 3, 'model': 1})
+
+  assert 'times the 3 devices of the data axis' in refused(mesh=lambda: three)
+
+
+def test_a_batch_that_two_devices_share_must_have_even_parts(refused):
+  two = types.SimpleNamespace(shape={'data': 2, 'model': 1})
+
+  message = refused(num_microbatches=8, mesh=lambda: two)
+
+  assert '8 must be divisible by NUM_MICROBATCHES 8 times the 2' in message
+
+
+def test_the_student_must_embed_the_whole_vocabulary(refused):
+  small = dataclasses.replace(STUDENT, vocab_size=256)
+
+  message = refused(student=small)
+
+  assert (
+    "embeds 256 ids, but the vocabulary of task 'letters' has 259" in message
+  )
+  assert 'VOCAB_SIZE' in message
+
+
+@pytest.mark.parametrize(
+  'dataset', ['train_dataset', 'eval_dataset', 'final_eval_dataset']
+)
+def test_an_empty_split_is_refused(refused, train_letters, dataset):
+  message = refused(**{dataset: train_letters.dataset('empty')})
+
+  assert message == "Split 'empty' of task 'letters' is empty."
+
+
+def test_a_checkpoint_path_where_nothing_is(refused, tmp_path):
+  message = refused(initial_checkpoint_path=str(tmp_path / 'nowhere'))
+
+  assert 'nowhere is not there' in message
+
+
+def test_an_initial_checkpoint_of_another_shape(refused, teacher):
+  message = refused(
+    initial_checkpoint_path=str(teacher),
+    student=dataclasses.replace(STUDENT, mlp_dim=11),
+  )
+
+  assert 'mlp_dim: 10 in the checkpoint, 11 wanted' in message
+
+
+def test_a_teacher_with_another_vocabulary(refused, tmp_path, compile_once):
+  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
+
+  message = refused(teacher_checkpoint_path=str(tmp_path / 'other'))
+
+  assert (
+    'vocabulary: SentencePiece 264 ids in the checkpoint, ByteVocabulary 259 '
+    'ids wanted' in message
+  )
+
+
+def test_the_folder_of_another_run_is_refused_with_what_differs(
+  refused, tmp_path
+):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.gin').write_text('SEED = 0\nBATCH_SIZE = 8\n')
+
+  message = refused(config_text=lambda: 'SEED = 1\nBATCH_SIZE = 8\n')
+
+  assert 'holds another run' in message
+  assert '  -SEED = 0\n  +SEED = 1\n' in message
+  assert 'BATCH_SIZE' not in message
+
+
+def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):
+  (tmp_path / 'run' / 'checkpoint_5').mkdir(parents=True)
+  (tmp_path / 'run' / 'checkpoint_5' / 'precious').write_text('x')
+
+  assert 'holds checkpoints but no config.gin' in refused()
