@@ -227,7 +227,9 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
 
 def _log_lines(job: Job) -> list[str]:
   text = pathlib.Path(f'{job.folder}.log').read_text(errors='replace')
-  return [line for line in text.splitlines() if line.strip()]
+  # Less TensorFlow's own chatter, which no setting of its own silences.
+  noise = re.compile(r'\s*$|[IWE]\d{4} |WARNING: All log messages before')
+  return [line for line in text.splitlines() if not noise.match(line)]
 
 
 def _check_same_comparison(folder: pathlib.Path, jobs: Sequence[Job]) -> None:

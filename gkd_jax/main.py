@@ -112,6 +112,8 @@ def _run(argv: Sequence[str]) -> None:
 
 def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
   """Parses files and bindings; an unknown name is an error, and names one."""
+  # gin would also look inside Python packages, and takes folders for some.
+  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
   folders = [*_GIN_SEARCH_PATHS.value, str(_ROOT)]
   for folder in folders:
     gin.add_config_file_search_path(folder)
@@ -131,6 +133,11 @@ def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
   except (ValueError, SyntaxError, tokenize.TokenError) as e:
     # gin may add the whole configuration: it helps nobody to see it here.
     message = str(e).split(' in config string: ')[0]
+    message = re.sub(
+      r'^(\w+)/macro\.value set to `%gin.REQUIRED`.*',
+      r'\1 must be set: --gin.\1=VALUE.',
+      message,
+    )
     raise ValueError(f'{message}{_nearest_name(gin, message)}') from e
   config = gin.config_str()
   defined = set(re.findall(r'^([A-Za-z_]\w*) =', config, re.MULTILINE))

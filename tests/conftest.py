@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
 LETTERS = 'letters'  # the tiny task, once the fixture of this name was used
 NUM_LETTERS = {'train': 48, 'validation': 10, 'test': 7}
 LENGTHS = {'inputs': 6, 'targets': 7}

@@ -2,16 +2,19 @@
 import json
 import math
 import os
+import pathlib
 import re
 import resource
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from gkd_jax import checkpoint, metrics
 from gkd_jax.model import T5Config
+from gkd_jax.tasks import cmudict_g2p
 from tests import conftest
 
 TEACHER = '--gin_file=configs/cmudict_g2p/teacher.gin'
@@ -79,26 +82,26 @@ def read_json(path):
   return json.loads(path.read_text(), parse_constant=refuse)
 
 
+# --- A whole run on the real task -------------------------------------------
+
+
 @pytest.fixture(scope='module')
 def teacher(run_main, tmp_path_factory):
   folder = tmp_path_factory.mktemp('teacher')
-  run = run_main(
-    TEACHER, *SMALL, *gin_flags(MODEL_DIR=folder, EVAL_PERIOD=0, FINAL_EVAL=None)
-  )
+  run = run_main(TEACHER, *SMALL, *gin_flags(MODEL_DIR=folder, EVAL_PERIOD=0))
   assert run.code == 0, run.err
   return folder
 
 
 @pytest.fixture(scope='module')
 def command(teacher, tmp_path_factory):
-  """On-policy distillation; the student starts from nothing."""
-  folder = tmp_path_factory.mktemp('runs') / 'on_policy'
+  """On-policy distillation of a student that starts from nothing."""
   return (
     '--run_mode=train',
     FORWARD_KL,
     *SMALL,
     *gin_flags(
-      MODEL_DIR=folder,
+      MODEL_DIR=tmp_path_factory.mktemp('runs') / 'on_policy',
       TEACHER_CHECKPOINT_PATH=teacher,
       INITIAL_CHECKPOINT_PATH=None,
     ),
@@ -106,16 +109,564 @@ def command(teacher, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def finished(command):
-  """The run, in a process of its own."""
-  return run_python('-m', 'gkd_jax.main', *command)
+def run(command):
+  """The finished process, and its folder."""
+  finished = run_python('-m', 'gkd_jax.main', *command)
+  assert finished.returncode == 0, finished.stderr
+  (folder,) = (f for f in command if f.startswith('--gin.MODEL_DIR='))
+  finished.folder = pathlib.Path(folder.partition('=')[2])
+  return finished
+
+
+@pytest.mark.slow
+def test_the_loss_of_on_policy_distillation_falls(run):
+  losses = [
+    m['train/loss'] for m in metrics.read(run.folder) if 'train/loss' in m
+  ]
+
+  assert len(losses) == NUM_STEPS // 10
+  assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+def test_all_outputs_of_on_policy_distillation_are_the_students(run):
+  lines = [m for m in metrics.read(run.folder) if 'train/loss' in m]
+
+  assert {line['train/on_policy'] for line in lines} == {1.0}
+
+
+@pytest.mark.slow
+def test_the_run_leaves_its_files(run):
+  assert checkpoint.find(run.folder).name == f'checkpoint_{NUM_STEPS}'
+  there = {path.name for path in run.folder.iterdir()}
+  assert there >= {
+    'config.gin',
+    'eval_test.json',
+    'metrics.jsonl',
+    'versions.json',
+  }
+  assert (NUM_STEPS, 'samples/text_summary') in {
+    (step, tag) for step, tag, _ in conftest.read_board(run.folder)
+  }
+
+
+@pytest.mark.slow
+def test_the_results_are_finite_numbers(run):
+  results = read_json(run.folder / 'eval_test.json')
+
+  assert results['step'] == NUM_STEPS
+  assert results.keys() >= {
+    'greedy/wer',
+    'sampled/per',
+    'on_student_outputs/reverse_kl',
+    'train_seconds',
+  }
+  assert all(math.isfinite(value) for value in results.values())
+
+
+@pytest.mark.slow
+def test_the_config_that_is_saved_is_the_one_that_was_run(run):
+  config = (run.folder / 'config.gin').read_text()
+
+  assert f'\nTRAIN_STEPS = {NUM_STEPS}\n' in config
+  assert '\nSTUDENT_DATA_FRACTION = 1.0\n' in config
+  assert 'train.train.model_dir = %MODEL_DIR' in config
+
+
+@pytest.mark.slow
+def test_the_versions_and_the_command_are_saved(run, command):
+  versions = read_json(run.folder / 'versions.json')
+
+  assert versions['jax'] == jax.__version__
+  assert versions['numpy'] == np.__version__
+  flags = [re.sub('^--gin_bindings=', '--gin.', a) for a in versions['command']]
+  assert flags[1:] == list(command)
+
+
+@pytest.mark.slow
+def test_samples_and_progress_are_shown(run):
+  lines = run.stderr.splitlines()
+
+  assert lines.count('| input | reference | teacher | student |') == 2
+  (last,) = (line for line in lines if line.startswith(f'step {NUM_STEPS}/'))
+  assert re.search(
+    r'loss \d+\.\d+  on-policy 100%  [\d,]+ target tokens/s  0:00 left', last
+  )
+
+
+@pytest.mark.slow
+def test_the_same_command_again_does_nothing_but_say_so(run, command, run_main):
+  before = tree_of(run.folder)
+
+  again = run_main(*command)
+
+  assert again.code == 0
+  assert f'Resuming after step {NUM_STEPS}.' in again.err
+  assert f'Done: {run.folder}' in again.err
+  assert 'Compiled' not in again.err
+  after = tree_of(run.folder)
+  changed = {path.name for path in after if after[path] != before.get(path)}
+  assert changed <= {'versions.json'}  # it has the command
+  assert after.keys() == before.keys()
+
+
+@pytest.mark.slow
+def test_other_settings_for_the_same_folder_are_refused(run, command, run_main):
+  before = tree_of(run.folder)
+
+  other = run_main(*command, '--gin.RANDOM_SEED=7', '--gin.TRAIN_STEPS=70')
+
+  assert other.code == 1
+  assert 'holds another run' in other.err
+  assert '-TRAIN_STEPS = 60' in other.err and '+TRAIN_STEPS = 70' in other.err
+  assert '-RANDOM_SEED = 0' in other.err and '+RANDOM_SEED = 7' in other.err
+  assert tree_of(run.folder) == before
+
+
+@pytest.mark.slow
+def test_eval_measures_what_training_measured_at_its_end(
+  run, teacher, run_main, tmp_path
+):
+  finished = run_main(
+    '--run_mode=eval',
+    EVAL,
+    *gin_flags(
+      CHECKPOINT_PATH=run.folder,
+      TEACHER_CHECKPOINT_PATH=teacher,
+      EVAL_OUTPUT_DIR=tmp_path,
+      EVALUATOR_NUM_EXAMPLES=NUM_EXAMPLES,
+      EVAL_BATCH_SIZE=32,
+    ),
+  )
+
+  assert finished.code == 0, finished.err
+  results = read_json(tmp_path / 'eval_test.json')
+  assert results['checkpoint'] == f'{run.folder}/checkpoint_{NUM_STEPS}'
+  at_the_end = read_json(run.folder / 'eval_test.json')
+  of_both = results.keys() & at_the_end.keys()
+  assert of_both >= {'sampled/wer', 'on_student_outputs/forward_kl'}
+  assert {k: results[k] for k in of_both} == {k: at_the_end[k] for k in of_both}
+  # Here the teacher is measured, too.
+  assert results['teacher/greedy/per'] > 0.0
 
 
 @pytest.fixture(scope='module')
-def run_dir(finished, command):
-  assert finished.returncode == 0, finished.stderr
-  return next(
-    conftest.pathlib.Path(flag.partition('=')[2])
-    for flag in command
-    if flag.startswith('--gin.MODEL_DIR=')
+def predictions(run, run_main, tmp_path_factory):
+  """What the student wrote for the test split, by decoding."""
+
+  def infer(**decoding):
+    folder = tmp_path_factory.mktemp('infer')
+    finished = run_main(
+      '--run_mode=infer',
+      INFER,
+      *gin_flags(
+        CHECKPOINT_PATH=run.folder,
+        INFER_OUTPUT_DIR=folder,
+        INFER_NUM_EXAMPLES=NUM_EXAMPLES,
+        INFER_BATCH_SIZE=32,
+        **decoding,
+      ),
+    )
+    assert finished.code == 0, finished.err
+    lines = (folder / 'predictions_test.jsonl').read_text().splitlines()
+    return [json.loads(line) for line in lines], folder
+
+  return infer
+
+
+@pytest.mark.slow
+def test_infer_writes_what_eval_scored(run, predictions):
+  lines, folder = predictions()
+
+  assert len(lines) == NUM_EXAMPLES
+  assert all(
+    line.keys() == {'inputs', 'targets', 'prediction'} for line in lines
   )
+  words = [line['inputs'] for line in lines]
+  assert words == list(cmudict_g2p.words()['test'][:NUM_EXAMPLES])
+  scores = cmudict_g2p.error_rates(
+    [cmudict_g2p.pronunciations()[word] for word in words],
+    [line['prediction'] for line in lines],
+  )
+  at_the_end = read_json(run.folder / 'eval_test.json')
+  assert scores['per'] == pytest.approx(at_the_end['greedy/per'])
+  assert scores['wer'] == pytest.approx(at_the_end['greedy/wer'])
+  about = read_json(folder / 'predictions_test.json')
+  assert about['checkpoint'] == f'{run.folder}/checkpoint_{NUM_STEPS}'
+
+
+@pytest.mark.slow
+def test_infer_can_search_with_a_beam(predictions):
+  greedy, _ = predictions()
+  beam, folder = predictions(DECODING='@beam_search.BeamConfig()')
+
+  assert 'BeamConfig' in (folder / 'predictions_test.json').read_text()
+  assert [b['inputs'] for b in beam] == [g['inputs'] for g in greedy]
+  assert [b['prediction'] for b in beam] != [g['prediction'] for g in greedy]
+
+
+# --- The command line -------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_no_jax():
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  shown = run_python('-X', 'importtime', '-m', 'gkd_jax.main', '--help')
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+  assert 'Runs the experiment that a gin file describes.' in shown.stdout
+  for flag in ('--run_mode', '--gin_file', '--gin_search_paths', 'dry_run'):
+    assert flag in shown.stdout
+  modules = {
+    line.rpartition('|')[2].strip() for line in shown.stderr.splitlines()
+  }
+  assert 'absl' in modules  # so these are the modules
+  assert not modules & {'jax', 'numpy', 'gin', 'tensorflow'}
+  # Of the processor: the machine may be busy.
+  seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  assert seconds < 3.0
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(
+  run_main, tmp_path
+):
+  folder = tmp_path / 'run'
+
+  shown = run_main(
+    STUDENT, *gin_flags(MODEL_DIR=folder, TRAIN_STEPS=7), '--dry_run'
+  )
+
+  assert shown.code == 0
+  assert f"MODEL_DIR = '{folder}'\n" in shown.out
+  assert 'TRAIN_STEPS = 7\n' in shown.out
+  assert "MIXTURE_OR_TASK_NAME = 'cmudict_g2p'\n" in shown.out
+  assert 'train.train.model_dir = %MODEL_DIR\n' in shown.out
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  'value, want',
+  [
+    ('/tmp/runs/a b', "'/tmp/runs/a b'"),
+    ('gs://bucket/me@home/run-1', "'gs://bucket/me@home/run-1'"),
+    ('100%done', "'100%done'"),
+    ("'quoted'", "'quoted'"),
+    ('run=3', "'run=3'"),
+  ],
+)
+def test_a_path_needs_no_quotes(run_main, value, want):
+  shown = run_main(STUDENT, f'--gin.MODEL_DIR={value}', '--dry_run')
+
+  assert shown.code == 0, shown.err
+  assert f'MODEL_DIR = {want}\n' in shown.out
+
+
+@pytest.mark.parametrize(
+  'binding, want',
+  [
+    ('TRAIN_STEPS=1_000', 'TRAIN_STEPS = 1000'),
+    ('LEARNING_RATE=1e-3', 'LEARNING_RATE = 0.001'),
+    ('BEST_METRIC=None', 'BEST_METRIC = None'),
+    (
+      "TASK_FEATURE_LENGTHS={'inputs': 9, 'targets': 8}",
+      "TASK_FEATURE_LENGTHS = {'inputs': 9, 'targets': 8}",
+    ),
+    ('POLICY=@policies.dataset()', 'POLICY = @policies.dataset()'),
+    ('LEARNING_RATE=%WARMUP_STEPS', 'LEARNING_RATE = %WARMUP_STEPS'),
+  ],
+)
+def test_numbers_and_references_are_no_strings(run_main, binding, want):
+  shown = run_main(
+    STUDENT, '--gin.MODEL_DIR=x', f'--gin.{binding}', '--dry_run'
+  )
+
+  assert shown.code == 0, shown.err
+  assert f'\n{want}\n' in shown.out
+
+
+def test_a_list_may_hold_references(run_main, tmp_path):
+  shown = run_main(
+    STUDENT,
+    '--gin.MODEL_DIR=x',
+    "--gin.train.train.decodings={'best': @greedy/sampler.SamplerConfig()}",
+    '--dry_run',
+  )
+
+  assert "decodings = {'best': @greedy/sampler.SamplerConfig()}" in shown.out
+
+
+def test_a_later_flag_wins(run_main):
+  shown = run_main(
+    STUDENT, *gin_flags(MODEL_DIR='x'), *gin_flags(MODEL_DIR='y'), '--dry_run'
+  )
+
+  assert "MODEL_DIR = 'y'\n" in shown.out
+
+
+def test_a_later_file_wins(run_main, tmp_path):
+  (tmp_path / 'mine.gin').write_text('TRAIN_STEPS = 5\n')
+
+  shown = run_main(
+    STUDENT, f'--gin_file={tmp_path}/mine.gin', '--gin.MODEL_DIR=x', '--dry_run'
+  )
+
+  assert 'TRAIN_STEPS = 5\n' in shown.out
+
+
+def test_gin_search_paths_say_where_files_and_what_they_include_are(
+  run_main, tmp_path
+):
+  (tmp_path / 'sizes').mkdir()
+  (tmp_path / 'sizes' / 'huge.gin').write_text('EMB_DIM = 4321\n')
+  (tmp_path / 'mine.gin').write_text(
+    "include 'configs/cmudict_g2p/student.gin'\ninclude 'sizes/huge.gin'\n"
+  )
+
+  shown = run_main(
+    '--gin_file=mine.gin',
+    f'--gin_search_paths={tmp_path}',
+    '--gin.MODEL_DIR=x',
+    '--dry_run',
+  )
+
+  assert shown.code == 0, shown.err
+  assert 'EMB_DIM = 4321\n' in shown.out
+
+
+@pytest.mark.parametrize('file', ['cmudict_g2p/student', 'smoke'])
+def test_the_experiments_are_found_from_anywhere(
+  run_main, tmp_path, monkeypatch, file
+):
+  monkeypatch.chdir(tmp_path)
+
+  shown = run_main(
+    f'--gin_file=configs/{file}.gin', '--gin.MODEL_DIR=x', '--dry_run'
+  )
+
+  assert shown.code == 0, shown.err
+
+
+# --- What is refused --------------------------------------------------------
+
+
+@pytest.fixture
+def refused(run_main, tmp_path):
+  """Runs main, which must refuse; returns what it says."""
+  folder = tmp_path / 'run'
+
+  def refused(*arguments):
+    finished = run_main(*arguments, *gin_flags(MODEL_DIR=folder))
+    assert finished.code == 1
+    assert finished.err.startswith('Error: ')
+    assert finished.out == ''
+    assert 'Traceback' not in finished.err
+    assert not folder.exists()
+    return finished.err
+
+  return refused
+
+
+@pytest.mark.parametrize(
+  'arguments, nearest',
+  [
+    (['--gin.TRAIN_STPES=3'], 'TRAIN_STEPS'),
+    (['--gin.model.T5Config.emb_dmi=3'], 'emb_dim'),
+    (['--gin.optax.adafactor.min_dim_size=3'], 'min_dim_size_to_factor'),
+    (['--gin.train.train.sede=3'], 'seed'),
+    (['--gin.model.T5Confg.emb_dim=3'], 'model.T5Config'),
+    (['--gin.modle.T5Config.emb_dim=3'], 'model.T5Config'),
+    (['--gin.POLICY=@policies.datset()'], 'policies.dataset'),
+    (['--gin.OPTIMIZER=@optax.adamv'], 'optax.adam'),
+    (['--gin.LEARNING_RATE=%WARMUP_STEP'], 'WARMUP_STEPS'),
+    (['--run_mode=trian'], 'train'),
+  ],
+)
+def test_a_misspelt_name_is_refused_with_the_nearest_right_one(
+  refused, arguments, nearest
+):
+  message = refused(STUDENT, *arguments)
+
+  assert message.strip().endswith(f' Did you mean {nearest}?')
+
+
+def test_a_misspelt_file_is_refused_with_the_nearest_right_one(refused):
+  message = refused('--gin_file=configs/cmudict_g2p/studnt.gin')
+
+  assert message.startswith(
+    'Error: --gin_file=configs/cmudict_g2p/studnt.gin is not there'
+  )
+  assert message.endswith(' Did you mean configs/cmudict_g2p/student.gin?\n')
+
+
+def test_a_misspelt_macro_in_a_file_is_refused(refused, tmp_path):
+  (tmp_path / 'mine.gin').write_text(
+    "include 'configs/cmudict_g2p/student.gin'\nTRAIN_STPES = 3\n"
+  )
+
+  message = refused(f'--gin_file={tmp_path}/mine.gin')
+
+  assert message.startswith('Error: TRAIN_STPES changes nothing')
+
+
+def test_a_file_that_is_cut_off_is_refused(refused, tmp_path):
+  (tmp_path / 'mine.gin').write_text('METRICS = (1,\n')
+
+  assert 'EOF in multi-line' in refused(f'--gin_file={tmp_path}/mine.gin')
+
+
+def test_a_missing_include_is_refused(refused, tmp_path):
+  (tmp_path / 'mine.gin').write_text("include 'gin/methods/stf.gin'\n")
+
+  assert 'gin/methods/stf.gin' in refused(f'--gin_file={tmp_path}/mine.gin')
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], '--gin_file is missing'),
+    ([STUDENT, '--gin.TRAIN_STEPS'], "'TRAIN_STEPS' is not of the form NAME"),
+    ([STUDENT, 'stray'], "Unexpected arguments ['stray']"),
+    ([STUDENT, '--run_mode=eval'], 'does not configure --run_mode=eval'),
+  ],
+)
+def test_a_command_line_that_makes_no_sense_is_refused(
+  refused, arguments, message
+):
+  assert message in refused(*arguments)
+
+
+def test_a_required_setting_that_is_missing_is_refused_by_name(run_main):
+  finished = run_main(STUDENT)
+
+  assert finished.code == 1
+  assert (
+    finished.err == 'Error: MODEL_DIR must be set: --gin.MODEL_DIR=VALUE.\n'
+  )
+
+
+# These need no files to be refused.
+NO_FILES = gin_flags(INITIAL_CHECKPOINT_PATH=None, TEACHER_CHECKPOINT_PATH='x')
+
+
+@pytest.mark.parametrize(
+  'arguments, parts',
+  [
+    (
+      [FORWARD_KL, *NO_FILES, '--gin.BETA=0.5'],
+      ['BETA changes nothing in this experiment'],
+    ),
+    (
+      [FORWARD_KL, *NO_FILES, '--gin.STUDENT_DATA_FRACTION=1.5'],
+      ['student_data_fraction', 'must be in [0, 1], got 1.5'],
+    ),
+    (
+      [FORWARD_KL, *NO_FILES, '--gin.STUDENT_DATA_FRACTION=-0.1'],
+      ['must be in [0, 1], got -0.1'],
+    ),
+    (
+      [JSD, *NO_FILES, '--gin.BETA=1.0'],
+      ['0 < beta < 1, got beta=1.0', 'forward_kl', 'reverse_kl'],
+    ),
+    (
+      [JSD, *NO_FILES, '--gin.BETA=0'],
+      ['0 < beta < 1, got beta=0', 'forward_kl', 'reverse_kl'],
+    ),
+    (
+      [STUDENT, '--gin.MIXTURE_OR_TASK_NAME=cmudict_g2q'],
+      ["no task or mixture 'cmudict_g2q'", "Did you mean 'cmudict_g2p'?"],
+    ),
+    (
+      [STUDENT, '--gin.MIXTURE_OR_TASK_MODULE=my.tasks'],
+      ["there is no Python module 'my.tasks'"],
+    ),
+    (
+      [STUDENT, '--gin.MAX_DECODE_LEN=12'],
+      ['MAX_DECODE_LEN is 12', "TASK_FEATURE_LENGTHS['targets'] is"],
+    ),
+    (
+      [STUDENT, *gin_flags(BATCH_SIZE=64, NUM_MICROBATCHES=5)],
+      ['BATCH_SIZE 64 must be divisible by NUM_MICROBATCHES 5'],
+    ),
+    (
+      [STUDENT, '--gin.EVAL_SPLIT=valid'],
+      ["no split 'valid'", 'test, train, validation'],
+    ),
+    (
+      [STUDENT, '--gin.VOCAB_SIZE=100'],
+      ['embeds 100 ids', 'cmudict_g2p', '259'],
+    ),
+    ([JSD, *NO_FILES], ['x is not there', 'MODEL_DIR that has been trained']),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(refused, arguments, parts):
+  message = refused(*arguments)
+
+  for part in parts:
+    assert part in message
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(
+  refused, tmp_path, compile_once
+):
+  config = T5Config(384, 8, 1, 4, 8, 1, 1)
+  conftest.save_model(tmp_path / 'teacher', config, 'SentencePiece 384 ids')
+
+  message = refused(
+    FORWARD_KL,
+    *gin_flags(
+      INITIAL_CHECKPOINT_PATH=None, TEACHER_CHECKPOINT_PATH=tmp_path / 'teacher'
+    ),
+  )
+
+  assert 'does not fit the model' in message
+  assert 'vocabulary: SentencePiece 384 ids in the checkpoint' in message
+
+
+def test_an_initial_checkpoint_of_another_size_is_refused(
+  refused, tmp_path, compile_once
+):
+  config = T5Config(384, 8, 1, 4, 8, 1, 1)
+  conftest.save_model(tmp_path / 'start', config)
+
+  message = refused(
+    STUDENT, *SMALL, f'--gin.INITIAL_CHECKPOINT_PATH={tmp_path}/start'
+  )
+
+  assert 'emb_dim: 8 in the checkpoint, 16 wanted' in message
+
+
+def test_an_empty_split_is_refused(refused, letters):
+  message = refused(
+    STUDENT,
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 6, 'targets': 7}",
+    *gin_flags(
+      MIXTURE_OR_TASK_NAME=letters, BEST_METRIC=None, EVAL_SPLIT='empty'
+    ),
+  )
+
+  assert "Split 'empty' of task 'letters' is empty." in message
+
+
+def test_an_error_of_ours_is_one_line_and_not_a_traceback(tmp_path):
+  folder = tmp_path / 'run'
+
+  finished = run_python(
+    '-m', 'gkd_jax.main', STUDENT, f'--gin.MODEL_DIR={folder}', '--gin.BATCH=3'
+  )
+
+  assert finished.returncode == 1
+  assert finished.stdout == ''
+  (line,) = finished.stderr.splitlines()
+  assert line.startswith('Error: BATCH changes nothing')
+  assert not folder.exists()
+
+
+def test_an_error_that_is_nobodys_intention_has_its_traceback(
+  run_main, monkeypatch
+):
+  # Such as a ValueError that some library raises deep inside.
+  def broken(config):
+    raise ValueError('shapes (3,) and (4,) do not match')
+
+  monkeypatch.setattr('gkd_jax.data.get_vocabulary', broken)
+  with pytest.raises(ValueError, match='do not match'):
+    run_main(STUDENT, '--gin.MODEL_DIR=x')
