@@ -341,6 +341,25 @@ def test_logits_of_ids_that_do_not_occur_change_nothing(name):
   np.testing.assert_array_equal(grad[..., unused], 0.0)
 
 
+@pytest.mark.parametrize(('student_size', 'teacher_size'), [(11, 13), (13, 11)])
+def test_vocabularies_may_be_filled_up_to_different_sizes(
+  student_size, teacher_size
+):
+  outputs, student, teacher = random_batch()
+
+  loss, grad = mean_loss(
+    OBJECTIVES['both'],
+    outputs,
+    student[..., :student_size],
+    teacher[..., :teacher_size],
+  )
+
+  want = mean_loss(OBJECTIVES['both'], outputs, student, teacher)
+  # The same terms, maybe summed in another order.
+  np.testing.assert_allclose(loss, want[0], **CLOSE)
+  np.testing.assert_allclose(grad, want[1][..., :student_size], **CLOSE)
+
+
 # ---------------------------------------------------------------- reductions
 
 
