@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ class Job:
 
   @property
   def command(self) -> str:
-    return ' '.join(('python -m gkd_jax.main', *self.arguments))
+    return shlex.join(('python', '-m', 'gkd_jax.main', *self.arguments))
 
 
 def compare(
@@ -88,6 +89,8 @@ def compare(
       f'compare.settings may name {_TEACHER}, {_INITIAL} and methods, not '
       f'{sorted(unknown)}.'
     )
+  if num_parallel < 1:
+    raise ValueError(f'NUM_PARALLEL must be 1 or more, got {num_parallel}.')
   for file in (teacher, initial_student, evaluation, *methods.values()):
     if not (_ROOT / file).is_file() and not pathlib.Path(file).is_file():
       raise ValueError(f'compare: there is no gin file {file}.')
@@ -281,7 +284,8 @@ def collect(
 
   Returns:
     {'methods': one entry a row of the table, 'runs': one entry a run}. With
-    several seeds a row holds means, and standard errors as '<name>_se'.
+    several seeds a row holds means, and standard errors as '<name>_se'. Where
+    the student began as good as the teacher, 'gap_closed' is None.
   """
   runs = [_read_run(folder / _TEACHER, _TEACHER, None, metrics)]
   teacher = runs[0]
@@ -299,7 +303,7 @@ def collect(
     for row in rows:
       gap = initial[metrics[0]] - teacher[metrics[0]]
       row['gap_closed'] = (
-        (initial[metrics[0]] - row[metrics[0]]) / gap if gap else math.nan
+        (initial[metrics[0]] - row[metrics[0]]) / gap if gap else None
       )
     runs += rows
   table = []
@@ -341,6 +345,9 @@ def _mean_row(method: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if name in ('method', 'seed'):
       continue
     values = [run[name] for run in runs]
+    if None in values:  # there was no gap to close
+      row[name] = None
+      continue
     row[name] = statistics.fmean(values)
     if len(values) > 1:
       row[f'{name}_se'] = statistics.stdev(values) / math.sqrt(len(values))
@@ -365,7 +372,7 @@ def format_table(results: Mapping[str, Any], metrics: Sequence[str]) -> str:
   for row in results['methods']:
     cells = []
     for _, name, form, scale in columns:
-      if name not in row:
+      if row.get(name) is None:
         cells.append('')
         continue
       value = row[name]

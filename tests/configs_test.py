@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+import shlex
+
+import pytest
+
+from gkd_jax import compare
+from tests import conftest
+
+FRAGMENTS = sorted((conftest.ROOT / 'gin').rglob('*.gin'))
+CONFIGS = sorted((conftest.ROOT / 'configs').rglob('*.gin'))
+FIRST_COMMENT = re.compile('(#.*\n)+')
+
+
+def relative(path):
+  return str(path.relative_to(conftest.ROOT))
+
+
+def header(path) -> str:
+  """The comment a file begins with, without its marks."""
+  match = FIRST_COMMENT.match(path.read_text())
+  assert match, f'{relative(path)} does not begin with a comment'
+  return re.sub('^# ?', '', match[0], flags=re.MULTILINE)
+
+
+def documented_command(path) -> list[str]:
+  """The arguments of gkd_jax.main in the command of a config's header."""
+  text = header(path).replace('\\\n', ' ')
+  if match := re.search(r'^Run: +scripts/quickstart (--\w+)$', text, re.M):
+    assert match[1] == '--smoke'
+    return [
+      '--run_mode=compare',
+      f'--gin_file={relative(path)}',
+      '--gin.MODEL_DIR=runs/smoke',
+    ]
+  match = re.search(r'python -m gkd_jax\.main (.*)', text)
+  assert match, f'the header of {relative(path)} has no command'
+  return shlex.split(match[1])
+
+
+def all_files(parametrized):
+  return pytest.mark.parametrize('path', parametrized, ids=relative)
+
+
+@all_files(FRAGMENTS)
+def test_a_fragment_begins_with_what_it_is_for(path):
+  assert len(header(path)) > 20
+
+
+@all_files(FRAGMENTS + CONFIGS)
+def test_what_is_included_is_there(path):
+  included = re.findall(r"^include '(.+)'", path.read_text(), re.MULTILINE)
+
+  for file in included:
+    assert (conftest.ROOT / file).is_file(), f'{file} in {relative(path)}'
+
+
+@all_files(CONFIGS)
+def test_the_command_in_the_header_runs_this_file(path):
+  arguments = documented_command(path)
+
+  assert f'--gin_file={relative(path)}' in arguments
+
+
+def mode_of(arguments):
+  modes = [a for a in arguments if a.startswith('--run_mode=')]
+  return modes[-1].removeprefix('--run_mode=') if modes else 'train'
+
+
+@pytest.fixture
+def build(run_main, tmp_path):
+  """Builds all parts of an experiment; what comes first after that must fail.
+
+  So every macro is set and read, every name exists, and every value is
+  accepted, without any work being done.
+  """
+  nowhere = tmp_path / 'nowhere'
+
+  def build(arguments):
+    override, want = {
+      'train': ('--gin.MAX_DECODE_LEN=1', 'MAX_DECODE_LEN is 1, but TASK_FEAT'),
+      'eval': (f'--gin.CHECKPOINT_PATH={nowhere}', f'{nowhere} is not there'),
+      'infer': (f'--gin.CHECKPOINT_PATH={nowhere}', f'{nowhere} is not there'),
+    }[mode_of(arguments)]
+    finished = run_main(*arguments, override)
+    assert finished.code == 1
+    assert want in finished.err
+
+  return build
+
+
+@all_files([p for p in CONFIGS if mode_of(documented_command(p)) != 'compare'])
+def test_the_command_in_the_header_builds_all_parts(path, build):
+  build(documented_command(path))
+
+
+@all_files([p for p in CONFIGS if mode_of(documented_command(p)) == 'compare'])
+def test_all_runs_of_a_comparison_build_all_their_parts(
+  path, build, run_main, tmp_path, monkeypatch
+):
+  class Stop(Exception):
+    pass
+
+  jobs = []
+
+  def keep_and_stop(of_comparison, *rest):
+    jobs.extend(of_comparison)
+    raise Stop
+
+  monkeypatch.setattr(compare, '_run', keep_and_stop)
+  with pytest.raises(Stop):
+    run_main(*documented_command(path), f'--gin.MODEL_DIR={tmp_path}')
+
+  assert len(jobs) >= 4  # teacher, student, its evaluation, and a method
+  for job in jobs:
+    build(job.arguments)
