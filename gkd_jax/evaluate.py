@@ -378,5 +378,7 @@ def sample_table(
       'teacher': teacher,
       'student': student,
     }
-    rows.append([cells[head].replace('|', '\\|') for head in heads])
+    rows.append(
+      [cells[head].replace('|', '\\|').replace('\n', ' ') for head in heads]
+    )
   return '\n'.join(f'| {" | ".join(row)} |' for row in rows)

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkd_jax import (
+  beam_search,
+  data,
+  evaluate,
+  partitioning,
+  sampler,
+)
+from gkd_jax.batch import mask_unused_ids
+from gkd_jax.model import T5, T5Config
+from tests import conftest, references, tiny
+
+NUM_IDS = 259  # of the byte vocabulary; the embeddings have 264 rows
+STUDENT = T5(T5Config(264, 12, 2, 4, 10, 1, 1))
+TEACHER = T5(T5Config(264, 8, 1, 6, 14, 1, 2))
+DECODING = {'num_ids': NUM_IDS, 'seed': 3, 'mesh': partitioning.make_mesh()}
+GREEDY = {'greedy': sampler.GREEDY}
+
+
+@pytest.fixture(scope='module')
+def student_params(compile_once):
+  return tiny.params(STUDENT, seed=0)
+
+
+@pytest.fixture(scope='module')
+def teacher_params(compile_once):
+  return tiny.params(TEACHER, seed=1)
+
+
+@pytest.fixture(scope='module')
+def config(letters):
+  """10 examples in batches of 4: the last one has 2 rows that do not count."""
+  return data.DatasetConfig(
+    letters, conftest.LENGTHS, batch_size=4, split='validation'
+  )
+
+
+@pytest.fixture(scope='module')
+def dataset(config):
+  return data.EvalDataset(config)
+
+
+@pytest.fixture(scope='module')
+def examples(dataset):
+  """All examples in one batch, as arrays."""
+  columns = zip(*(batch for _, batch in dataset.batches()), strict=True)
+  return data.Batch(*(np.concatenate(c)[: len(dataset)] for c in columns))
+
+
+def make_write(decoding, model=STUDENT):
+  return evaluate.make_write(model, decoding, max_decode_len=7, **DECODING)
+
+
+def write_all(dataset, write, params):
+  return dataset.predict(lambda rows, batch: write(params, rows, batch))
+
+
+@pytest.fixture(scope='module')
+def greedy(dataset, student_params):
+  return write_all(dataset, make_write(sampler.GREEDY), student_params)
+
+
+@pytest.fixture(scope='module')
+def sampled(dataset, student_params):
+  return write_all(dataset, make_write(sampler.ANCESTRAL), student_params)
+
+
+def logits_of(model, params, inputs, targets):
+  """The model's distribution at each place, as float64."""
+  logits = jax.jit(model.apply)({'params': params}, inputs, targets)
+  return np.float64(mask_unused_ids(logits, NUM_IDS))
+
+
+# --- What a model writes ------------------------------------------------------
+
+
+def test_greedy_outputs_are_the_most_probable_token_each_time(
+  greedy, examples, student_params
+):
+  logits = logits_of(
+    STUDENT, student_params, examples.encoder_input_tokens, greedy
+  )
+
+  # Given what it wrote so far, up to the end.
+  upto_end = np.cumsum(np.cumsum(greedy == 1, axis=1), axis=1) <= 1
+  assert (greedy == logits.argmax(axis=-1))[upto_end].all()
+  assert len(set(map(tuple, greedy.tolist()))) > 1  # it reads its inputs
+
+
+def test_samples_do_not_depend_on_the_size_of_the_batches(
+  config, sampled, student_params
+):
+  larger = data.EvalDataset(data.dataclasses.replace(config, batch_size=5))
+
+  again = write_all(larger, make_write(sampler.ANCESTRAL), student_params)
+
+  np.testing.assert_array_equal(again, sampled)
+
+
+def test_rows_are_sampled_independently(student_params, dataset):
+  # The same input in every row, which the student writes to differently.
+  (_, batch), *_ = dataset.batches()
+  same = data.Batch(*(np.repeat(x[:1], 4, axis=0) for x in batch))
+  write = make_write(sampler.ANCESTRAL)
+
+  rows = write(student_params, np.arange(4, dtype=np.int32), same)
+
+  assert len(set(map(tuple, rows.tolist()))) == 4
+
+
+def test_a_beam_of_one_is_greedy(greedy, dataset, student_params):
+  beam = beam_search.BeamConfig(num_beams=1, alpha=0.0)
+
+  tokens = write_all(dataset, make_write(beam), student_params)
+
+  np.testing.assert_array_equal(tokens, greedy)
+
+
+def test_a_wide_beam_finds_more_probable_outputs_than_greedy(
+  greedy, dataset, examples, student_params
+):
+  beam = beam_search.BeamConfig(num_beams=4, alpha=0.0)
+
+  tokens = write_all(dataset, make_write(beam), student_params)
+
+  def log_prob(outputs):
+    inputs = examples.encoder_input_tokens
+    logits = logits_of(STUDENT, student_params, inputs, outputs)
+    log_q = references.log_softmax(logits)
+    log_q = np.take_along_axis(log_q, outputs[..., None], axis=-1)[..., 0]
+    return np.where(outputs == 0, 0.0, log_q).sum(axis=-1)
+
+  assert (log_prob(tokens) - log_prob(greedy)).mean() > 0.0
+
+
+# --- Divergences --------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def scores(dataset, student_params, teacher_params):
+  score = evaluate.make_score(STUDENT, TEACHER, **DECODING)
+  return score(student_params, teacher_params, dataset)
+
+
+@pytest.mark.parametrize(
+  'name, divergence',
+  [
+    ('forward_kl', references.forward_kl),
+    ('reverse_kl', references.reverse_kl),
+    (
+      'jsd_0.5',
+      lambda **logits: references.generalized_jsd(beta=0.5, **logits),
+    ),
+    ('total_variation', references.total_variation),
+  ],
+)
+@pytest.mark.parametrize('on', ['on_dataset_outputs', 'on_student_outputs'])
+def test_divergences_are_those_of_the_float64_reference(
+  scores,
+  examples,
+  sampled,
+  student_params,
+  teacher_params,
+  on,
+  name,
+  divergence,
+):
+  inputs = examples.encoder_input_tokens
+  outputs = {
+    'on_dataset_outputs': examples.decoder_target_tokens,
+    'on_student_outputs': sampled,  # the same draws: same seed, same rows
+  }[on]
+  # Up to and including the first EOS.
+  weights = np.cumsum(np.cumsum(outputs == 1, axis=1), axis=1) <= 1
+
+  per_token = divergence(
+    teacher_logits=logits_of(TEACHER, teacher_params, inputs, outputs),
+    student_logits=logits_of(STUDENT, student_params, inputs, outputs),
+  )
+  per_output = (per_token * weights).sum(axis=1) / weights.sum(axis=1)
+
+  # float32 logits of size 10, and sums of 7 x 259 terms.
+  np.testing.assert_allclose(
+    scores[f'{on}/{name}'], per_output.mean(), rtol=1e-4
+  )
+
+
+def test_the_likelihood_of_the_datasets_outputs_is_measured(
+  scores, examples, student_params
+):
+  outputs = examples.decoder_target_tokens
+  logits = logits_of(
+    STUDENT, student_params, examples.encoder_input_tokens, outputs
+  )
+
+  log_q = references.log_softmax(logits)
+  nll = -np.take_along_axis(log_q, outputs[..., None], axis=-1)[..., 0]
+  weights = outputs != 0
+  per_output = (nll * weights).sum(axis=1) / weights.sum(axis=1)
+
+  np.testing.assert_allclose(
+    scores['on_dataset_outputs/nll'], per_output.mean(), rtol=1e-4
+  )
+
+
+# --- An evaluation ------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def with_teacher(config, teacher_params):
+  return evaluate.Evaluation(
+    config, STUDENT, TEACHER, teacher_params, GREEDY, **forget_ids(DECODING)
+  )
+
+
+def forget_ids(settings):
+  return {k: v for k, v in settings.items() if k != 'num_ids'}
+
+
+def test_the_metrics_are_those_of_what_was_written(
+  with_teacher, student_params, teacher_params, dataset, greedy
+):
+  values, _ = with_teacher(student_params)
+
+  assert values['greedy/error'] == dataset.metrics(greedy)['error']
+  by_teacher = write_all(
+    dataset, make_write(sampler.GREEDY, TEACHER), teacher_params
+  )
+  assert values['teacher/greedy/error'] == dataset.metrics(by_teacher)['error']
+
+
+def test_the_table_shows_what_student_and_teacher_wrote(
+  with_teacher, student_params, teacher_params, dataset, greedy
+):
+  _, table = with_teacher(student_params)
+
+  by_teacher = write_all(
+    dataset, make_write(sampler.GREEDY, TEACHER), teacher_params
+  )
+  word = conftest.letter_words('validation')[0]
+  cells = (
+    word,
+    word[::-1],
+    dataset.decode(by_teacher)[0].replace('|', '\\|').replace('\n', ' '),
+    dataset.decode(greedy)[0].replace('|', '\\|').replace('\n', ' '),
+  )
+  assert f'| {" | ".join(cells)} |' in table
+
+
+def test_the_teacher_writes_once_because_it_does_not_change(
+  with_teacher, student_params, teacher_params, monkeypatch
+):
+  with_teacher(student_params)
+  whose = []
+
+  def task_metrics(writes, params, dataset):
+    whose.append('teacher' if params is teacher_params else 'student')
+    return kept(writes, params, dataset)
+
+  kept = evaluate.task_metrics
+  monkeypatch.setattr(evaluate, 'task_metrics', task_metrics)
+  values, _ = with_teacher(student_params)
+
+  assert whose == ['student']
+  assert 'teacher/greedy/error' in values
+
+
+def test_the_teachers_own_metrics_can_be_left_out(with_teacher, student_params):
+  values, table = with_teacher(student_params, with_teacher=False)
+
+  assert not any(name.startswith('teacher/') for name in values)
+  assert 'on_student_outputs/reverse_kl' in values
+  assert '| teacher |' not in table
+
+
+def test_without_a_teacher_there_are_task_metrics_alone(config, student_params):
+  alone = evaluate.Evaluation(
+    config, STUDENT, None, None, GREEDY, **forget_ids(DECODING)
+  )
+
+  values, table = alone(student_params)
+
+  assert values.keys() == {'greedy/error'}
+  assert table.startswith('| input | reference | student |\n')
+
+
+# --- How it is shown and kept -------------------------------------------------
+
+
+EXAMPLES = [{'inputs': f'x{i}', 'targets': f'y{i}'} for i in range(9)]
+
+
+def test_a_table_has_a_row_for_each_of_the_first_examples():
+  table = evaluate.sample_table(EXAMPLES, ['s'] * 9, ['t'] * 9, num_rows=2)
+
+  assert table.splitlines() == [
+    '| input | reference | teacher | student |',
+    '| --- | --- | --- | --- |',
+    '| x0 | y0 | t | s |',
+    '| x1 | y1 | t | s |',
+  ]
+
+
+def test_bars_and_line_ends_do_not_break_a_table():
+  table = evaluate.sample_table(EXAMPLES[:1], ['a|b\nc'], None)
+
+  assert table.splitlines()[-1] == '| x0 | y0 | a\\|b c |'
+
+
+def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path):
+  evaluate.write_results(tmp_path, 'test', {'wer': 1.0})
+
+  with pytest.raises(TypeError):
+    evaluate.write_results(tmp_path, 'test', {'wer': jnp.float32(2.0)})
+
+  path = tmp_path / 'eval_test.json'
+  assert json.loads(path.read_text()) == {'wer': 1.0}
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_are_one_line():
+  line = evaluate.format_metrics({'wer': 12.3456, 'kl': 0.000123})
+
+  assert line == 'wer 12.35  kl 0.000123'
