@@ -435,7 +435,7 @@ def _plot(folder, results, methods, metric, seeds) -> list[pathlib.Path]:
   figure.savefig(curves_path, dpi=120)
   plt.close(figure)
 
-  figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+  figure, axes = plt.subplots(figsize=(10, 5), layout='constrained')
   names = [_INITIAL, *methods]
   for offset, (name, label) in zip(
     (-0.2, 0.2),
@@ -457,10 +457,8 @@ def _plot(folder, results, methods, metric, seeds) -> list[pathlib.Path]:
       label=f'teacher, {label}',
     )
   axes.set_xticks(range(len(names)), names, rotation=20, ha='right')
-  lowest = min(of(_TEACHER)[metric], *(of(n)[metric] for n in names))
-  axes.set_ylim(bottom=0.8 * lowest)
   axes.set(ylabel=f'{metric.upper()} %, test', title='At the end, test split')
-  axes.legend(fontsize=8)
+  figure.legend(fontsize=8, loc='outside right upper')
   bars_path = folder / f'{metric}_final.png'
   figure.savefig(bars_path, dpi=120)
   plt.close(figure)
