@@ -129,16 +129,22 @@ def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
         + _nearest(file, there)
       )
   try:
-    gin.parse_config_files_and_bindings(files, bindings)
-  except (ValueError, SyntaxError, tokenize.TokenError) as e:
-    # gin may add the whole configuration: it helps nobody to see it here.
-    message = str(e).split(' in config string: ')[0]
-    message = re.sub(
-      r'^(\w+)/macro\.value set to `%gin.REQUIRED`.*',
-      r'\1 must be set: --gin.\1=VALUE.',
-      message,
-    )
-    raise ValueError(f'{message}{_nearest_name(gin, message)}') from e
+    gin.parse_config_files_and_bindings(files, [], finalize_config=False)
+    # A flag may name whatever the modules that the files import hold.
+    imports = re.findall(r'^(?:from|import) .+', gin.config_str(), re.MULTILINE)
+    gin.parse_config([*imports, *bindings])
+    gin.finalize()
+  except (
+    ValueError,
+    SyntaxError,
+    tokenize.TokenError,
+    AttributeError,
+    NameError,
+  ) as e:
+    is_name = isinstance(e, AttributeError | NameError)
+    if is_name and _raised_in(e).name != 'gin':
+      raise  # some module has a bug
+    raise ValueError(_explain(gin, str(e))) from e
   config = gin.config_str()
   defined = set(re.findall(r'^([A-Za-z_]\w*) =', config, re.MULTILINE))
   used = set(re.findall(r'%([A-Za-z_]\w*)', config))
@@ -182,29 +188,33 @@ def _quote_strings(binding: str) -> str:
   return f'{name} = {value}'
 
 
-def _nearest_name(gin, message: str) -> str:
-  """Returns a hint for gin's own message about an unknown name."""
-  if match := re.search(
-    r"'(.+)' doesn't have a parameter named '(.+)'", message
-  ):
+def _explain(gin, message: str) -> str:
+  """Returns gin's own message, shortened, and the nearest right name."""
+  # gin may add the whole configuration: it helps nobody to see it here.
+  message = message.split(' in config string: ')[0]
+  config = gin.config_str()
+  if match := re.match(r'(\w+)/macro.value set to `%gin.REQUIRED`', message):
+    return f'{match[1]} must be set: --gin.{match[1]}=VALUE.'
+  if match := re.match(r"No bindings specified for '(.+)/gin.macro'", message):
+    message = f'%{match[1]} is not defined.'
+    names = re.findall(r'^(\w+) =', config, re.MULTILINE)
+  elif match := re.match(r"'(\w+)' was not provided by an import", message):
+    names = re.findall(r'^(?:from|import) .*?(\w+)$', config, re.MULTILINE)
+  elif match := re.match(r"No configurable matching \D*?'@?([\w./]+)", message):
+    names = re.findall(r'^# Parameters for (.+):$', config, re.MULTILINE)
+  elif match := re.match(r"Couldn't resolve selector (.+)\.(\w+);", message):
+    package = match[1]
+    message = f'There is no {package}.{match[2]}.'
+    module = sys.modules.get(f'gkd_jax.{package}', sys.modules.get(package))
+    names = vars(module) if module else ()
+  elif match := re.match(r".*'(.+)' doesn't have a .* named '(.+)'", message):
     function = gin.get_configurable(match[1])
     if inspect.isclass(function):  # gin hides what the class is called with
       function = function.__init__
-    return _nearest(match[2], inspect.signature(function).parameters)
-  if match := re.search(r"No bindings specified for '(.+)/gin.macro'", message):
-    defined = re.findall(r'^(\w+) =', gin.config_str(), re.MULTILINE)
-    return '.' + _nearest(match[1], defined)
-  if match := re.search(
-    r"No configurable matching (?:reference '@)?'?(?:.*/)?([\w.]+)", message
-  ):
-    bound = re.findall(
-      r'^# Parameters for (?:.*/)?(.+):$', gin.config_str(), re.M
-    )
-    package = match[1].rpartition('.')[0]
-    module = sys.modules.get(f'gkd_jax.{package}', sys.modules.get(package))
-    others = [f'{package}.{name}' for name in vars(module)] if module else []
-    return _nearest(match[1], [*bound, *others])
-  return ''
+    names = inspect.signature(function).parameters
+  else:
+    return message
+  return message + _nearest(match[match.lastindex], names)
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -216,11 +226,16 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def _is_ours(error: BaseException) -> bool:
   """Whether we (or gin) raised it on purpose; else its traceback is wanted."""
+  folder = _raised_in(error)
+  return folder.is_relative_to(_ROOT / 'gkd_jax') or folder.name == 'gin'
+
+
+def _raised_in(error: BaseException) -> pathlib.Path:
+  """Returns the folder of the file that raised it."""
   traceback = error.__traceback__
   while traceback.tb_next is not None:
     traceback = traceback.tb_next
-  raised_in = pathlib.Path(traceback.tb_frame.f_code.co_filename).parent
-  return raised_in.is_relative_to(_ROOT / 'gkd_jax') or raised_in.name == 'gin'
+  return pathlib.Path(traceback.tb_frame.f_code.co_filename).parent
 
 
 def _without_addresses(error: BaseException) -> str:

@@ -394,6 +394,15 @@ def test_a_list_may_hold_references(run_main, tmp_path):
   assert "decodings = {'best': @greedy/sampler.SamplerConfig()}" in shown.out
 
 
+def test_a_flag_may_name_what_no_file_of_the_experiment_names(run_main):
+  shown = run_main(
+    STUDENT, *gin_flags(MODEL_DIR='x', OPTIMIZER='@optax.lion'), '--dry_run'
+  )
+
+  assert shown.code == 0, shown.err
+  assert 'OPTIMIZER = @optax.lion\n' in shown.out
+
+
 def test_a_later_flag_wins(run_main):
   shown = run_main(
     STUDENT, *gin_flags(MODEL_DIR='x'), *gin_flags(MODEL_DIR='y'), '--dry_run'
@@ -472,10 +481,11 @@ def refused(run_main, tmp_path):
     (['--gin.model.T5Config.emb_dmi=3'], 'emb_dim'),
     (['--gin.optax.adafactor.min_dim_size=3'], 'min_dim_size_to_factor'),
     (['--gin.train.train.sede=3'], 'seed'),
-    (['--gin.model.T5Confg.emb_dim=3'], 'model.T5Config'),
-    (['--gin.modle.T5Config.emb_dim=3'], 'model.T5Config'),
-    (['--gin.POLICY=@policies.datset()'], 'policies.dataset'),
-    (['--gin.OPTIMIZER=@optax.adamv'], 'optax.adam'),
+    (['--gin.model.T5Confg.emb_dim=3'], 'T5Config'),
+    (['--gin.modle.T5Config.emb_dim=3'], 'model'),
+    (['--gin.POLICY=@policies.datset()'], 'dataset'),
+    (['--gin.OPTIMIZER=@optax.adafactr'], 'adafactor'),
+    (['--gin.OPTIMIZER=@optx.adafactor'], 'optax'),
     (['--gin.LEARNING_RATE=%WARMUP_STEP'], 'WARMUP_STEPS'),
     (['--run_mode=trian'], 'train'),
   ],
@@ -485,7 +495,7 @@ def test_a_misspelt_name_is_refused_with_the_nearest_right_one(
 ):
   message = refused(STUDENT, *arguments)
 
-  assert message.strip().endswith(f' Did you mean {nearest}?')
+  assert message.endswith(f' Did you mean {nearest}?\n')
 
 
 def test_a_misspelt_file_is_refused_with_the_nearest_right_one(refused):
@@ -505,6 +515,21 @@ def test_a_misspelt_macro_in_a_file_is_refused(refused, tmp_path):
   message = refused(f'--gin_file={tmp_path}/mine.gin')
 
   assert message.startswith('Error: TRAIN_STPES changes nothing')
+
+
+def test_a_misspelt_name_in_a_file_is_refused(refused, tmp_path):
+  (tmp_path / 'mine.gin').write_text(
+    'from __gin__ import dynamic_registration\n'
+    'from gkd_jax import policies\n'
+    "include 'configs/cmudict_g2p/student.gin'\n"
+    'POLICY = @policies.datset()\n'
+  )
+
+  message = refused(f'--gin_file={tmp_path}/mine.gin')
+
+  assert message == (
+    'Error: There is no policies.datset. Did you mean dataset?\n'
+  )
 
 
 def test_a_file_that_is_cut_off_is_refused(refused, tmp_path):
