@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> None:
   except (ValueError, OSError, ImportError, FloatingPointError) as e:
     if not _is_ours(e):
       raise
-    sys.exit(f'Error: {_without_addresses(e)}')
+    # gin adds which functions it was calling; the message says what to change.
+    message = re.split(r'\n  In call to configurable', str(e))[0]
+    sys.exit(f'Error: {message}')
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -190,8 +192,8 @@ def _quote_strings(binding: str) -> str:
 
 def _explain(gin, message: str) -> str:
   """Returns gin's own message, shortened, and the nearest right name."""
-  # gin may add the whole configuration: it helps nobody to see it here.
-  message = message.split(' in config string: ')[0]
+  # gin may add the whole configuration, and the line among all flags.
+  message = re.split(' in config string: |\n  In bindings string', message)[0]
   config = gin.config_str()
   if match := re.match(r'(\w+)/macro.value set to `%gin.REQUIRED`', message):
     return f'{match[1]} must be set: --gin.{match[1]}=VALUE.'
@@ -236,10 +238,6 @@ def _raised_in(error: BaseException) -> pathlib.Path:
   while traceback.tb_next is not None:
     traceback = traceback.tb_next
   return pathlib.Path(traceback.tb_frame.f_code.co_filename).parent
-
-
-def _without_addresses(error: BaseException) -> str:
-  return re.sub(r' \(<.* at 0x[0-9a-f]+>\)', '', str(error))
 
 
 def expand_gin_flags(args: Sequence[str]) -> list[str]:

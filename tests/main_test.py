@@ -627,6 +627,7 @@ def test_settings_that_do_not_fit_are_refused(refused, arguments, parts):
 
   for part in parts:
     assert part in message
+  assert message.count('\n') == 1
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(
