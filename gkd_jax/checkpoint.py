@@ -94,10 +94,7 @@ class Checkpoints:
       best_metric: keeps the checkpoint that is best by this metric, too.
       best_mode: 'min' or 'max'.
     """
-    if best_mode not in ('min', 'max'):
-      raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
     self._model = model
-    self._best_metric = best_metric
     keep = [checkpoint_managers.LatestN(n=1)]
     value = None
     if best_metric is not None:
@@ -138,11 +135,6 @@ class Checkpoints:
     step = int(state.step)
     if step == self.latest_step():
       return
-    if metrics and self._best_metric not in (None, *metrics):
-      raise ValueError(
-        f'BEST_METRIC {self._best_metric!r} is none of the validation metrics: '
-        f'{", ".join(metrics)}.'
-      )
     self._manager.save(
       step,
       args=ocp.args.Composite(

@@ -318,6 +318,10 @@ class EvalDataset:
       for name, value in results.result()[self._task.name].items()
     }
 
+  def metric_names(self) -> list[str]:
+    """Returns the names of the task's metrics: those of the references."""
+    return list(self.metrics(self._rows.decoder_target_tokens))
+
   def decode(self, tokens: np.ndarray) -> list[str]:
     """Returns the texts of outputs [N, T], as the task postprocesses them."""
     return [

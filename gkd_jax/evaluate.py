@@ -42,6 +42,7 @@ _DIVERGENCES = {
   'jsd_0.5': functools.partial(divergences.generalized_jsd, beta=0.5),
   'total_variation': divergences.total_variation,
 }
+_SCORED_ON = ('on_dataset_outputs', 'on_student_outputs')
 
 
 def make_write(
@@ -164,10 +165,9 @@ def make_score(
     # The student writes for rows that only fill the batch up, too.
     is_example_B = batch.decoder_loss_weights.any(axis=1, keepdims=True)
     drawn = Outputs(drawn.tokens, drawn.weights * is_example_B)
-    on = {'on_dataset_outputs': batch.outputs, 'on_student_outputs': drawn}
     return {
-      name: sums_on(student_params, teacher_params, inputs, outputs)
-      for name, outputs in on.items()
+      on: sums_on(student_params, teacher_params, inputs, outputs)
+      for on, outputs in zip(_SCORED_ON, (batch.outputs, drawn), strict=True)
     }
 
   def score(student_params, teacher_params, dataset):
@@ -259,6 +259,20 @@ class Evaluation:
     if teacher is not None:
       self._score = make_score(student, teacher, **shape)
       self._teacher_writes = writes(teacher)
+
+  def names(self) -> list[str]:
+    """Returns the names of what a call measures, without a model's work."""
+    of_task = [
+      f'{decoding}/{metric}'
+      for decoding in self._student_writes
+      for metric in self._dataset.metric_names()
+    ]
+    if self._score is None:
+      return of_task
+    divergences_on = [
+      f'{on}/{name}' for on in _SCORED_ON for name in ('nll', *_DIVERGENCES)
+    ]
+    return [*of_task, *divergences_on, *(f'teacher/{n}' for n in of_task)]
 
   def __call__(
     self, params: Params, *, with_teacher: bool = True

@@ -201,6 +201,8 @@ def train(
     for split in (eval_dataset, final_eval_dataset)
     if split is not None
   }
+  if best_metric is not None:
+    _check_best(best_metric, best_mode, eval_dataset, evaluations)
   iterator = data.TrainIterator(
     train_dataset,
     seed=seed,
@@ -398,6 +400,24 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:
     raise ValueError(
       f'BATCH_SIZE {batch_size} must be divisible by NUM_MICROBATCHES '
       f'{num_microbatches} times the {spread} devices of the data axis.'
+    )
+
+
+def _check_best(name, mode, eval_dataset, evaluations) -> None:
+  if mode not in ('min', 'max'):
+    raise ValueError(f"BEST_MODE must be 'min' or 'max', got {mode!r}.")
+  if eval_dataset is None:
+    raise ValueError(
+      f'BEST_METRIC is {name!r}, but nothing is evaluated during training: set '
+      'EVAL_SPLIT, or BEST_METRIC = None.'
+    )
+  names = evaluations[eval_dataset.split].names()
+  if name not in names:
+    near = difflib.get_close_matches(name, names, n=1)
+    raise ValueError(
+      f'BEST_METRIC {name!r} is none of the validation metrics.'
+      + (f' Did you mean {near[0]!r}?' if near else '')
+      + f' They are: {", ".join(names)}.'
     )
 
 

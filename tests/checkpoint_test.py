@@ -162,18 +162,6 @@ def test_the_best_is_remembered_by_a_run_that_goes_on(tmp_path):
   assert folders(tmp_path) == ['checkpoint_2', 'checkpoint_5']
 
 
-def test_a_best_mode_that_is_neither_min_nor_max_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="BEST_MODE must be 'min' or 'max'"):
-    checkpoint.Checkpoints(tmp_path, DESCRIPTION, best_mode='maximum')
-
-
-def test_a_best_metric_that_does_not_exist_is_refused_with_those_that_do(
-  tmp_path,
-):
-  with pytest.raises(ValueError, match="'wre' is none of .*: wer, per"):
-    save_steps(tmp_path, {1: {'wer': 1.0, 'per': 2.0}}, best_metric='wre')
-
-
 # --- Where a checkpoint is --------------------------------------------------
 
 

@@ -280,6 +280,14 @@ def test_the_teachers_own_metrics_can_be_left_out(with_teacher, student_params):
   assert '| teacher |' not in table
 
 
+def test_the_names_of_what_is_measured_are_known_before(
+  with_teacher, student_params
+):
+  values, _ = with_teacher(student_params)
+
+  assert {*with_teacher.names()} == values.keys()
+
+
 def test_without_a_teacher_there_are_task_metrics_alone(config, student_params):
   alone = evaluate.Evaluation(
     config, STUDENT, None, None, GREEDY, **forget_ids(DECODING)
@@ -287,7 +295,7 @@ def test_without_a_teacher_there_are_task_metrics_alone(config, student_params):
 
   values, table = alone(student_params)
 
-  assert values.keys() == {'greedy/error'}
+  assert values.keys() == {'greedy/error'} == {*alone.names()}
   assert table.startswith('| input | reference | student |\n')
 
 

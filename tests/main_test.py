@@ -465,7 +465,7 @@ def refused(run_main, tmp_path):
   def refused(*arguments):
     finished = run_main(*arguments, *gin_flags(MODEL_DIR=folder))
     assert finished.code == 1
-    assert finished.err.startswith('Error: ')
+    assert re.search('^Error: ', finished.err, re.MULTILINE)
     assert finished.out == ''
     assert 'Traceback' not in finished.err
     assert not folder.exists()
@@ -658,6 +658,31 @@ def test_an_initial_checkpoint_of_another_size_is_refused(
   )
 
   assert 'emb_dim: 8 in the checkpoint, 16 wanted' in message
+
+
+def test_a_metric_that_is_not_measured_cannot_choose_the_best(refused, letters):
+  message = refused(
+    STUDENT,
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 6, 'targets': 7}",
+    *gin_flags(MIXTURE_OR_TASK_NAME=letters, BEST_METRIC='greedy/eror'),
+  )
+
+  assert "BEST_METRIC 'greedy/eror' is none of" in message
+  assert "Did you mean 'greedy/error'?" in message
+
+
+def test_the_best_is_the_least_or_the_most(refused, letters):
+  message = refused(
+    STUDENT,
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 6, 'targets': 7}",
+    *gin_flags(
+      MIXTURE_OR_TASK_NAME=letters,
+      BEST_METRIC='greedy/error',
+      BEST_MODE='least',
+    ),
+  )
+
+  assert "BEST_MODE must be 'min' or 'max', got 'least'" in message
 
 
 def test_an_empty_split_is_refused(refused, letters):
