@@ -168,8 +168,8 @@ def relative_position_bucket(
 class RelativePositionBias(nn.Module):
   """A learnt bias of attention logits, one number a head and bucket.
 
-  One table for each stack, shared by its layers: T5's architecture (T5X's
-  scanned variant has one per layer instead, and is not equal to it).
+  One table for each stack, shared by its layers (T5), or one for each layer
+  (umT5, and T5X's scalable_t5).
   """
 
   num_heads: int

@@ -42,13 +42,17 @@ class T5Config:
     num_encoder_layers: depth of the encoder.
     num_decoder_layers: depth of the decoder.
     mlp_activations: ('relu',) is T5 1.0, ('gelu', 'linear') T5 1.1.
-    logits_via_embedding: True ties the output projection to the embedding and
-      scales hidden states by D ** -0.5 before it (T5 1.0).
+    logits_via_embedding: True ties the output projection to the embedding
+      (T5 1.0).
+    scale_decoder_outputs: hidden states are scaled by D ** -0.5 before the
+      output projection; None: where that is tied (T5 1.0).
     dropout_rate: in training, everywhere T5X has it.
     dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
     remat: recompute each layer in the backward pass, to save memory.
     relpos_buckets: of the relative position bias.
     relpos_max_distance: from which on all distances share a bucket.
+    relpos_bias_per_layer: each layer has its own bias (umT5, and T5X's
+      scalable_t5); False: the layers of a stack share one (T5).
   """
 
   vocab_size: int
@@ -60,15 +64,20 @@ class T5Config:
   num_decoder_layers: int
   mlp_activations: tuple[str, ...] = ('gelu', 'linear')
   logits_via_embedding: bool = False
+  scale_decoder_outputs: bool | None = None
   dropout_rate: float = 0.0
   dtype: str = 'float32'
   remat: bool = False
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
+  relpos_bias_per_layer: bool = False
 
   def __post_init__(self):
     # gin and JSON write lists; a config must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    if self.scale_decoder_outputs == self.logits_via_embedding:
+      # One way to say the same thing, so that configs can be compared.
+      object.__setattr__(self, 'scale_decoder_outputs', None)
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"T5Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}."
@@ -77,6 +86,13 @@ class T5Config:
       raise ValueError(
         f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.'
       )
+
+  @property
+  def scales_decoder_outputs(self) -> bool:
+    """Whether hidden states are scaled before the output projection."""
+    if self.scale_decoder_outputs is None:
+      return self.logits_via_embedding
+    return self.scale_decoder_outputs
 
 
 def _v1_0(emb_dim, num_heads, head_dim, mlp_dim, num_layers) -> T5Config:
@@ -173,6 +189,8 @@ class EncoderLayer(_Layer):
 
   def setup(self):
     dtype = self.config.dtype
+    if self.config.relpos_bias_per_layer:
+      self.relpos_bias = _relpos_bias(self.config, bidirectional=True)
     self.pre_attention_layer_norm = layers.RMSNorm(dtype)
     self.attention = self._attention()
     self.pre_mlp_layer_norm = layers.RMSNorm(dtype)
@@ -180,7 +198,9 @@ class EncoderLayer(_Layer):
     self.dropout = _dropout(self.config)
 
   def __call__(self, x_BSD, bias, mask, deterministic):
-    """Returns [B, S, D]."""
+    """Returns [B, S, D]; a layer with a bias of its own gets None."""
+    if self.config.relpos_bias_per_layer:
+      bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
     h = self.pre_attention_layer_norm(x_BSD)
     h = self.attention(h, h, bias=bias, mask=mask, deterministic=deterministic)
     x_BSD += self.dropout(h, deterministic=deterministic)
@@ -193,6 +213,8 @@ class DecoderLayer(_Layer):
 
   def setup(self):
     dtype = self.config.dtype
+    if self.config.relpos_bias_per_layer:
+      self.relpos_bias = _relpos_bias(self.config, bidirectional=False)
     self.pre_self_attention_layer_norm = layers.RMSNorm(dtype)
     self.self_attention = self._attention()
     self.pre_cross_attention_layer_norm = layers.RMSNorm(dtype)
@@ -205,6 +227,8 @@ class DecoderLayer(_Layer):
     self, x_BTD, encoded_BSD, bias, causal_mask, encoder_mask, deterministic
   ):
     """All positions at once: [B, T, D]."""
+    if self.config.relpos_bias_per_layer:
+      bias = self.relpos_bias(x_BTD.shape[1], x_BTD.shape[1])
     h = self.pre_self_attention_layer_norm(x_BTD)
     keys, values = self.self_attention.keys_values(h)
     return self._after_keys_values(
@@ -222,6 +246,8 @@ class DecoderLayer(_Layer):
     self, x_B1D, step, keys, values, cross, *, bias, self_mask, encoder_mask
   ):
     """One position: [B, 1, D] and the caches with its key and value in."""
+    if self.config.relpos_bias_per_layer:
+      bias = _bias_of_step(self.relpos_bias, step, keys.shape[2])
     h = self.pre_self_attention_layer_norm(x_B1D)
     key, value = self.self_attention.keys_values(h)
     at = (0, 0, step, 0)
@@ -274,7 +300,8 @@ class Encoder(nn.Module):
 
   def setup(self):
     c = self.config
-    self.relpos_bias = _relpos_bias(c, bidirectional=True)
+    if not c.relpos_bias_per_layer:
+      self.relpos_bias = _relpos_bias(c, bidirectional=True)
     layer = (
       nn.remat(EncoderLayer, static_argnums=(4,)) if c.remat else EncoderLayer
     )
@@ -284,7 +311,9 @@ class Encoder(nn.Module):
 
   def __call__(self, x_BSD, mask, deterministic):
     """Encodes; mask is [B, 1, 1, S] bool."""
-    bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
+    bias = None
+    if not self.config.relpos_bias_per_layer:
+      bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
     x_BSD = self.dropout(x_BSD, deterministic=deterministic)
     for layer in self.layers:
       x_BSD = layer(x_BSD, bias, mask, deterministic)
@@ -299,7 +328,8 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.config
-    self.relpos_bias = _relpos_bias(c, bidirectional=False)
+    if not c.relpos_bias_per_layer:
+      self.relpos_bias = _relpos_bias(c, bidirectional=False)
     layer = (
       nn.remat(DecoderLayer, static_argnums=(6,)) if c.remat else DecoderLayer
     )
@@ -312,7 +342,9 @@ class Decoder(nn.Module):
   def __call__(self, x_BTD, encoded_BSD, encoder_mask, deterministic):
     """Teacher-forced hidden states [B, T, D], after the last norm."""
     length = x_BTD.shape[1]
-    bias = self.relpos_bias(length, length)
+    bias = None
+    if not self.config.relpos_bias_per_layer:
+      bias = self.relpos_bias(length, length)
     causal_mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
     for layer in self.layers:
@@ -348,8 +380,9 @@ class Decoder(nn.Module):
   def step(self, cache: Cache, x_B1D) -> tuple[jax.Array, Cache]:
     """Hidden state [B, 1, D] of the next position, and the cache with it."""
     max_decode_len = cache.self_keys[0].shape[2]
-    bias_1HTT = self.relpos_bias(max_decode_len, max_decode_len)
-    bias_1H1T = jax.lax.dynamic_slice_in_dim(bias_1HTT, cache.step, 1, axis=2)
+    bias_1H1T = None
+    if not self.config.relpos_bias_per_layer:
+      bias_1H1T = _bias_of_step(self.relpos_bias, cache.step, max_decode_len)
     self_mask = (jnp.arange(max_decode_len) <= cache.step)[None, None, None]
     keys, values = [], []
     for i, layer in enumerate(self.layers):
@@ -430,8 +463,10 @@ class T5(nn.Module):
 
   def unembed(self, hidden):
     """Maps hidden states [..., D] to logits [..., V] in float32."""
+    if self.config.scales_decoder_outputs:
+      hidden *= self.config.emb_dim**-0.5
     if self.config.logits_via_embedding:
-      return self.token_embedder.attend(hidden * self.config.emb_dim**-0.5)
+      return self.token_embedder.attend(hidden)
     return self.decoder.logits_dense(hidden)
 
   def start_cache(self, encoded, encoder_input_tokens, max_decode_len) -> Cache:
@@ -500,6 +535,14 @@ def _relpos_bias(
     num_buckets=config.relpos_buckets,
     max_distance=config.relpos_max_distance,
   )
+
+
+def _bias_of_step(
+  relpos_bias: layers.RelativePositionBias, step: jax.Array, max_len: int
+) -> jax.Array:
+  """The bias of one query position, [1, H, 1, max_len]."""
+  bias_1HTT = relpos_bias(max_len, max_len)
+  return jax.lax.dynamic_slice_in_dim(bias_1HTT, step, 1, axis=2)
 
 
 def _encoder_mask(encoder_input_tokens: jax.Array) -> jax.Array:
