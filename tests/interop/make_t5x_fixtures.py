@@ -74,9 +74,12 @@ def train_state(
   from t5x import adafactor, train_state
 
   ones = np.ones((1, 2), np.int32)
+  module = transformer(scanned=scanned, **version, **kwargs)
   variables = core.freeze(
-    transformer(scanned=scanned, **version, **kwargs).init(
-      jax.random.key(0), ones, ones, ones, enable_dropout=False
+    jax.eval_shape(
+      lambda: module.init(
+        jax.random.key(0), ones, ones, ones, enable_dropout=False
+      )
     )
   )
   params = {
