@@ -36,6 +36,16 @@ def numbers(name: str, shape: tuple[int, ...]) -> np.ndarray:
   ) / np.float32(64)
 
 
+def flat(tree) -> dict[str, np.ndarray]:
+  """{'encoder/layers_0/mlp/wo/kernel': array} of a tree of parameters."""
+  import jax
+
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
 def main() -> None:
   FOLDER.mkdir(exist_ok=True)
   for name, state, write in (

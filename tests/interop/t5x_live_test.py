@@ -14,7 +14,7 @@ from gkd_jax.interop import t5x, tensors
 from gkd_jax.model import T5, T5Config
 from tests import tiny
 from tests.interop import make_t5x_fixtures as fixtures
-from tests.interop.make_t5x_fixtures import STEP, V1_0, V1_1
+from tests.interop.make_t5x_fixtures import STEP, V1_0, V1_1, flat
 
 pytestmark = pytest.mark.interop
 checkpoints = pytest.importorskip(
@@ -44,13 +44,6 @@ def config(version, *, scanned=False, **changes) -> T5Config:
     **(fixtures.SHAPE | VERSIONS[version] | changes),
     relpos_bias_per_layer=scanned,
   )
-
-
-def flat(tree) -> dict[str, np.ndarray]:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
 
 
 def read(folder) -> dict[str, np.ndarray]:

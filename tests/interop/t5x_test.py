@@ -20,7 +20,7 @@ from gkd_jax.interop import t5x, tensors
 from gkd_jax.model import T5, T5Config
 from tests import conftest, tiny
 from tests.interop import make_t5x_fixtures as fixtures
-from tests.interop.make_t5x_fixtures import STEP, numbers
+from tests.interop.make_t5x_fixtures import STEP, flat, numbers
 
 V1_1 = T5Config(**fixtures.SHAPE, **fixtures.V1_1)
 V1_0 = T5Config(**fixtures.SHAPE, **fixtures.V1_0)
@@ -62,12 +62,7 @@ def read(folder) -> dict[str, np.ndarray]:
 
 def params(config, seed: int = 0) -> dict[str, np.ndarray]:
   """Random parameters under their names."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      tiny.params(T5(config), seed)
-    )
-  }
+  return flat(tiny.params(T5(config), seed))
 
 
 def assert_same(got, want):
