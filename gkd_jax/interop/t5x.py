@@ -20,7 +20,7 @@ import collections
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.serialization
@@ -167,8 +167,9 @@ def _leaves(folder: epath.Path) -> dict[str, np.ndarray | dict[str, Any]]:
   """Returns {T5X's name: the array, or TensorStore's words for where it is}."""
   state = folder / _STATE
   if (state / _ORBAX_METADATA).is_file():
+    place_of = _orbax_place(state)
     return {
-      '/'.join(keys[1:]): _kvstore(state, '.'.join(keys))
+      '/'.join(keys[1:]): place_of('.'.join(keys))
       for keys in _orbax_keys(state / _ORBAX_METADATA)
       if keys[0] == 'target'
     }
@@ -177,10 +178,15 @@ def _leaves(folder: epath.Path) -> dict[str, np.ndarray | dict[str, Any]]:
   # Orbax's form has no version, and one of its kinds another name.
   for key in ('optimizer', '_optimizer'):
     contents = contents.get(key, contents)
-  return {
-    name: leaf if isinstance(leaf, np.ndarray) else _place_of(base, name, leaf)
-    for name, leaf in _flat(contents.get('target', {}))
-  }
+  place_of = _orbax_place(base)
+  leaves = {}
+  for name, leaf in _flat(contents.get('target', {})):
+    if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+      leaf = place_of(leaf.removeprefix(_PLACEHOLDER))
+    elif not isinstance(leaf, np.ndarray):
+      leaf = _legacy_place(base, name, leaf)
+    leaves[name] = leaf
+  return leaves
 
 
 def _orbax_keys(path: epath.Path) -> Iterator[list[str]]:
@@ -227,26 +233,28 @@ def _flat(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
     yield prefix, tree
 
 
-def _place_of(base: epath.Path, name: str, leaf: Any) -> dict[str, Any]:
-  """Returns where an array is, given what stands in the msgpack for it."""
-  if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
-    return _kvstore(base, leaf.removeprefix(_PLACEHOLDER))
-  if isinstance(leaf, dict) and leaf.get('driver') == 'zarr':
-    # The driver is that of the machine which wrote it; the path is relative,
-    # and TensorStore before 0.1.14 had it beside 'kvstore'.
-    path = leaf['kvstore'].get('path', leaf.get('path'))
-    if path is not None:
-      return _kvstore(base, path)
+def _legacy_place(base: epath.Path, name: str, spec: Any) -> dict[str, Any]:
+  """Returns where the array is that a TensorStore spec stands for.
+
+  The spec's driver is that of the machine which wrote it. Its path is relative,
+  and was beside 'kvstore' before TensorStore 0.1.14.
+  """
+  if isinstance(spec, dict) and spec.get('driver') == 'zarr':
+    for place in (spec['kvstore'], spec):
+      if isinstance(place, dict) and 'path' in place:
+        return _files(base, place['path'])
   raise ValueError(
     f'{base / _FILE}: {name} is neither an array nor the TensorStore spec of '
-    f'a zarr array: {str(leaf)[:200]}'
+    f'a zarr array: {str(spec)[:200]}'
   )
 
 
-def _kvstore(base: epath.Path, path: str) -> dict[str, Any]:
+def _orbax_place(base: epath.Path) -> Callable[[str], dict[str, Any]]:
+  """Returns a function from an array's name to where it is."""
   if (base / _OCDBT).is_file():
-    return {'driver': 'ocdbt', 'base': _files(base, ''), 'path': path}
-  return _files(base, path)
+    store = {'driver': 'ocdbt', 'base': _files(base, '')}
+    return lambda name: store | {'path': name}
+  return lambda name: _files(base, name)
 
 
 def _files(base: epath.Path, path: str) -> dict[str, Any]:

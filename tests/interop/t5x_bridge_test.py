@@ -46,7 +46,7 @@ VOCABULARY = seqio.ByteVocabulary()
 NUM_IDS = VOCABULARY.vocab_size
 # With the vocabulary of the task `letters`.
 STUDENT = T5Config(264, 16, 2, 8, 24, 1, 1)
-TEACHER = T5Config(264, 24, 2, 8, 32, 2, 1)
+TEACHER = T5Config(264, 24, 4, 8, 32, 2, 1)
 GKD = objectives.Objective(divergence=divergences.forward_kl)
 STEPS = 24
 
@@ -328,7 +328,7 @@ def test_the_teacher_is_an_argument_of_the_step_and_no_constant(teacher_path):
 
 def spread_over_four_devices():
   """The loss there, and what share of its embedding a device holds."""
-  spread = partitioning.PjitPartitioner(num_partitions=2)
+  spread = partitioning.PjitPartitioner(num_partitions=4)
   with tempfile.TemporaryDirectory() as folder:
     params = flat(tiny.params(T5(TEACHER), 1))
     model = t5x_bridge.GKDModel(
@@ -362,7 +362,7 @@ def test_the_teacher_is_spread_as_t5x_spreads_the_student():
     4, 'tests.interop.t5x_bridge_test', 'spread_over_four_devices'
   )
 
-  assert held == 0.5
+  assert held == 0.25  # on CPU all devices are of the model axis
   np.testing.assert_allclose(
     loss, loss_metrics(policies.dataset(), None)['loss'], rtol=1e-5
   )
