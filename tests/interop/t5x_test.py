@@ -243,6 +243,8 @@ def test_version_2_has_bfloat16_as_uint16(written_by_t5x, tmp_path):
   write_contents(folder, aged_contents | {'version': 2})
 
   assert_same(read(folder), want)
+  dtypes = {tensor.dtype for tensor in t5x.open_folder(folder)[1].values()}
+  assert dtypes == {np.dtype(ml_dtypes.bfloat16)}
 
 
 def test_arrays_in_the_msgpack_are_read(written_by_t5x, tmp_path):
@@ -313,11 +315,17 @@ def test_a_bucket_is_read_from_where_the_folder_is():
   }
 
 
-def test_a_relative_folder_is_read(written_by_t5x, monkeypatch):
-  folder = written_by_t5x['orbax']
+def test_a_relative_folder_stays_where_it_was_opened(
+  written_by_t5x, tmp_path, monkeypatch
+):
+  folder = written_by_t5x['orbax_without_ocdbt']
   monkeypatch.chdir(folder.parent)
+  _, opened = t5x.open_folder(folder.name)
+  monkeypatch.chdir(tmp_path)
 
-  assert_same(read(folder.name), read(folder))
+  got = {name: tensors.read_all(tensor) for name, tensor in opened.items()}
+
+  assert_same(got, read(folder))
 
 
 def test_a_run_of_ours_is_not_taken_for_one_of_t5x(tmp_path):
