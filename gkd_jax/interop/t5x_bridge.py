@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation in T5X's own trainer; needs an importable t5x.
+
+`GKDModel` stands in for the model of an existing T5X run. It trains the same
+parameters, evaluates and predicts as that model does; only its loss is another:
+a policy of ours writes the outputs, an objective of ours compares student and
+teacher on them. See gin/t5x/gkd.gin.
+
+The teacher belongs to no train state: T5X neither trains nor saves it. What a
+compiled function closes over would be built into the program as constants, all
+of the teacher's numbers. So `trainer` gives T5X's trainer a partitioner whose
+compiled steps take the teacher's parameters as one more argument, spread over
+the devices as T5X spreads the student's.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.core
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+from t5x import metrics as t5x_metrics
+from t5x import models
+from t5x import trainer as t5x_trainer
+from t5x.examples.t5 import network
+
+from gkd_jax import data, objectives, policies, pretrained, sampler
+from gkd_jax import step as step_lib
+from gkd_jax.batch import EOS_ID, Batch
+from gkd_jax.model import T5, T5Config
+
+Params = Any
+Metrics = dict[str, clu_metrics.Metric]
+
+
+class GKDModel(models.EncoderDecoderModel):
+  """A T5X model with our loss.
+
+  Nothing is packed: an output that the student writes has a row of its own.
+  During T5X's training evaluation the dataset writes the outputs, whatever the
+  policy, so that steps can be compared.
+  """
+
+  def __init__(
+    self,
+    model: models.EncoderDecoderModel,
+    policy: policies.Policy,
+    objective: objectives.Objective,
+    teacher_checkpoint_path: str | None = None,
+    student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+    teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  ):
+    """Takes over what a T5X run already has.
+
+    Args:
+      model: of that run, with T5X's network of examples/t5; its own loss, with
+        z_loss and label smoothing, is not used.
+      policy: who writes the outputs.
+      objective: what is minimised on them. The loss is a mean, by its
+        `reduction`; T5X adds up the gradients of microbatches.
+      teacher_checkpoint_path: see `pretrained.open_checkpoint`; read when the
+        trainer is made. Only a method that needs no teacher has None.
+      student_sampler: how the student's outputs are drawn.
+      teacher_sampler: how the teacher's are.
+
+    Raises:
+      ValueError: these do not fit together.
+    """
+    super().__init__(
+      module=model.module,
+      input_vocabulary=model.input_vocabulary,
+      output_vocabulary=model.output_vocabulary,
+      optimizer_def=model.optimizer_def,
+      decode_fn=model.decode_fn,
+      feature_converter_cls=model.FEATURE_CONVERTER_CLS,
+    )
+    if objective.likelihood_weight and policy.student_data_fraction:
+      raise ValueError(
+        f'likelihood_weight is {objective.likelihood_weight}, and '
+        f'student_data_fraction {policy.student_data_fraction}: to make '
+        'outputs likely that the student wrote would teach it its own mistakes.'
+      )
+    needs_teacher = policy.needs_teacher or objective.needs_teacher
+    if needs_teacher and teacher_checkpoint_path is None:
+      raise ValueError(
+        'This method needs a teacher: set TEACHER_CHECKPOINT_PATH.'
+      )
+    self._model = model
+    self._policy = policy
+    self._objective = objective
+    self._samplers = (student_sampler, teacher_sampler)
+    self._teacher_checkpoint_path = teacher_checkpoint_path
+    self._student = T5(student_config(model.module))
+    self._teacher = None  # (model, parameters), while a step is traced
+
+  def load_teacher(self, mesh: jax.sharding.Mesh) -> tuple[T5, Params] | None:
+    """Reads the teacher onto a mesh with the axes 'data' and 'model'."""
+    if self._teacher_checkpoint_path is None:
+      return None
+    vocabulary = self.output_vocabulary
+    teacher, params, _ = pretrained.load_model(
+      self._teacher_checkpoint_path,
+      data.describe_vocabulary(vocabulary),
+      vocabulary.vocab_size,
+      mesh,
+    )
+    # It computes as the student does.
+    config = dataclasses.replace(
+      teacher.config, dtype=self._student.config.dtype
+    )
+    return T5(config), params
+
+  @contextlib.contextmanager
+  def with_teacher(self, teacher: T5 | None, params: Params) -> Iterator[None]:
+    """Says what `loss_fn` compares with, while it is called or traced."""
+    self._teacher = (teacher, params)
+    try:
+      yield
+    finally:
+      self._teacher = None
+
+  def loss_fn(
+    self,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    dropout_rng: jax.Array | None,
+  ) -> tuple[jax.Array, Metrics]:
+    """Writes outputs and compares student and teacher on them.
+
+    Args:
+      params: the student's.
+      batch: as seqio's EncDecFeatureConverter makes it without packing.
+      dropout_rng: of this step or microbatch: of dropout, sampling and the
+        policy's draws; None in evaluation, where nothing is drawn.
+
+    Returns:
+      The loss [] and T5X's kind of metrics.
+    """
+    if 'decoder_segment_ids' in batch:
+      raise ValueError(
+        'Packed batches cannot be distilled: bind train/utils.DatasetConfig.'
+        'pack = False and train_eval/utils.DatasetConfig.pack = False.'
+      )
+    if self._teacher is None:
+      raise ValueError(
+        'GKDModel has no teacher yet: T5X must train with train_script.train.'
+        'trainer_cls = @t5x_bridge.trainer, see gin/t5x/gkd.gin.'
+      )
+    student, policy = self._student, self._policy
+    if dropout_rng is None:
+      student = T5(dataclasses.replace(student.config, dropout_rate=0.0))
+      policy = policies.dataset()
+      seed = 0
+    else:
+      # Of our generator: T5X may have chosen one that draws differently on
+      # another mesh.
+      seed = jax.random.bits(dropout_rng, (), jnp.uint32)
+    teacher, teacher_params = self._teacher
+    sums = _loss_sums(
+      student,
+      teacher,
+      policy,
+      self._objective,
+      flax.core.unfreeze(params),
+      teacher_params,
+      Batch(
+        batch['encoder_input_tokens'],
+        batch['decoder_target_tokens'],
+        batch['decoder_loss_weights'].astype(jnp.float32),
+      ),
+      jax.random.key(seed, impl='threefry2x32'),
+      samplers=self._samplers,
+      num_ids=self.output_vocabulary.vocab_size,
+    )
+    loss = sums['loss'] / jnp.maximum(sums['count'], 1.0)
+    return loss, _metrics(sums, batch['decoder_target_tokens'].size)
+
+  def predict_batch_with_aux(self, params, batch, rng=None, **kwargs):
+    """As the model of the run does, with what gin has bound for it."""
+    return self._model.predict_batch_with_aux(params, batch, rng, **kwargs)
+
+  def score_batch(self, params, batch, return_intermediates=False):
+    """As the model of the run does."""
+    return self._model.score_batch(params, batch, return_intermediates)
+
+
+def student_config(module: Any) -> T5Config:
+  """Returns the shape of T5X's network: ours has the same parameters.
+
+  Raises:
+    ValueError: it is another network than that of examples/t5.
+  """
+  if not isinstance(module, network.Transformer):
+    raise ValueError(
+      f"GKDModel trains T5X's network t5x.examples.t5.network.Transformer; "
+      f'{type(module).__module__}.{type(module).__qualname__} has other '
+      'parameters. (A teacher may have the layout of scalable_t5.)'
+    )
+  c = module.config
+  return T5Config(
+    vocab_size=c.vocab_size,
+    emb_dim=c.emb_dim,
+    num_heads=c.num_heads,
+    head_dim=c.head_dim,
+    mlp_dim=c.mlp_dim,
+    num_encoder_layers=c.num_encoder_layers,
+    num_decoder_layers=c.num_decoder_layers,
+    mlp_activations=tuple(c.mlp_activations),
+    logits_via_embedding=c.logits_via_embedding,
+    dropout_rate=c.dropout_rate,
+    dtype=jnp.dtype(c.dtype).name,
+  )
+
+
+def _loss_sums(
+  student,
+  teacher,
+  policy,
+  objective,
+  params,
+  teacher_params,
+  batch,
+  rng,
+  *,
+  samplers,
+  num_ids,
+) -> dict[str, jax.Array]:
+  """Returns the sums that `step.make_train_step` takes the gradient of.
+
+  They are 'loss' and its parts, still to be divided by 'count', and numbers of
+  'sequences' of several kinds.
+  """
+  policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
+  written, student_hidden = step_lib._write_and_run_student(
+    student,
+    teacher,
+    policy,
+    params,
+    teacher_params,
+    batch,
+    jnp.arange(batch.encoder_input_tokens.shape[0]),
+    (policy_rng, sample_rng, dropout_rng),
+    samplers=samplers,
+    num_ids=num_ids,
+  )
+  outputs = written.outputs
+  weights_BT, count = objectives.coefficients(
+    outputs.weights, objective.reduction
+  )
+  teacher_head = teacher_hidden = teacher_unembed = None
+  if objective.needs_teacher:
+    teacher_params = jax.lax.stop_gradient(teacher_params)
+    teacher_head = teacher.head_params(teacher_params)
+    teacher_hidden = step_lib.hidden_states(
+      teacher, teacher_params, batch.encoder_input_tokens, outputs.tokens
+    )
+    teacher_unembed = step_lib.unembed(teacher)
+  sums = objectives.weighted_sums(
+    objective.terms(num_ids),
+    step_lib.unembed(student),
+    teacher_unembed,
+    objective.chunk_tokens,
+    student.head_params(params),
+    student_hidden,
+    teacher_head,
+    teacher_hidden,
+    outputs.tokens,
+    weights_BT,
+  )
+  ended_B = jnp.any(outputs.tokens == EOS_ID, axis=1)
+  return {
+    **sums,
+    'count': count,
+    'sequences': jnp.float32(outputs.tokens.shape[0]),
+    'target_tokens': outputs.weights.sum(),
+    'on_policy': written.by_student.sum(dtype=jnp.float32),
+    'truncated': (~ended_B).sum(dtype=jnp.float32),
+  }
+
+
+def _metrics(sums: dict[str, jax.Array], num_tokens: int) -> Metrics:
+  """Returns the metrics of a microbatch, mergeable over those of many steps."""
+  sequences = sums['sequences']
+  rate = t5x_metrics.TimeRate.from_model_output
+  return {
+    **{
+      name: clu_metrics.Average(total=sums[name], count=sums['count'])
+      for name in ('loss', 'nll', 'divergence')
+      if name in sums
+    },
+    **{
+      name: clu_metrics.Average(total=sums[name], count=sequences)
+      for name in ('on_policy', 'truncated')
+    },
+    'target_tokens': t5x_metrics.AveragePerStep(total=sums['target_tokens']),
+    'timing/seconds': t5x_metrics.Time(),
+    'timing/steps_per_second': t5x_metrics.StepsPerTime.from_model_output(),
+    'timing/seqs_per_second': rate(numerator=sequences),
+    'timing/target_tokens_per_second': rate(numerator=jnp.array(num_tokens)),
+  }
+
+
+def trainer(
+  model: GKDModel,
+  partitioner: Any,
+  trainer_cls: Any = t5x_trainer.Trainer,
+  **kwargs,
+) -> t5x_trainer.BaseTrainer:
+  """Makes T5X's trainer, whose compiled steps know the teacher.
+
+  Args:
+    model: with our loss.
+    partitioner: of the run.
+    trainer_cls: of the run, called with all the rest.
+    **kwargs: see `t5x.trainer.BaseTrainer`.
+  """
+  if not isinstance(model, GKDModel):
+    raise ValueError(
+      f'This trainer is for GKDModel, but MODEL is {type(model).__qualname__}. '
+      'Give gin/t5x/gkd.gin after all other gin files.'
+    )
+  teacher = model.load_teacher(partitioner.mesh)
+  return trainer_cls(
+    model=model,
+    partitioner=_WithTeacher(partitioner, model, *(teacher or (None, None))),
+    **kwargs,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithTeacher:
+  """A partitioner whose functions get the teacher's parameters as they run.
+
+  Attributes:
+    partitioner: T5X's.
+    model: whose `loss_fn` these functions call.
+    teacher: its model.
+    params: its parameters, on the devices.
+  """
+
+  partitioner: Any
+  model: GKDModel
+  teacher: T5 | None
+  params: Params
+
+  def __getattr__(self, name):
+    return getattr(self.partitioner, name)
+
+  def partition(self, fn, in_axis_resources, out_axis_resources, **kwargs):
+    """As T5X's does; the result is called without the teacher."""
+
+    def with_teacher(*args):
+      *args, params = args
+      with self.model.with_teacher(self.teacher, params):
+        return fn(*args)
+
+    shardings = jax.tree.map(lambda x: x.sharding, self.params)
+    return _Partitioned(
+      self.partitioner.partition(
+        with_teacher,
+        in_axis_resources=(*in_axis_resources, shardings),
+        out_axis_resources=out_axis_resources,
+        **kwargs,
+      ),
+      self.params,
+    )
+
+  def compile(self, partitioned, *args):
+    """As T5X's does."""
+    return _Partitioned(
+      self.partitioner.compile(partitioned.fn, *args, self.params), self.params
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Partitioned:
+  fn: Any
+  params: Params
+
+  def __call__(self, *args):
+    return self.fn(*args, self.params)
