@@ -12,19 +12,18 @@ import json
 import operator
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from gkd_jax.model import T5Config
 from gkd_jax.step import TrainState
 
 _PREFIX = 'checkpoint'
-# Fields of T5Config that do not change what the parameters mean.
-_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat')
 _MAX_DIFFERENCES = 5
 
 
@@ -167,7 +166,7 @@ class Checkpoints:
     step = self.latest_step()
     if step is None:
       return None
-    folder = pathlib.Path(self._manager.directory) / f'{_PREFIX}_{step}'
+    folder = epath.Path(self._manager.directory) / f'{_PREFIX}_{step}'
     _check_tree(folder, 'params', abstract_state.params)
     restored = self._manager.restore(
       step,
@@ -190,71 +189,75 @@ class Checkpoints:
     self._manager.close()
 
 
-def find(path: str | os.PathLike) -> pathlib.Path:
+def is_checkpoint(folder: epath.Path) -> bool:
+  """Whether a folder is one of our checkpoints."""
+  return (folder / 'description').is_dir()
+
+
+def find(
+  path: str | os.PathLike,
+  is_one: Callable[[epath.Path], bool] = is_checkpoint,
+) -> epath.Path:
   """Returns the checkpoint folder that a path means.
 
   Args:
-    path: a `checkpoint_<step>` folder, or a run folder: its newest one.
+    path: a checkpoint folder, or one with `checkpoint_<step>` folders: the
+      newest of these.
+    is_one: whether a folder is a checkpoint.
 
   Raises:
     ValueError: there is none.
   """
-  path = pathlib.Path(path).absolute()
-  if (path / 'description').is_dir():
-    return path
-  steps = _steps(path)
-  if not steps:
-    what = 'is not there' if not path.exists() else 'holds no checkpoint'
-    raise ValueError(
-      f'{path} {what}. Give a run folder (a MODEL_DIR that has been trained) '
-      f'or one {_PREFIX}_<step> folder in it.'
-    )
-  return path / f'{_PREFIX}_{max(steps)}'
+  folder = epath.Path(path)
+  if not str(path).startswith('gs://'):
+    folder = folder.absolute()
+  if is_one(folder):
+    return folder
+  if not folder.is_dir():
+    what = 'is not there'
+  elif steps := _steps(folder):
+    newest = folder / f'{_PREFIX}_{max(steps)}'
+    if is_one(newest):
+      return newest
+    what = f'has a {newest.name} that is no checkpoint'
+  else:
+    what = 'holds no checkpoint'
+  raise ValueError(
+    f'{path} {what}. Give a run folder (a MODEL_DIR that has been trained), '
+    f'one {_PREFIX}_<step> folder in it, a Hugging Face folder (config.json, '
+    'model.safetensors) or a T5X checkpoint.'
+  )
 
 
-def describe(path: str | os.PathLike) -> ModelDescription:
+def describe(folder: epath.Path) -> ModelDescription:
   """Returns which model a checkpoint holds."""
-  text = (find(path) / 'description' / 'metadata').read_text()
+  text = (folder / 'description' / 'metadata').read_text()
   return ModelDescription.from_json(json.loads(text)['model'])
 
 
 def load_params(
-  path: str | os.PathLike,
-  model: ModelDescription,
-  abstract_params: Any,
+  folder: epath.Path, abstract_params: Any, dtype: str = 'float32'
 ) -> Any:
-  """Loads the parameters of another run.
+  """Loads a checkpoint's parameters.
 
   Args:
-    path: see `find`.
-    model: what they must fit.
-    abstract_params: shapes, dtypes and shardings wanted.
+    folder: see `find`.
+    abstract_params: shapes and shardings wanted.
+    dtype: wanted.
 
   Raises:
-    ValueError: no checkpoint, or it is of another architecture, vocabulary or
-      shape; the first differences are listed.
+    ValueError: they have other shapes; the first differences are listed.
   """
-  folder = find(path)
-  saved = describe(folder)
-  differences = [
-    f'{field}: {was} in the checkpoint, {want} wanted'
-    for field, was in dataclasses.asdict(saved.config).items()
-    if field not in _FREE_FIELDS
-    and was != (want := getattr(model.config, field))
-  ]
-  if saved.vocabulary != model.vocabulary:
-    differences.insert(
-      0,
-      f'vocabulary: {saved.vocabulary} in the checkpoint, '
-      f'{model.vocabulary} wanted',
-    )
-  _raise_differences(folder, differences)
   _check_tree(folder, 'params', abstract_params)
+  wanted = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+    abstract_params,
+  )
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(folder / 'params', abstract_params)
+    return checkpointer.restore(folder / 'params', wanted)
 
 
-def _steps(run_dir: pathlib.Path) -> list[int]:
+def _steps(run_dir: epath.Path) -> list[int]:
   return [
     int(folder.name.removeprefix(f'{_PREFIX}_'))
     for folder in run_dir.glob(f'{_PREFIX}_*')
@@ -262,28 +265,37 @@ def _steps(run_dir: pathlib.Path) -> list[int]:
   ]
 
 
-def _check_tree(folder: pathlib.Path, item: str, wanted: Any) -> None:
-  """Raises ValueError, with the first differences, unless shapes agree."""
+def _check_tree(folder: epath.Path, item: str, wanted: Any) -> None:
   with ocp.StandardCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(folder / item).item_metadata.tree
-  saved, want = _shapes(metadata), _shapes(wanted)
+  check_shapes(folder, shapes(metadata), shapes(wanted))
+
+
+def check_shapes(
+  folder: epath.Path,
+  saved: Mapping[str, tuple[int, ...]],
+  wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Raises ValueError, with the first differences, unless shapes agree."""
   differences = [
     f'{name}: {saved.get(name, "absent")} in the checkpoint, '
-    f'{want.get(name, "absent")} wanted'
-    for name in sorted(saved.keys() | want.keys())
-    if saved.get(name) != want.get(name)
+    f'{wanted.get(name, "absent")} wanted'
+    for name in sorted(saved.keys() | wanted.keys())
+    if saved.get(name) != wanted.get(name)
   ]
-  _raise_differences(folder, differences)
+  raise_differences(folder, differences)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns {'encoder/layers_0/mlp/wo/kernel': its shape} of parameters."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
-def _raise_differences(folder: pathlib.Path, differences: Sequence[str]):
+def raise_differences(folder: epath.Path, differences: Sequence[str]) -> None:
+  """Raises ValueError with the first of them, if there are any."""
   if not differences:
     return
   shown = list(differences[:_MAX_DIFFERENCES])

@@ -230,8 +230,8 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
 
 def _log_lines(job: Job) -> list[str]:
   text = pathlib.Path(f'{job.folder}.log').read_text(errors='replace')
-  # Less TensorFlow's own chatter, which no setting of its own silences.
-  noise = re.compile(r'\s*$|[IWE]\d{4} |WARNING: All log messages before')
+  # Less tables, and TensorFlow's own chatter, which no setting silences.
+  noise = re.compile(r'\s*$|\||[IWE]\d{4} |WARNING: All log messages before')
   return [line for line in text.splitlines() if not noise.match(line)]
 
 

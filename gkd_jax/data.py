@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from etils import epy
+from etils import epath, epy
 
 from gkd_jax.batch import EOS_ID, PAD_ID, Batch
 
@@ -43,6 +43,7 @@ class DatasetConfig:
     use_cached: read seqio's offline cache of the task.
     num_examples: at most so many, from the split's start; None takes all. For
       evaluation only.
+    vocabulary: of inputs and targets; None: the task's own.
   """
 
   mixture_or_task_name: str
@@ -53,6 +54,7 @@ class DatasetConfig:
   mixture_or_task_module: str | None = None
   use_cached: bool = False
   num_examples: int | None = None
+  vocabulary: seqio.Vocabulary | None = None
 
   def __post_init__(self):
     lengths = dict(self.task_feature_lengths)
@@ -117,7 +119,61 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       f'Task {name!r} has no output feature {sorted(missing)}; an '
       'encoder-decoder reads inputs and targets.'
     )
+  if config.vocabulary is not None:
+    task = _with_vocabulary(task, config.vocabulary)
   return task
+
+
+def _with_vocabulary(
+  task: seqio.Task | seqio.Mixture, vocabulary: seqio.Vocabulary
+) -> seqio.Task:
+  """Returns the task with another vocabulary, registered under a new name."""
+  if isinstance(task, seqio.Mixture):
+    raise ValueError(
+      f'{task.name!r} is a mixture. VOCABULARY changes a task only; register '
+      'its tasks with the vocabulary that you want.'
+    )
+  digest = hashlib.sha256(describe_vocabulary(vocabulary).encode()).hexdigest()
+  name = f'{task.name}__vocabulary_{digest[:8]}'
+  if name not in seqio.TaskRegistry.names():
+    changed = task.replace(
+      name=name,
+      output_features={
+        feature: dataclasses.replace(value, vocabulary=vocabulary)
+        for feature, value in task.output_features.items()
+      },
+    )
+    seqio.TaskRegistry.add_provider(name, changed)
+  return seqio.TaskRegistry.get(name)
+
+
+def sentencepiece_vocabulary(
+  path: str, extra_ids: int = 100
+) -> seqio.Vocabulary:
+  """Returns the vocabulary of a SentencePiece model.
+
+  Args:
+    path: of the `.model` file; Hugging Face calls it spiece.model.
+    extra_ids: sentinels after the model's pieces; 100 in T5.
+
+  Raises:
+    ValueError: the file is not there, or is no SentencePiece model.
+  """
+  if not epath.Path(path).exists():
+    raise ValueError(f'VOCABULARY_PATH {path} is not there.')
+  vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids)
+  try:
+    vocabulary.load_model()
+  except Exception as e:  # protobuf's and sentencepiece's, of many types
+    raise ValueError(
+      f'VOCABULARY_PATH {path} is no SentencePiece model: {e}'
+    ) from e
+  return vocabulary
+
+
+def byte_vocabulary(extra_ids: int = 0) -> seqio.Vocabulary:
+  """Returns ByT5's vocabulary: pad, EOS, unknown, and the 256 bytes."""
+  return seqio.ByteVocabulary(extra_ids)
 
 
 def check_not_empty(config: DatasetConfig) -> None:
@@ -161,7 +217,9 @@ def describe_vocabulary(vocabulary: seqio.Vocabulary) -> str:
   """Returns a line that is equal for equal vocabularies; saved with models."""
   kind, size = type(vocabulary).__name__, vocabulary.vocab_size
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    digest = hashlib.sha256(vocabulary.sp_model).hexdigest()
+    # Of the file, not of what seqio makes of it: other systems have the file.
+    model = epath.Path(vocabulary.sentencepiece_model_file).read_bytes()
+    digest = hashlib.sha256(model).hexdigest()
     return f'{kind} {size} ids, model sha256 {digest}'
   return f'{kind} {size} ids'
 
@@ -182,9 +240,9 @@ class TrainIterator(Iterator[Batch]):
     num_shards: int = 1,
   ):
     """Args: the dataset, the seed of its order, and which host this is of."""
-    get_task(config)
+    task = get_task(config)
     ds = seqio.get_dataset(
-      config.mixture_or_task_name,
+      task,
       task_feature_lengths=dict(config.task_feature_lengths),
       feature_converter=seqio.EncDecFeatureConverter(pack=False),
       dataset_split=config.split,
@@ -252,7 +310,7 @@ class EvalDataset:
     self.batch_size = config.batch_size
     self._name = config.mixture_or_task_name
     self._evaluator = seqio.Evaluator(
-      config.mixture_or_task_name,
+      task.name,
       feature_converter=seqio.EncDecFeatureConverter(pack=False),
       eval_split=config.split,
       use_cached=config.use_cached,

@@ -19,18 +19,18 @@ from jax.sharding import Mesh
 
 from gkd_jax import (
   beam_search,
-  checkpoint,
   data,
   divergences,
   objectives,
   partitioning,
   policies,
+  pretrained,
   sampler,
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import step as step_lib
 from gkd_jax.batch import Batch, Outputs, mask_unused_ids
-from gkd_jax.model import T5, abstract_params
+from gkd_jax.model import T5
 
 Params = Any
 Decoding = sampler.SamplerConfig | beam_search.BeamConfig
@@ -316,42 +316,35 @@ def evaluate_checkpoint(
   """Evaluates a checkpoint, and writes `<output_dir>/eval_<split>.json`.
 
   Args:
-    checkpoint_path: a run folder or a step in it.
+    checkpoint_path: see `pretrained.open_checkpoint`.
     output_dir: made if it is not there.
     dataset: task and split.
     decodings: {name: SamplerConfig or BeamConfig}.
     teacher_checkpoint_path: adds this teacher and the divergences from it.
     seed: of sampling.
   """
-  vocabulary = data.describe_vocabulary(data.get_vocabulary(dataset))
-  mesh = partitioning.make_mesh()
-  student, params = load_model(checkpoint_path, vocabulary, mesh)
+  vocabulary = data.get_vocabulary(dataset)
+  load = functools.partial(
+    pretrained.load_model,
+    vocabulary=data.describe_vocabulary(vocabulary),
+    num_ids=vocabulary.vocab_size,
+    mesh=(mesh := partitioning.make_mesh()),
+  )
+  student, params, source = load(checkpoint_path)
+  metrics_lib.say(f'Student: {source}')
   teacher = teacher_params = None
   if teacher_checkpoint_path is not None:
-    teacher, teacher_params = load_model(
-      teacher_checkpoint_path, vocabulary, mesh
-    )
+    teacher, teacher_params, its_source = load(teacher_checkpoint_path)
+    metrics_lib.say(f'Teacher: {its_source}')
   values, table = Evaluation(
     dataset, student, teacher, teacher_params, decodings, seed=seed, mesh=mesh
   )(params)
   path = write_results(
     output_dir,
     dataset.split,
-    {'checkpoint': os.fspath(checkpoint.find(checkpoint_path)), **values},
+    {'checkpoint': str(source.folder), **values},
   )
   metrics_lib.say(f'{table}\n{format_metrics(values)}\nWritten: {path}')
-
-
-def load_model(path: str, vocabulary: str, mesh: Mesh) -> tuple[T5, Params]:
-  """Loads a checkpoint's model and parameters, as the checkpoint says it is.
-
-  Raises:
-    ValueError: no checkpoint, or its vocabulary is not the task's.
-  """
-  saved = checkpoint.describe(path)
-  model = T5(saved.config)
-  want = checkpoint.ModelDescription(saved.config, vocabulary)
-  return model, checkpoint.load_params(path, want, abstract_params(model, mesh))
 
 
 def write_results(

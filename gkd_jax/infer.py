@@ -2,10 +2,9 @@
 """Lets a model write outputs for a split, into a JSON lines file."""
 
 import json
-import os
 import pathlib
 
-from gkd_jax import checkpoint, data, evaluate, partitioning, sampler
+from gkd_jax import data, evaluate, partitioning, pretrained, sampler
 from gkd_jax import metrics as metrics_lib
 
 
@@ -22,7 +21,7 @@ def infer(
   `.json`, says which checkpoint wrote it, and how.
 
   Args:
-    checkpoint_path: a run folder or a step in it.
+    checkpoint_path: see `pretrained.open_checkpoint`.
     output_dir: made if it is not there.
     dataset: task and split.
     decoding: a SamplerConfig or a BeamConfig.
@@ -30,9 +29,13 @@ def infer(
   """
   split = data.EvalDataset(dataset)
   mesh = partitioning.make_mesh()
-  model, params = evaluate.load_model(
-    checkpoint_path, data.describe_vocabulary(split.vocabulary), mesh
+  model, params, source = pretrained.load_model(
+    checkpoint_path,
+    data.describe_vocabulary(split.vocabulary),
+    split.vocabulary.vocab_size,
+    mesh,
   )
+  metrics_lib.say(f'Model: {source}')
   write = evaluate.make_write(
     model,
     decoding,
@@ -56,7 +59,7 @@ def infer(
   path.with_suffix('.json').write_text(
     json.dumps(
       {
-        'checkpoint': os.fspath(checkpoint.find(checkpoint_path)),
+        'checkpoint': str(source.folder),
         'task': dataset.mixture_or_task_name,
         'split': dataset.split,
         'decoding': repr(decoding),

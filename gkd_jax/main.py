@@ -12,6 +12,8 @@ Run modes:
   train    train a student; a run that was interrupted goes on
   eval     evaluate a checkpoint (CHECKPOINT_PATH) into EVAL_OUTPUT_DIR
   infer    write a checkpoint's outputs into INFER_OUTPUT_DIR
+  export   write a checkpoint for Hugging Face transformers or T5X; needs no
+           --gin_file
   compare  run several methods and seeds, and write a report
 """
 
@@ -33,8 +35,11 @@ _RUN_MODES = {
   'train': 'gkd_jax.train.train',
   'eval': 'gkd_jax.evaluate.evaluate_checkpoint',
   'infer': 'gkd_jax.infer.infer',
+  'export': 'gkd_jax.export.export',
   'compare': 'gkd_jax.compare.compare',
 }
+# What is run where no file is named: a mode without an experiment.
+_GIN_FILE_OF_MODE = {'export': 'gin/runs/export.gin'}
 
 _RUN_MODE = flags.DEFINE_string(
   'run_mode', 'train', f'One of: {", ".join(_RUN_MODES)}.'
@@ -81,7 +86,10 @@ def _run(argv: Sequence[str]) -> None:
     raise ValueError(
       f'There is no --run_mode={mode}.' + _nearest(mode, _RUN_MODES)
     )
-  if not _GIN_FILE.value:
+  files = _GIN_FILE.value or []
+  if not files and mode in _GIN_FILE_OF_MODE:
+    files = [_GIN_FILE_OF_MODE[mode]]
+  if not files:
     raise ValueError(
       '--gin_file is missing. Name an experiment, e.g. '
       '--gin_file=configs/quickstart.gin.'
@@ -89,7 +97,7 @@ def _run(argv: Sequence[str]) -> None:
   import gin
 
   bindings = [_quote_strings(binding) for binding in _GIN_BINDINGS.value]
-  _parse(gin, _GIN_FILE.value, bindings)
+  _parse(gin, files, bindings)
   if _DRY_RUN.value:
     print(gin.config_str())
     return
@@ -102,7 +110,7 @@ def _run(argv: Sequence[str]) -> None:
   selector = f'{module_name.rsplit(".", 1)[1]}.{function_name}'
   if f'{selector}.' not in gin.config_str():
     raise ValueError(
-      f'{", ".join(_GIN_FILE.value)} does not configure --run_mode={mode}: it '
+      f'{", ".join(files)} does not configure --run_mode={mode}: it '
       f'sets nothing of {selector}. Files for this mode include '
       f'gin/runs/{mode}.gin.'
     )

@@ -72,6 +72,75 @@ def make_train_step(
     ValueError: the likelihood of outputs that the student writes would be
       maximised.
   """
+  loss_sums = make_loss_sums(
+    student=student,
+    teacher=teacher,
+    policy=policy,
+    objective=objective,
+    student_sampler=student_sampler,
+    teacher_sampler=teacher_sampler,
+    num_ids=num_ids,
+  )
+
+  def train_step(state, teacher_params, batch):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
+
+    def grads_and_sums(batch, row_ids_B, microbatch):
+      rngs = (
+        policy_rng,  # the same for all: one draw a step, as in Algorithm 1
+        sample_rng,  # the same for all: draws are told apart by row_ids
+        jax.random.fold_in(dropout_rng, microbatch),
+      )
+      return jax.grad(loss_sums, has_aux=True)(
+        state.params, teacher_params, batch, row_ids_B, rngs
+      )
+
+    grads, sums = _over_microbatches(grads_and_sums, batch, num_microbatches)
+    count = jnp.maximum(sums.pop('count'), 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    sequences = sums.pop('sequences')
+    per_sequence = {
+      name: sums.pop(name) / sequences for name in ('on_policy', 'truncated')
+    }
+    metrics = {
+      'target_tokens': sums.pop('target_tokens'),
+      **{name: total / count for name, total in sums.items()},
+      **per_sequence,
+      'grad_norm': optax.tree.norm(grads),
+      'param_norm': optax.tree.norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def make_loss_sums(
+  *,
+  student,
+  teacher,
+  policy: policies.Policy,
+  objective: objectives.Objective,
+  student_sampler: sampler.SamplerConfig,
+  teacher_sampler: sampler.SamplerConfig,
+  num_ids: int,
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Makes the function that a step takes the gradient of.
+
+  Args: see `make_train_step`.
+
+  Returns:
+    (student params, teacher params, batch, row numbers [B], rngs) -> (loss,
+    sums), where rngs are the keys of policy, sampling and dropout. The sums
+    have the loss and its parts, too; all are still to be divided by
+    sums['count'], those of sequences by sums['sequences'].
+
+  Raises:
+    ValueError: see `make_train_step`.
+  """
   if objective.likelihood_weight > 0.0 and policy.student_data_fraction > 0.0:
     raise ValueError(
       f'likelihood_weight is {objective.likelihood_weight}, and '
@@ -81,8 +150,7 @@ def make_train_step(
       "the dataset's outputs alone."
     )
 
-  def microbatch_sums(params, teacher_params, batch, row_ids_B, rngs):
-    """Returns the loss summed, not yet divided, and all metric sums."""
+  def loss_sums(params, teacher_params, batch, row_ids_B, rngs):
     written, student_hidden = _write_and_run_student(
       student,
       teacher,
@@ -129,40 +197,7 @@ def make_train_step(
     }
     return sums['loss'], {**sums, **counts}
 
-  def train_step(state, teacher_params, batch):
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
-
-    def grads_and_sums(batch, row_ids_B, microbatch):
-      rngs = (
-        policy_rng,  # the same for all: one draw a step, as in Algorithm 1
-        sample_rng,  # the same for all: draws are told apart by row_ids
-        jax.random.fold_in(dropout_rng, microbatch),
-      )
-      return jax.grad(microbatch_sums, has_aux=True)(
-        state.params, teacher_params, batch, row_ids_B, rngs
-      )
-
-    grads, sums = _over_microbatches(grads_and_sums, batch, num_microbatches)
-    count = jnp.maximum(sums.pop('count'), 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-
-    sequences = sums.pop('sequences')
-    per_sequence = {
-      name: sums.pop(name) / sequences for name in ('on_policy', 'truncated')
-    }
-    metrics = {
-      'target_tokens': sums.pop('target_tokens'),
-      **{name: total / count for name, total in sums.items()},
-      **per_sequence,
-      'grad_norm': optax.tree.norm(grads),
-      'param_norm': optax.tree.norm(params),
-    }
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-  return train_step
+  return loss_sums
 
 
 def unembed(model) -> objectives.Unembed:

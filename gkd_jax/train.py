@@ -21,6 +21,7 @@ from gkd_jax import (
   objectives,
   partitioning,
   policies,
+  pretrained,
   sampler,
 )
 from gkd_jax import metrics as metrics_lib
@@ -59,6 +60,7 @@ def train(
   seed: int,
   initial_checkpoint_path: str | None = None,
   teacher_checkpoint_path: str | None = None,
+  teacher_dtype: str | None = None,
   max_grad_norm: float | None = None,
   num_microbatches: int = 1,
   student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
@@ -87,11 +89,11 @@ def train(
     learning_rate: schedule, step -> rate.
     total_steps: of this run, from 0.
     seed: determines initialisation, data order, sampling and dropout.
-    initial_checkpoint_path: the student starts from these parameters; None:
-      from random ones.
-    teacher_checkpoint_path: a run whose model is the teacher, as its
-      checkpoint describes it. Without a need for one in policy and objective
-      it only serves evaluation.
+    initial_checkpoint_path: the student starts from these parameters (see
+      `pretrained.open_checkpoint`); None: from random ones.
+    teacher_checkpoint_path: the teacher, as its checkpoint describes it.
+      Without a need for one in policy and objective it only serves evaluation.
+    teacher_dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
     max_grad_norm: gradients of a larger global norm are scaled down to it.
     num_microbatches: parts a batch is worked through in, to save memory.
     student_sampler: how the student's training outputs are drawn.
@@ -155,26 +157,30 @@ def train(
   _check_same_config(run_dir, config_text())
 
   # From here on files are read whole, and the run's folder is written.
-  teacher = teacher_params = None
+  teacher = teacher_params = teacher_source = initial_source = None
   if teacher_checkpoint_path is not None:
-    teacher, teacher_params = evaluate.load_model(
-      teacher_checkpoint_path, description.vocabulary, device_mesh
+    teacher, teacher_params, teacher_source = pretrained.load_model(
+      teacher_checkpoint_path,
+      description.vocabulary,
+      num_ids,
+      device_mesh,
+      teacher_dtype,
     )
     metrics_lib.say(
-      f'Teacher: {count_params(teacher_params):,} parameters, from '
-      f'{checkpoint.find(teacher_checkpoint_path)}'
+      f'Teacher: {count_params(teacher_params):,} parameters, {teacher_source}'
     )
   if initial_checkpoint_path is not None:
-    params = checkpoint.load_params(
-      initial_checkpoint_path, description, abstract
+    initial_source = pretrained.open_checkpoint(initial_checkpoint_path)
+    params = pretrained.load(
+      initial_source, student, description.vocabulary, abstract, 'float32'
     )
-    start = f'from {checkpoint.find(initial_checkpoint_path)}'
+    start = str(initial_source)
   else:
     params = jax.jit(
       lambda: init_params(model, jax.random.key(seed)),
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
     )()
-    start = 'from random initialisation'
+    start = f'{pretrained.architecture(student)}, from random initialisation'
   metrics_lib.say(f'Student: {count_params(params):,} parameters, {start}')
   train_step = step_lib.make_train_step(
     student=model,
@@ -211,6 +217,8 @@ def train(
   )
 
   _save_manifest(run_dir, config_text())
+  if source := initial_source or teacher_source:  # one vocabulary serves both
+    pretrained.keep_side_files(source, run_dir)
   state = jax.jit(lambda p: step_lib.init_state(p, tx))(params)
   del params  # the state owns them now, and will be donated
   checkpoints = checkpoint.Checkpoints(

@@ -10,7 +10,6 @@ Source: transformers, `models/t5`, `models/mt5` and `models/umt5`.
 import collections
 import hashlib
 import json
-import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 
 from gkd_jax.interop import tensors as tensors_lib
 from gkd_jax.interop.tensors import Tensor
@@ -61,13 +61,20 @@ _EMBEDDINGS = (
 )
 _HEAD = 'lm_head.weight'
 # T5 1.0's files have a table that no model uses.
-_UNUSED = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+_UNUSED = (
+  'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+)
 
 
 # --- Reading ------------------------------------------------------------------
 
 
-def open_folder(folder: pathlib.Path) -> tuple[T5Config, dict[str, Tensor]]:
+def is_checkpoint(folder: epath.Path) -> bool:
+  """Whether a folder looks like one of Hugging Face's."""
+  return (folder / CONFIG).exists()
+
+
+def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
   """Returns the model's shape, and its arrays under our parameters' names.
 
   Only headers are read.
@@ -75,6 +82,11 @@ def open_folder(folder: pathlib.Path) -> tuple[T5Config, dict[str, Tensor]]:
   Raises:
     ValueError: it is no encoder-decoder T5, or its files are not whole.
   """
+  if str(folder).startswith('gs://'):
+    raise ValueError(
+      f'{folder}: safetensors files are read from a local disk only. Copy the '
+      f'folder first: gcloud storage cp -r {folder} .'
+    )
   values = _read_json(folder / CONFIG)
   stored = _stored_tensors(folder)
   embedding = next((name for name in _EMBEDDINGS if name in stored), None)
@@ -94,8 +106,8 @@ def open_folder(folder: pathlib.Path) -> tuple[T5Config, dict[str, Tensor]]:
   for what, which in (('lacks', missing), ('has, unexpectedly,', unexpected)):
     if which:
       raise ValueError(
-        f'{folder}: the model that {CONFIG} describes does not fit the weights: '
-        f'the file {what} {len(which)} tensors: {", ".join(which[:5])}'
+        f'{folder}: the model that {CONFIG} describes does not fit the '
+        f'weights: the file {what} {len(which)} tensors: {", ".join(which[:5])}'
         + (', ...' if len(which) > 5 else '.')
       )
   return config, {
@@ -104,7 +116,7 @@ def open_folder(folder: pathlib.Path) -> tuple[T5Config, dict[str, Tensor]]:
   }
 
 
-def vocabulary(folder: pathlib.Path) -> str | None:
+def vocabulary(folder: epath.Path) -> str | None:
   """Returns what the tokenizer's files say, as `data.describe_vocabulary` does.
 
   It is a part of that line: 'model sha256 ...' or 'ByteVocabulary'. None where
@@ -121,7 +133,7 @@ def vocabulary(folder: pathlib.Path) -> str | None:
   return None
 
 
-def _config(path: pathlib.Path, values: Mapping[str, Any], *, tied) -> T5Config:
+def _config(path: epath.Path, values: Mapping[str, Any], *, tied) -> T5Config:
   """Returns the shape that a config.json describes."""
   kind = values.get('model_type')
   if kind not in _MODEL_TYPES:
@@ -211,7 +223,10 @@ def _names(config: T5Config) -> dict[str, tuple[str, bool]]:
           True,
         )
       for j, (block, norm, block_theirs) in enumerate(attentions):
-        names[f'{ours}/{norm}/scale'] = (f'{theirs}.{j}.layer_norm.weight', False)
+        names[f'{ours}/{norm}/scale'] = (
+          f'{theirs}.{j}.layer_norm.weight',
+          False,
+        )
         for part, letter in attention.items():
           names[f'{ours}/{block}/{part}/kernel'] = (
             f'{theirs}.{j}.{block_theirs}.{letter}.weight',
@@ -230,7 +245,7 @@ def _names(config: T5Config) -> dict[str, tuple[str, bool]]:
   return names
 
 
-def _stored_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
+def _stored_tensors(folder: epath.Path) -> dict[str, Tensor]:
   """Opens all safetensors files of a folder: {their name: Tensor}."""
   names_of = _names_by_file(folder)
   tensors = {}
@@ -252,7 +267,7 @@ def _stored_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
   return tensors
 
 
-def _names_by_file(folder: pathlib.Path) -> dict[pathlib.Path, list[str]]:
+def _names_by_file(folder: epath.Path) -> dict[epath.Path, list[str]]:
   """{file: the tensors that the index places in it}; [] stands for all."""
   if (folder / _WEIGHTS).is_file():
     return {folder / _WEIGHTS: []}
@@ -285,7 +300,7 @@ def _names_by_file(folder: pathlib.Path) -> dict[pathlib.Path, list[str]]:
   return names_of
 
 
-def _tensor(file: pathlib.Path, view: Any) -> Tensor:
+def _tensor(file: epath.Path, view: Any) -> Tensor:
   kind = view.get_dtype()
   if kind not in _DTYPES:
     raise ValueError(
@@ -310,7 +325,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
   )
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: epath.Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text())
   except json.JSONDecodeError as e:
@@ -321,12 +336,12 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def save(
-  folder: pathlib.Path,
+  folder: epath.Path,
   config: T5Config,
   params: Mapping[str, Any],
   *,
   dtype: str = 'float32',
-  source: pathlib.Path | None = None,
+  source: epath.Path | None = None,
   max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
   """Writes a folder that `transformers` loads.
@@ -422,9 +437,9 @@ def _to_json(config: T5Config, was: Mapping[str, Any], dtype: str):
     'dropout_rate': was.get('dropout_rate', 0.1),
     'layer_norm_epsilon': 1e-6,
     'feed_forward_proj': proj,
-    # transformers 4 reads the first, 5 the second.
+    # transformers 4 reads the first, 5 the second, which T5 alone has.
     'tie_word_embeddings': scale or config.logits_via_embedding,
-    'scale_decoder_outputs': scale,
+    **({'scale_decoder_outputs': scale} if kind == 't5' else {}),
     'pad_token_id': 0,
     'eos_token_id': 1,
     'decoder_start_token_id': 0,
@@ -432,5 +447,5 @@ def _to_json(config: T5Config, was: Mapping[str, Any], dtype: str):
   }
 
 
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(values, indent=2) + '\n')

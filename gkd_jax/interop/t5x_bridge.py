@@ -29,7 +29,7 @@ from t5x.examples.t5 import network
 
 from gkd_jax import data, objectives, policies, pretrained, sampler
 from gkd_jax import step as step_lib
-from gkd_jax.batch import EOS_ID, Batch
+from gkd_jax.batch import Batch
 from gkd_jax.model import T5, T5Config
 
 Params = Any
@@ -159,23 +159,29 @@ class GKDModel(models.EncoderDecoderModel):
       # another mesh.
       seed = jax.random.bits(dropout_rng, (), jnp.uint32)
     teacher, teacher_params = self._teacher
-    sums = _loss_sums(
-      student,
-      teacher,
-      policy,
-      self._objective,
+    student_sampler, teacher_sampler = self._samplers
+    loss_sums = step_lib.make_loss_sums(
+      student=student,
+      teacher=teacher,
+      policy=policy,
+      objective=self._objective,
+      student_sampler=student_sampler,
+      teacher_sampler=teacher_sampler,
+      num_ids=self.output_vocabulary.vocab_size,
+    )
+    inputs = batch['encoder_input_tokens']
+    loss, sums = loss_sums(
       flax.core.unfreeze(params),
       teacher_params,
       Batch(
-        batch['encoder_input_tokens'],
+        inputs,
         batch['decoder_target_tokens'],
         batch['decoder_loss_weights'].astype(jnp.float32),
       ),
-      jax.random.key(seed, impl='threefry2x32'),
-      samplers=self._samplers,
-      num_ids=self.output_vocabulary.vocab_size,
+      jnp.arange(inputs.shape[0]),
+      jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3),
     )
-    loss = sums['loss'] / jnp.maximum(sums['count'], 1.0)
+    loss /= jnp.maximum(sums['count'], 1.0)
     return loss, _metrics(sums, batch['decoder_target_tokens'].size)
 
   def predict_batch_with_aux(self, params, batch, rng=None, **kwargs):
@@ -213,72 +219,6 @@ def student_config(module: Any) -> T5Config:
     dropout_rate=c.dropout_rate,
     dtype=jnp.dtype(c.dtype).name,
   )
-
-
-def _loss_sums(
-  student,
-  teacher,
-  policy,
-  objective,
-  params,
-  teacher_params,
-  batch,
-  rng,
-  *,
-  samplers,
-  num_ids,
-) -> dict[str, jax.Array]:
-  """Returns the sums that `step.make_train_step` takes the gradient of.
-
-  They are 'loss' and its parts, still to be divided by 'count', and numbers of
-  'sequences' of several kinds.
-  """
-  policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
-  written, student_hidden = step_lib._write_and_run_student(
-    student,
-    teacher,
-    policy,
-    params,
-    teacher_params,
-    batch,
-    jnp.arange(batch.encoder_input_tokens.shape[0]),
-    (policy_rng, sample_rng, dropout_rng),
-    samplers=samplers,
-    num_ids=num_ids,
-  )
-  outputs = written.outputs
-  weights_BT, count = objectives.coefficients(
-    outputs.weights, objective.reduction
-  )
-  teacher_head = teacher_hidden = teacher_unembed = None
-  if objective.needs_teacher:
-    teacher_params = jax.lax.stop_gradient(teacher_params)
-    teacher_head = teacher.head_params(teacher_params)
-    teacher_hidden = step_lib.hidden_states(
-      teacher, teacher_params, batch.encoder_input_tokens, outputs.tokens
-    )
-    teacher_unembed = step_lib.unembed(teacher)
-  sums = objectives.weighted_sums(
-    objective.terms(num_ids),
-    step_lib.unembed(student),
-    teacher_unembed,
-    objective.chunk_tokens,
-    student.head_params(params),
-    student_hidden,
-    teacher_head,
-    teacher_hidden,
-    outputs.tokens,
-    weights_BT,
-  )
-  ended_B = jnp.any(outputs.tokens == EOS_ID, axis=1)
-  return {
-    **sums,
-    'count': count,
-    'sequences': jnp.float32(outputs.tokens.shape[0]),
-    'target_tokens': outputs.weights.sum(),
-    'on_policy': written.by_student.sum(dtype=jnp.float32),
-    'truncated': (~ended_B).sum(dtype=jnp.float32),
-  }
 
 
 def _metrics(sums: dict[str, jax.Array], num_tokens: int) -> Metrics:

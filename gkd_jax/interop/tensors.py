@@ -79,19 +79,29 @@ def place(
     dtype: of the result; None: as in the file.
   """
 
-  def load(path, wanted):
-    tensor = tensors[jax.tree_util.keystr(path, simple=True, separator='/')]
-    kept = np.dtype(dtype) if dtype else tensor.dtype
+  wanted = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    for path, x in jax.tree_util.tree_leaves_with_path(abstract_params)
+  }
+  # In the order of the files: layers that are stacked in one array share its
+  # compressed chunks.
+  placed = {
+    name: _place(tensor, wanted[name].sharding, dtype)
+    for name, tensor in tensors.items()
+  }
+  return jax.tree.unflatten(
+    jax.tree.structure(abstract_params), [placed[name] for name in wanted]
+  )
 
-    def part(index):
-      # jax writes whole axes as slice(None).
-      bounds = zip(index, tensor.shape, strict=True)
-      return tensor.read(
-        tuple(slice(*s.indices(n)[:2]) for s, n in bounds)
-      ).astype(kept, copy=False)
 
-    return jax.make_array_from_callback(
-      tensor.shape, wanted.sharding, part, dtype=kept
-    )
+def _place(tensor: Tensor, sharding: jax.sharding.Sharding, dtype: str | None):
+  kept = np.dtype(dtype) if dtype else tensor.dtype
 
-  return jax.tree_util.tree_map_with_path(load, abstract_params)
+  def part(index):
+    # jax writes whole axes as slice(None).
+    bounds = zip(index, tensor.shape, strict=True)
+    return tensor.read(
+      tuple(slice(*s.indices(n)[:2]) for s, n in bounds)
+    ).astype(kept, copy=False)
+
+  return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=kept)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model from a path, whatever wrote it.
+
+A path means a run folder of ours or a step in it, a Hugging Face folder, or a
+T5X checkpoint. Which it is, is found out from the files that are there.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from gkd_jax import checkpoint
+from gkd_jax.interop import huggingface, t5x, tensors
+from gkd_jax.model import SIZES, T5, T5Config, abstract_params, init_params
+
+Params = Any
+
+# Fields of T5Config that do not change what the parameters mean.
+_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat')
+# In a run folder: what a Hugging Face checkpoint had beside its weights.
+_SIDE_FOLDER = 'huggingface_files'
+
+
+class Pretrained(NamedTuple):
+  """A checkpoint that was found; its arrays are not read yet.
+
+  Attributes:
+    folder: where it is.
+    format: who wrote it.
+    config: the model's shape.
+    vocabulary: as `data.describe_vocabulary` says it, or a part of that line;
+      None where the files do not tell.
+    dtype: of its parameters.
+    load: (abstract parameters, dtype or None) -> parameters; None keeps theirs.
+  """
+
+  folder: epath.Path
+  format: str
+  config: T5Config
+  vocabulary: str | None
+  dtype: str
+  load: Callable[[Params, str | None], Params]
+
+  def __str__(self) -> str:
+    return f'{architecture(self.config)}, {self.dtype}, {self.format}: ' + str(
+      self.folder
+    )
+
+
+def open_checkpoint(path: str) -> Pretrained:
+  """Finds out what a path holds. Reads descriptions and headers alone.
+
+  Args:
+    path: a run folder, a step in it, a Hugging Face folder, a T5X checkpoint or
+      a folder of those; local or gs://.
+
+  Raises:
+    ValueError: it is none of these, or is not whole.
+  """
+  folder = checkpoint.find(path, _is_checkpoint)
+  if checkpoint.is_checkpoint(folder):
+    saved = checkpoint.describe(folder)
+
+    def load_ours(abstract, dtype):
+      return checkpoint.load_params(folder, abstract, dtype or 'float32')
+
+    return Pretrained(
+      folder, 'gkd_jax', saved.config, saved.vocabulary, 'float32', load_ours
+    )
+  module = huggingface if huggingface.is_checkpoint(folder) else t5x
+  config, arrays = module.open_folder(folder)
+  model = T5(config)
+  described = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  checkpoint.check_shapes(
+    folder,
+    {name: tensor.shape for name, tensor in arrays.items()},
+    checkpoint.shapes(described),
+  )
+  dtypes = sorted({x.dtype.name for x in arrays.values()})
+  return Pretrained(
+    folder,
+    module.FORMAT,
+    config,
+    huggingface.vocabulary(folder) if module is huggingface else None,
+    ' and '.join(dtypes),
+    lambda abstract, dtype: tensors.place(arrays, abstract, dtype),
+  )
+
+
+def load(
+  source: Pretrained,
+  config: T5Config,
+  vocabulary: str,
+  abstract: Params,
+  dtype: str | None = None,
+) -> Params:
+  """Reads the parameters into their places.
+
+  Args:
+    source: what `open_checkpoint` found.
+    config: the shape they must have.
+    vocabulary: the task's, as `data.describe_vocabulary` says it.
+    abstract: shapes and shardings wanted.
+    dtype: wanted, 'float32' or 'bfloat16'; None: as saved.
+
+  Raises:
+    ValueError: shape or vocabulary differ; the first differences are listed.
+  """
+  differences = [
+    f'{field}: {was} in the checkpoint, {want} wanted'
+    for field, was in dataclasses.asdict(source.config).items()
+    if field not in _FREE_FIELDS and was != (want := getattr(config, field))
+  ]
+  # A foreign tokenizer is known in part: its model, not how many extra ids.
+  if source.vocabulary is not None and source.vocabulary not in vocabulary:
+    differences.insert(
+      0,
+      f'vocabulary: {source.vocabulary} in the checkpoint, {vocabulary} wanted',
+    )
+  checkpoint.raise_differences(source.folder, differences)
+  return source.load(abstract, dtype)
+
+
+def load_model(
+  path: str,
+  vocabulary: str,
+  num_ids: int,
+  mesh: Mesh,
+  dtype: str | None = None,
+) -> tuple[T5, Params, Pretrained]:
+  """Loads a model as its checkpoint says it is.
+
+  Args:
+    path: see `open_checkpoint`.
+    vocabulary: the task's, as `data.describe_vocabulary` says it.
+    num_ids: ids of the task's tokenizer.
+    mesh: where the parameters go.
+    dtype: of the parameters; None: as saved.
+
+  Raises:
+    ValueError: no checkpoint, or its vocabulary is not the task's.
+  """
+  source = open_checkpoint(path)
+  if num_ids > source.config.vocab_size:
+    raise ValueError(
+      f'The checkpoint {source.folder} embeds {source.config.vocab_size} ids, '
+      f"but the task's vocabulary has {num_ids}: {vocabulary}."
+    )
+  model = T5(source.config)
+  params = load(
+    source, source.config, vocabulary, abstract_params(model, mesh), dtype
+  )
+  return model, params, source
+
+
+def config_of(path: str, **changes) -> T5Config:
+  """Returns the shape of a checkpoint's model, with some fields changed.
+
+  Args:
+    path: see `open_checkpoint`.
+    **changes: fields of T5Config that leave the parameters' meaning as it is,
+      e.g. dropout_rate=0.1.
+  """
+  if fixed := set(changes) - {*_FREE_FIELDS}:
+    raise ValueError(
+      f'The checkpoint {path} says what {", ".join(sorted(fixed))} is; only '
+      f'{", ".join(_FREE_FIELDS)} can be chosen.'
+    )
+  return dataclasses.replace(open_checkpoint(path).config, **changes)
+
+
+def architecture(config: T5Config) -> str:
+  """Returns a few words on a shape: the published size, if it is one."""
+  free = {name: getattr(config, name) for name in (*_FREE_FIELDS, 'vocab_size')}
+  for name, published in SIZES.items():
+    if dataclasses.replace(published, **free) == config:
+      return name
+  kind = 'T5 1.0' if config.mlp_activations == ('relu',) else 'T5 1.1'
+  if config.relpos_bias_per_layer:
+    kind = 'umT5'
+  return (
+    f'{kind} of width {config.emb_dim} with {config.num_encoder_layers} + '
+    f'{config.num_decoder_layers} layers'
+  )
+
+
+def side_files(folder: epath.Path) -> epath.Path | None:
+  """Returns the folder with a checkpoint's tokenizer, if it has one."""
+  if huggingface.is_checkpoint(folder):
+    return folder
+  kept = folder.parent / _SIDE_FOLDER
+  return kept if kept.is_dir() else None
+
+
+def keep_side_files(source: Pretrained, run_dir: str | os.PathLike) -> None:
+  """Copies tokenizer and configuration into a run folder, for its export."""
+  where = side_files(source.folder)
+  if where is None:
+    return
+  kept = epath.Path(run_dir) / _SIDE_FOLDER
+  kept.mkdir(parents=True, exist_ok=True)
+  for name in (*huggingface.SIDE_FILES, huggingface.CONFIG):
+    if (where / name).exists():
+      (where / name).copy(kept / name, overwrite=True)
+
+
+def _is_checkpoint(folder: epath.Path) -> bool:
+  return (
+    checkpoint.is_checkpoint(folder)
+    or huggingface.is_checkpoint(folder)
+    or t5x.is_checkpoint(folder)
+  )
