@@ -26,6 +26,7 @@ import pathlib
 import re
 import sys
 import tokenize
+import traceback
 from collections.abc import Iterable, Sequence
 
 from absl import app, flags, logging
@@ -73,8 +74,11 @@ def main(argv: Sequence[str]) -> None:
   except (ValueError, OSError, ImportError, FloatingPointError) as e:
     if not _is_ours(e):
       raise
-    # gin adds which functions it was calling; the message says what to change.
-    message = re.split(r'\n  In call to configurable', str(e))[0]
+    # gin adds which functions it was calling. Our messages say what to change;
+    # a library's do not know of gin.
+    message, *calls = re.split(r'\n  In call to configurable ', str(e))
+    if calls and not _raised_in(e).is_relative_to(_ROOT / 'gkd_jax'):
+      message += f' Look at the settings of {calls[0].split()[0]}.'
     sys.exit(f'Error: {message}')
 
 
@@ -235,17 +239,24 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-  """Whether we (or gin) raised it on purpose; else its traceback is wanted."""
+  """Whether it is about a setting; else its traceback is wanted.
+
+  It is if we raised it on purpose, or gin did, or any library while gin builds
+  the parts, before the run itself has begun.
+  """
   folder = _raised_in(error)
-  return folder.is_relative_to(_ROOT / 'gkd_jax') or folder.name == 'gin'
+  if folder.is_relative_to(_ROOT / 'gkd_jax') or folder.name == 'gin':
+    return True
+  frames = traceback.extract_tb(error.__traceback__)
+  files = {pathlib.Path(frame.filename) for frame in frames}
+  ours = {file for file in files if file.is_relative_to(_ROOT / 'gkd_jax')}
+  return ours <= {pathlib.Path(__file__)}
 
 
 def _raised_in(error: BaseException) -> pathlib.Path:
   """Returns the folder of the file that raised it."""
-  traceback = error.__traceback__
-  while traceback.tb_next is not None:
-    traceback = traceback.tb_next
-  return pathlib.Path(traceback.tb_frame.f_code.co_filename).parent
+  *_, last = traceback.extract_tb(error.__traceback__)
+  return pathlib.Path(last.filename).parent
 
 
 def expand_gin_flags(args: Sequence[str]) -> list[str]:

@@ -454,6 +454,110 @@ def test_the_experiments_are_found_from_anywhere(
   assert shown.code == 0, shown.err
 
 
+# --- Models of other systems --------------------------------------------------
+
+
+def export(run_main, checkpoint_path, folder, export_format='huggingface'):
+  finished = run_main(
+    '--run_mode=export',
+    *gin_flags(
+      CHECKPOINT_PATH=checkpoint_path,
+      EXPORT_FORMAT=export_format,
+      OUTPUT_DIR=folder,
+    ),
+  )
+  assert finished.code == 0, finished.err
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('export_format', ['huggingface', 't5x'])
+def test_a_teacher_teaches_the_same_from_another_systems_checkpoint(
+  run, command, teacher, run_main, tmp_path, export_format
+):
+  elsewhere = export(run_main, teacher, tmp_path / 'teacher', export_format)
+
+  again = run_main(
+    *command,
+    *gin_flags(MODEL_DIR=tmp_path / 'run', TEACHER_CHECKPOINT_PATH=elsewhere),
+  )
+
+  assert again.code == 0, again.err
+  for line, same in zip(
+    metrics.read(run.folder), metrics.read(tmp_path / 'run'), strict=True
+  ):
+    assert same.get('train/loss') == line.get('train/loss')
+
+
+@pytest.mark.slow
+def test_an_exported_student_measures_the_same(run, run_main, tmp_path):
+  student = export(run_main, run.folder, tmp_path / 'student')
+
+  finished = run_main(
+    '--run_mode=eval',
+    EVAL,
+    *gin_flags(
+      CHECKPOINT_PATH=student,
+      EVAL_OUTPUT_DIR=tmp_path,
+      EVAL_BATCH_SIZE=32,
+      EVALUATOR_NUM_EXAMPLES=NUM_EXAMPLES,
+    ),
+  )
+
+  assert finished.code == 0, finished.err
+  assert 'Hugging Face' in finished.err
+  got = read_json(tmp_path / 'eval_test.json')
+  want = read_json(run.folder / 'eval_test.json')
+  for name in ('greedy/wer', 'greedy/per', 'sampled/wer', 'sampled/per'):
+    assert got[name] == want[name]
+
+
+def test_a_students_shape_can_be_that_of_its_checkpoint(
+  run_main, tmp_path, compile_once
+):
+  config = T5Config(384, 8, 1, 4, 8, 1, 1)
+  conftest.save_model(tmp_path / 'start', config)
+  start = export(run_main, tmp_path / 'start', tmp_path / 'folder')
+
+  finished = run_main(
+    STUDENT,
+    '--gin_file=gin/models/from_checkpoint.gin',
+    *SMALL[7:],
+    *gin_flags(
+      INITIAL_CHECKPOINT_PATH=start,
+      MODEL_DIR=tmp_path / 'run',
+      TRAIN_STEPS=6,
+    ),
+  )
+
+  assert finished.code == 0, finished.err
+  assert (
+    'Student: 7,032 parameters, T5 1.1 of width 8 with 1 + 1 layers, float32, '
+    f'Hugging Face: {start}' in finished.err
+  )
+
+
+@pytest.mark.parametrize(
+  'arguments, said',
+  [
+    ([], 'CHECKPOINT_PATH must be set'),
+    (
+      gin_flags(CHECKPOINT_PATH='x', EXPORT_FORMAT='onnx', OUTPUT_DIR='y'),
+      "EXPORT_FORMAT must be one of huggingface, t5x, got 'onnx'",
+    ),
+    (
+      gin_flags(CHECKPOINT_PATH='x', EXPORT_FORMAT='t5x', OUTPUT_DIR='y'),
+      'x is not there. Give a run folder',
+    ),
+  ],
+)
+def test_an_export_that_cannot_be_is_refused(run_main, arguments, said):
+  finished = run_main('--run_mode=export', *arguments)
+
+  assert finished.code == 1
+  assert finished.err.startswith('Error: ') and said in finished.err
+
+
 # --- What is refused --------------------------------------------------------
 
 
@@ -627,6 +731,16 @@ def test_settings_that_do_not_fit_are_refused(refused, arguments, parts):
 
   for part in parts:
     assert part in message
+  assert message.count('\n') == 1
+
+
+def test_what_a_library_refuses_while_the_parts_are_built_is_an_error_too(
+  refused,
+):
+  message = refused(STUDENT, *gin_flags(TRAIN_STEPS=1))
+
+  assert 'requires positive decay_steps' in message
+  assert "settings of 'warmup_cosine_decay_schedule'." in message
   assert message.count('\n') == 1
 
 

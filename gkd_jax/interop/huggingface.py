@@ -356,11 +356,9 @@ def save(
     max_shard_bytes: of one file.
   """
   names = _names(config)
-  size_of = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
+  kept = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
   shards = list(
-    _shards(
-      {n: params[n].size * size_of.itemsize for n in names}, max_shard_bytes
-    )
+    _shards({n: params[n].size * kept.itemsize for n in names}, max_shard_bytes)
   )
   weight_map = {}
   for i, ours in enumerate(shards):
@@ -370,7 +368,7 @@ def save(
     arrays = {}
     for name in ours:
       theirs, transpose = names[name]
-      array = np.asarray(params[name]).astype(size_of, copy=False)
+      array = np.asarray(params[name]).astype(kept, copy=False)
       arrays[theirs] = np.ascontiguousarray(array.T if transpose else array)
       weight_map[theirs] = file
     safetensors.numpy.save_file(arrays, folder / file, {'format': 'pt'})
@@ -380,7 +378,7 @@ def save(
     index = {
       'metadata': {
         'total_parameters': total,
-        'total_size': total * size_of.itemsize,
+        'total_size': total * kept.itemsize,
       },
       'weight_map': dict(sorted(weight_map.items())),
     }
@@ -415,12 +413,12 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 
 def _to_json(config: T5Config, was: Mapping[str, Any], dtype: str):
   """Returns the fields of config.json that say what the model is."""
+  scale = config.scales_decoder_outputs
   kind = 'umt5' if config.relpos_bias_per_layer else 't5'
-  if was.get('model_type') == 'mt5':
+  if was.get('model_type') == 'mt5' and kind == 't5' and not scale:
     kind = 'mt5'
   architecture = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5'}[kind]
   proj = {v: k for k, v in _ACTIVATIONS.items()}[config.mlp_activations]
-  scale = config.scales_decoder_outputs
   return {
     'architectures': [f'{architecture}ForConditionalGeneration'],
     'model_type': kind,

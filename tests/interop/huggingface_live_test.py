@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Against transformers itself, at real widths."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seqio
 from etils import epath
 
 from gkd_jax import beam_search, sampler
 from gkd_jax.interop import huggingface, tensors
+from tests import main_test
 from tests.interop import huggingface_test as golden
+from tests.main_test import gin_flags
 
 torch = pytest.importorskip('torch', reason='needs torch: the extra [interop]')
 transformers = pytest.importorskip(
@@ -45,6 +50,7 @@ MODELS = {
   ),
 }
 LENGTH = 64
+NUM_EXAMPLES = 48
 
 
 @pytest.fixture(scope='module', params=MODELS)
@@ -67,7 +73,7 @@ def said(pair):
   return inputs, targets, fixtures.what_it_says(theirs, inputs, targets, LENGTH)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def all_ids(pair, monkeypatch):
   monkeypatch.setattr(golden, 'NUM_IDS', pair[0].config.vocab_size)
 
@@ -83,7 +89,7 @@ def test_logits_are_equal(pair, said):
   np.testing.assert_allclose(logits, want['logits'], atol=1e-4)
 
 
-def test_greedy_outputs_are_equal_token_for_token(pair, said):
+def test_greedy_outputs_are_equal_token_for_token(pair, said, all_ids):
   _, ours, _ = pair
   inputs, _, want = said
 
@@ -92,7 +98,7 @@ def test_greedy_outputs_are_equal_token_for_token(pair, said):
   assert golden.until_eos(written) == golden.until_eos(want['greedy'])
 
 
-def test_beam_outputs_are_equal(pair, said):
+def test_beam_outputs_are_equal(pair, said, all_ids):
   _, ours, _ = pair
   inputs, _, want = said
   beam = beam_search.BeamConfig(fixtures.NUM_BEAMS, alpha=0.0)
@@ -132,3 +138,80 @@ def test_what_we_write_loads_without_a_missing_or_unexpected_key(
     'dtype': 'float32',
     'transformers_version': loaded.config.transformers_version,
   }
+
+
+# --- From a Hugging Face teacher to a Hugging Face student --------------------
+
+
+@pytest.fixture(scope='module')
+def exported(run_main, tmp_path_factory):
+  """A student of cmudict_g2p, distilled from one folder into another."""
+  folder = tmp_path_factory.mktemp('distilled')
+
+  def run(*arguments, **macros):
+    finished = run_main(*arguments, *gin_flags(**macros))
+    assert finished.code == 0, finished.err
+
+  def export(name):
+    run(
+      '--run_mode=export',
+      CHECKPOINT_PATH=folder / name,
+      EXPORT_FORMAT='huggingface',
+      OUTPUT_DIR=folder / f'{name}_exported',
+    )
+    return folder / f'{name}_exported'
+
+  run(main_test.TEACHER, *main_test.SMALL, MODEL_DIR=folder / 'teacher')
+  run(
+    main_test.FORWARD_KL,
+    *main_test.SMALL,
+    MODEL_DIR=folder / 'student',
+    TEACHER_CHECKPOINT_PATH=export('teacher'),
+    INITIAL_CHECKPOINT_PATH=None,
+  )
+  return export('student')
+
+
+@pytest.mark.parametrize('num_beams', [1, 4])
+def test_predictions_of_a_distilled_student_are_equal(
+  exported, run_main, tmp_path, num_beams
+):
+  beam = ('--gin.DECODING=@beam_search.BeamConfig()',) + gin_flags(
+    **{
+      'beam_search.BeamConfig.alpha': 0.0,
+      'beam_search.BeamConfig.num_beams': num_beams,
+    }
+  )
+  finished = run_main(
+    '--run_mode=infer',
+    main_test.INFER,
+    *gin_flags(
+      CHECKPOINT_PATH=exported,
+      INFER_OUTPUT_DIR=tmp_path,
+      INFER_NUM_EXAMPLES=NUM_EXAMPLES,
+    ),
+    *(beam if num_beams > 1 else ()),
+  )
+  assert finished.code == 0, finished.err
+  lines = (tmp_path / 'predictions_test.jsonl').read_text().splitlines()
+  ours = [json.loads(line) for line in lines]
+
+  vocabulary = seqio.ByteVocabulary()
+  inputs = [[*vocabulary.encode(line['inputs']), 1] for line in ours]
+  width = max(map(len, inputs))
+  tokens = torch.tensor([row + [0] * (width - len(row)) for row in inputs])
+  model = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported)
+  written = model.generate(
+    input_ids=tokens,
+    attention_mask=tokens != 0,
+    max_new_tokens=16,
+    do_sample=False,
+    num_beams=num_beams,
+    length_penalty=0.0,
+    early_stopping='never' if num_beams > 1 else None,
+    suppress_tokens=[0, *range(vocabulary.vocab_size, 384)],
+    renormalize_logits=True,
+  )
+
+  theirs = [vocabulary.decode(row) for row in golden.until_eos(written[:, 1:])]
+  assert [line['prediction'] for line in ours] == theirs
