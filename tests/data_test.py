@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import hashlib
 import io
 import itertools
 import time
@@ -469,3 +470,81 @@ def test_vocabularies_of_different_sizes_have_different_descriptions():
   assert bytes_alone != data.describe_vocabulary(
     seqio.ByteVocabulary(extra_ids=100)
   )
+
+
+# --- Another vocabulary than the task's ---------------------------------------
+
+
+@pytest.fixture(scope='module')
+def with_extra_ids(letters):
+  return data.DatasetConfig(
+    letters,
+    conftest.LENGTHS,
+    batch_size=4,
+    split='validation',
+    vocabulary=data.byte_vocabulary(extra_ids=100),
+  )
+
+
+def test_a_task_can_be_given_another_vocabulary(with_extra_ids):
+  assert data.get_vocabulary(with_extra_ids).vocab_size == 359
+  assert data.EvalDataset(with_extra_ids).vocabulary.vocab_size == 359
+
+
+def test_the_task_itself_keeps_its_own(with_extra_ids, letters):
+  data.get_task(with_extra_ids)
+
+  task = seqio.get_mixture_or_task(letters)
+  assert task.output_features['inputs'].vocabulary.vocab_size == 259
+
+
+def test_batches_are_in_the_ids_of_the_vocabulary(
+  letters, sentencepiece_models
+):
+  vocabulary = data.sentencepiece_vocabulary(sentencepiece_models[0])
+  config = data.DatasetConfig(
+    letters, conftest.LENGTHS, batch_size=4, vocabulary=vocabulary
+  )
+
+  tokens = next(data.TrainIterator(config, seed=0)).encoder_input_tokens
+
+  rows = {tuple(row[row > 1].tolist()) for row in tokens}
+  assert rows <= {
+    tuple(vocabulary.encode(word)) for word in conftest.letter_words('train')
+  }
+
+
+def test_a_mixture_cannot_be_given_another_vocabulary(letters):
+  name = f'{letters}_mixture'
+  if name not in seqio.MixtureRegistry.names():
+    seqio.MixtureRegistry.add(name, [(letters, 1)])
+  config = data.DatasetConfig(
+    name, conftest.LENGTHS, batch_size=4, vocabulary=data.byte_vocabulary()
+  )
+
+  with pytest.raises(ValueError, match='VOCABULARY changes a task only'):
+    data.get_task(config)
+
+
+def test_a_vocabulary_that_is_not_there_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='VOCABULARY_PATH .*x.model is not ther'):
+    data.sentencepiece_vocabulary(tmp_path / 'x.model')
+
+
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
+  (tmp_path / 'x.model').write_bytes(b'hello')
+
+  with pytest.raises(ValueError, match='x.model is no SentencePiece model'):
+    data.sentencepiece_vocabulary(tmp_path / 'x.model')
+
+
+def test_a_sentencepiece_model_is_described_by_its_files_digest(
+  sentencepiece_models,
+):
+  # As other systems' folders are, which hold the file: huggingface.vocabulary.
+  path = sentencepiece_models[0]
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+
+  described = data.describe_vocabulary(data.sentencepiece_vocabulary(path))
+
+  assert described.endswith(f'model sha256 {digest}')

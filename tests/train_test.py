@@ -469,3 +469,25 @@ def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):
   (tmp_path / 'run' / 'checkpoint_5' / 'precious').write_text('x')
 
   assert 'holds checkpoints but no config.gin' in refused()
+
+
+def test_teacher_and_student_may_fill_their_embeddings_up_differently(
+  train_letters, tmp_path
+):
+  conftest.save_model(tmp_path / 'teacher', T5Config(260, 8, 1, 4, 8, 1, 1))
+
+  train_letters(
+    tmp_path / 'run',
+    student=T5Config(288, 12, 2, 4, 10, 1, 1),
+    policy=policies.student(),
+    objective=objectives.Objective(divergences.forward_kl),
+    teacher_checkpoint_path=str(tmp_path / 'teacher'),
+    eval_dataset=train_letters.dataset('validation'),
+  )
+
+  (last,) = [
+    line
+    for line in metrics.read(tmp_path / 'run')
+    if 'validation/on_student_outputs/forward_kl' in line
+  ]
+  assert 0.0 < last['validation/on_student_outputs/forward_kl'] < 10.0
