@@ -167,7 +167,7 @@ class Checkpoints:
     if step is None:
       return None
     folder = epath.Path(self._manager.directory) / f'{_PREFIX}_{step}'
-    _check_tree(folder, 'params', abstract_state.params)
+    check_shapes(folder, saved_shapes(folder), shapes(abstract_state.params))
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -248,7 +248,7 @@ def load_params(
   Raises:
     ValueError: they have other shapes; the first differences are listed.
   """
-  _check_tree(folder, 'params', abstract_params)
+  check_shapes(folder, saved_shapes(folder), shapes(abstract_params))
   wanted = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
     abstract_params,
@@ -265,10 +265,10 @@ def _steps(run_dir: epath.Path) -> list[int]:
   ]
 
 
-def _check_tree(folder: epath.Path, item: str, wanted: Any) -> None:
+def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
+  """Returns {name: shape} of a checkpoint's parameters; reads none."""
   with ocp.StandardCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(folder / item).item_metadata.tree
-  check_shapes(folder, shapes(metadata), shapes(wanted))
+    return shapes(checkpointer.metadata(folder / 'params').item_metadata.tree)
 
 
 def check_shapes(

@@ -330,19 +330,17 @@ def evaluate_checkpoint(
     num_ids=vocabulary.vocab_size,
     mesh=(mesh := partitioning.make_mesh()),
   )
-  student, params, source = load(checkpoint_path)
-  metrics_lib.say(f'Student: {source}')
+  student, params, folder = load(checkpoint_path)
   teacher = teacher_params = None
   if teacher_checkpoint_path is not None:
-    teacher, teacher_params, its_source = load(teacher_checkpoint_path)
-    metrics_lib.say(f'Teacher: {its_source}')
+    teacher, teacher_params, _ = load(teacher_checkpoint_path)
   values, table = Evaluation(
     dataset, student, teacher, teacher_params, decodings, seed=seed, mesh=mesh
   )(params)
   path = write_results(
     output_dir,
     dataset.split,
-    {'checkpoint': str(source.folder), **values},
+    {'checkpoint': str(folder), **values},
   )
   metrics_lib.say(f'{table}\n{format_metrics(values)}\nWritten: {path}')
 

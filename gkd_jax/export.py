@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a model in the format of the system that will serve it."""
 
+import re
+
 import jax
 from etils import epath
 
@@ -9,14 +11,14 @@ from gkd_jax import partitioning, pretrained
 from gkd_jax.interop import huggingface, t5x
 from gkd_jax.model import T5, abstract_params
 
-_FORMATS = ('huggingface', 't5x')
+_FORMATS = {'huggingface': huggingface, 't5x': t5x}
 
 
 def export(
   checkpoint_path: str,
   export_format: str,
   output_dir: str,
-  dtype: str = 'float32',
+  dtype: str | None = None,
 ) -> None:
   """Writes a checkpoint's model for Hugging Face `transformers` or for T5X.
 
@@ -26,33 +28,41 @@ def export(
       and the tokenizer's files where the model came with them. 't5x': a
       `checkpoint_<step>` folder is made in `output_dir`.
     output_dir: must not be there, or be empty.
-    dtype: of the parameters, 'float32' or 'bfloat16'.
+    dtype: of the parameters, 'float32' or 'bfloat16'; None: as saved.
 
   Raises:
-    ValueError: an unknown format or dtype, no checkpoint, or a full folder.
+    ValueError: an unknown format or dtype, no checkpoint, a full folder, or a
+      model that the other system does not have.
   """
   if export_format not in _FORMATS:
     raise ValueError(
       f'EXPORT_FORMAT must be one of {", ".join(_FORMATS)}, got '
       f'{export_format!r}.'
     )
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(
-      f"EXPORT_DTYPE must be 'float32' or 'bfloat16', got {dtype!r}."
-    )
+  pretrained.check_dtype('EXPORT_DTYPE', dtype)
   folder = epath.Path(output_dir)
-  if folder.exists() and any(folder.iterdir()):
+  if str(folder).startswith('gs://') and export_format == 'huggingface':
     raise ValueError(
-      f'OUTPUT_DIR {output_dir} is not empty. Nothing is overwritten: choose '
-      'another.'
+      f'OUTPUT_DIR {output_dir}: safetensors files are written to a local disk '
+      'only. Copy them from there: gcloud storage cp -r.'
+    )
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(
+      f'OUTPUT_DIR {output_dir} is there, and not an empty folder. Nothing is '
+      'overwritten: choose another.'
     )
   source = pretrained.open_checkpoint(checkpoint_path)
+  module = _FORMATS[export_format]
+  module.check_can_hold(source.config)
+  if dtype is None:
+    dtype = 'bfloat16' if source.dtype == 'bfloat16' else 'float32'
   metrics_lib.say(f'Exporting {source}')
-  abstract = abstract_params(T5(source.config), partitioning.make_mesh())
   params = {
     jax.tree_util.keystr(path, simple=True, separator='/'): x
     for path, x in jax.tree_util.tree_leaves_with_path(
-      source.load(abstract, None)
+      source.load(
+        abstract_params(T5(source.config), partitioning.host_mesh()), None
+      )
     )
   }
   partial = folder.parent / f'{folder.name}.partial'
@@ -60,17 +70,30 @@ def export(
     partial.rmtree()  # of an export that was interrupted
   partial.mkdir(parents=True)
   if export_format == 'huggingface':
-    huggingface.save(
+    beside = pretrained.side_files(source.folder)
+    huggingface.save(partial, source.config, params, dtype=dtype, source=beside)
+    metrics_lib.say(
+      f'Tokenizer files from {beside}'
+      if beside
+      else 'No tokenizer files: the checkpoint came without.'
+    )
+    if source.config.relpos_bias_per_layer and (
+      not source.config.scales_decoder_outputs
+    ):
+      metrics_lib.say(
+        'Note: transformers 5 scales the outputs of every umT5, this one was '
+        'trained without. What it samples there will differ from here; greedy '
+        'and beam outputs do not.'
+      )
+  else:
+    step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
+    t5x.save(
       partial,
       source.config,
       params,
+      step=int(step[1]) if step else 0,
       dtype=dtype,
-      source=pretrained.side_files(source.folder),
     )
-  else:
-    digits = source.folder.name.rpartition('_')[2]
-    step = int(digits) if digits.isdigit() else 0
-    t5x.save(partial, source.config, params, step=step, dtype=dtype)
   if folder.exists():
     folder.rmdir()
   partial.rename(folder)

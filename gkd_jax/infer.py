@@ -29,13 +29,12 @@ def infer(
   """
   split = data.EvalDataset(dataset)
   mesh = partitioning.make_mesh()
-  model, params, source = pretrained.load_model(
+  model, params, folder = pretrained.load_model(
     checkpoint_path,
     data.describe_vocabulary(split.vocabulary),
     split.vocabulary.vocab_size,
     mesh,
   )
-  metrics_lib.say(f'Model: {source}')
   write = evaluate.make_write(
     model,
     decoding,
@@ -59,7 +58,7 @@ def infer(
   path.with_suffix('.json').write_text(
     json.dumps(
       {
-        'checkpoint': str(source.folder),
+        'checkpoint': str(folder),
         'task': dataset.mixture_or_task_name,
         'split': dataset.split,
         'decoding': repr(decoding),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The blocks of a T5, with T5X's parameter names and logical axes.
 
-Weights are float32; `dtype` is that of the activations. RMSNorm's statistics
-and the attention softmax are float32 whatever `dtype` is.
+Weights are made in float32; `dtype` is that of the activations. RMSNorm's
+statistics and the attention softmax are float32 whatever `dtype` is.
 
 Source: Raffel et al. (2020), arXiv:1910.10683; T5X, `t5x/examples/t5`.
 """

@@ -41,6 +41,12 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
   return Mesh(devices, ('data', 'model'))
 
 
+def host_mesh() -> Mesh:
+  """Returns a mesh of the host's CPU alone, for what needs no accelerator."""
+  devices = np.asarray(jax.devices('cpu')[:1]).reshape(1, 1)
+  return Mesh(devices, ('data', 'model'))
+
+
 def standard_logical_axis_rules() -> AxisRules:
   """Returns T5X's rules: parameters over 'model', activations over 'data'."""
   return (

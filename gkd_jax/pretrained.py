@@ -6,8 +6,9 @@ T5X checkpoint. Which it is, is found out from the files that are there.
 """
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from gkd_jax import checkpoint
+from gkd_jax import metrics as metrics_lib
 from gkd_jax.interop import huggingface, t5x, tensors
 from gkd_jax.model import SIZES, T5, T5Config, abstract_params, init_params
 
@@ -36,6 +38,7 @@ class Pretrained(NamedTuple):
     vocabulary: as `data.describe_vocabulary` says it, or a part of that line;
       None where the files do not tell.
     dtype: of its parameters.
+    num_params: how many numbers they are.
     load: (abstract parameters, dtype or None) -> parameters; None keeps theirs.
   """
 
@@ -44,11 +47,14 @@ class Pretrained(NamedTuple):
   config: T5Config
   vocabulary: str | None
   dtype: str
+  num_params: int
   load: Callable[[Params, str | None], Params]
 
   def __str__(self) -> str:
-    return f'{architecture(self.config)}, {self.dtype}, {self.format}: ' + str(
-      self.folder
+    vocabulary = '' if self.vocabulary else ' (its vocabulary is not known)'
+    return (
+      f'{architecture(self.config)}, {self.num_params:,} {self.dtype} '
+      f'parameters, {self.format}: {self.folder}{vocabulary}'
     )
 
 
@@ -66,21 +72,23 @@ def open_checkpoint(path: str) -> Pretrained:
   if checkpoint.is_checkpoint(folder):
     saved = checkpoint.describe(folder)
 
-    def load_ours(abstract, dtype):
-      return checkpoint.load_params(folder, abstract, dtype or 'float32')
-
     return Pretrained(
-      folder, 'gkd_jax', saved.config, saved.vocabulary, 'float32', load_ours
+      folder,
+      'gkd_jax',
+      saved.config,
+      saved.vocabulary,
+      'float32',
+      _count(checkpoint.saved_shapes(folder)),
+      lambda abstract, dtype: checkpoint.load_params(
+        folder, abstract, dtype or 'float32'
+      ),
     )
   module = huggingface if huggingface.is_checkpoint(folder) else t5x
   config, arrays = module.open_folder(folder)
   model = T5(config)
   described = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  checkpoint.check_shapes(
-    folder,
-    {name: tensor.shape for name, tensor in arrays.items()},
-    checkpoint.shapes(described),
-  )
+  saved_shapes = {name: tensor.shape for name, tensor in arrays.items()}
+  checkpoint.check_shapes(folder, saved_shapes, checkpoint.shapes(described))
   dtypes = sorted({x.dtype.name for x in arrays.values()})
   return Pretrained(
     folder,
@@ -88,42 +96,56 @@ def open_checkpoint(path: str) -> Pretrained:
     config,
     huggingface.vocabulary(folder) if module is huggingface else None,
     ' and '.join(dtypes),
+    _count(saved_shapes),
     lambda abstract, dtype: tensors.place(arrays, abstract, dtype),
   )
 
 
-def load(
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+  return sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_fits(
   source: Pretrained,
-  config: T5Config,
   vocabulary: str,
-  abstract: Params,
-  dtype: str | None = None,
-) -> Params:
-  """Reads the parameters into their places.
+  num_ids: int,
+  config: T5Config | None = None,
+) -> None:
+  """Raises ValueError if a model is of no use; lists the first differences.
 
   Args:
     source: what `open_checkpoint` found.
-    config: the shape they must have.
     vocabulary: the task's, as `data.describe_vocabulary` says it.
-    abstract: shapes and shardings wanted.
-    dtype: wanted, 'float32' or 'bfloat16'; None: as saved.
-
-  Raises:
-    ValueError: shape or vocabulary differ; the first differences are listed.
+    num_ids: ids of the task's tokenizer.
+    config: the shape it must have; None: any.
   """
-  differences = [
-    f'{field}: {was} in the checkpoint, {want} wanted'
-    for field, was in dataclasses.asdict(source.config).items()
-    if field not in _FREE_FIELDS and was != (want := getattr(config, field))
-  ]
+  differences = []
   # A foreign tokenizer is known in part: its model, not how many extra ids.
   if source.vocabulary is not None and source.vocabulary not in vocabulary:
-    differences.insert(
-      0,
-      f'vocabulary: {source.vocabulary} in the checkpoint, {vocabulary} wanted',
+    differences.append(
+      f'vocabulary: {source.vocabulary} in the checkpoint, {vocabulary} wanted'
     )
+  if config is not None:
+    differences += [
+      f'{field}: {was} in the checkpoint, {want} wanted'
+      for field, was in dataclasses.asdict(source.config).items()
+      if field not in _FREE_FIELDS and was != (want := getattr(config, field))
+    ]
   checkpoint.raise_differences(source.folder, differences)
-  return source.load(abstract, dtype)
+  if num_ids > source.config.vocab_size:
+    raise ValueError(
+      f'The checkpoint {source.folder} embeds {source.config.vocab_size} ids, '
+      f"but the task's vocabulary has {num_ids}: {vocabulary}. A SentencePiece "
+      'model that has its sentinels already needs VOCABULARY_EXTRA_IDS = 0.'
+    )
+
+
+def check_dtype(setting: str, dtype: str | None) -> None:
+  """Raises ValueError unless a setting is a type of numbers, or None."""
+  if dtype not in (None, 'float32', 'bfloat16'):
+    raise ValueError(
+      f"{setting} must be 'float32', 'bfloat16' or None, got {dtype!r}."
+    )
 
 
 def load_model(
@@ -132,30 +154,27 @@ def load_model(
   num_ids: int,
   mesh: Mesh,
   dtype: str | None = None,
-) -> tuple[T5, Params, Pretrained]:
-  """Loads a model as its checkpoint says it is.
+) -> tuple[T5, Params, epath.Path]:
+  """Loads a model as its checkpoint says it is, and says what it is.
 
   Args:
     path: see `open_checkpoint`.
-    vocabulary: the task's, as `data.describe_vocabulary` says it.
-    num_ids: ids of the task's tokenizer.
+    vocabulary: see `check_fits`.
+    num_ids: see `check_fits`.
     mesh: where the parameters go.
     dtype: of the parameters; None: as saved.
+
+  Returns:
+    The model, its parameters, and the folder they came from.
 
   Raises:
     ValueError: no checkpoint, or its vocabulary is not the task's.
   """
   source = open_checkpoint(path)
-  if num_ids > source.config.vocab_size:
-    raise ValueError(
-      f'The checkpoint {source.folder} embeds {source.config.vocab_size} ids, '
-      f"but the task's vocabulary has {num_ids}: {vocabulary}."
-    )
+  check_fits(source, vocabulary, num_ids)
+  metrics_lib.say(f'Model: {source}')
   model = T5(source.config)
-  params = load(
-    source, source.config, vocabulary, abstract_params(model, mesh), dtype
-  )
-  return model, params, source
+  return model, source.load(abstract_params(model, mesh), dtype), source.folder
 
 
 def config_of(path: str, **changes) -> T5Config:
@@ -197,9 +216,16 @@ def side_files(folder: epath.Path) -> epath.Path | None:
   return kept if kept.is_dir() else None
 
 
-def keep_side_files(source: Pretrained, run_dir: str | os.PathLike) -> None:
-  """Copies tokenizer and configuration into a run folder, for its export."""
-  where = side_files(source.folder)
+def keep_side_files(
+  folders: Sequence[epath.Path], run_dir: str | os.PathLike
+) -> None:
+  """Copies tokenizer and configuration into a run folder, for its export.
+
+  Args:
+    folders: checkpoints of one vocabulary; the first that has these files.
+    run_dir: of the run.
+  """
+  where = next(filter(None, map(side_files, folders)), None)
   if where is None:
     return
   kept = epath.Path(run_dir) / _SIDE_FOLDER

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a student: checks and builds everything, then runs the loop."""
 
+import dataclasses
 import difflib
 import importlib.metadata
 import json
@@ -9,7 +10,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import optax
@@ -132,8 +133,18 @@ def train(
     policy.needs_teacher or objective.needs_teacher
   ):
     raise ValueError(
-      'This method needs a teacher: set TEACHER_CHECKPOINT_PATH to the '
-      'MODEL_DIR of a trained run.'
+      'This method needs a teacher: set TEACHER_CHECKPOINT_PATH to a run, '
+      'Hugging Face or T5X folder.'
+    )
+  pretrained.check_dtype('TEACHER_DTYPE', teacher_dtype)
+  if teacher_dtype is not None and teacher_checkpoint_path is None:
+    raise ValueError('TEACHER_DTYPE is set, but no TEACHER_CHECKPOINT_PATH.')
+  if best_mode not in ('min', 'max'):
+    raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
+  if best_metric is not None and eval_dataset is None:
+    raise ValueError(
+      f'BEST_METRIC is {best_metric!r}, but nothing is evaluated during '
+      'training: set EVAL_SPLIT, or BEST_METRIC = None.'
     )
   vocabulary = data.get_vocabulary(train_dataset)
   num_ids = vocabulary.vocab_size
@@ -141,7 +152,8 @@ def train(
     raise ValueError(
       f'The student embeds {student.vocab_size} ids, but the vocabulary of '
       f'task {train_dataset.mixture_or_task_name!r} has {num_ids}. Set '
-      'VOCAB_SIZE to that or more.'
+      'VOCAB_SIZE to that or more (or, where a checkpoint gives the shape, '
+      'VOCABULARY_EXTRA_IDS to fewer).'
     )
   description = checkpoint.ModelDescription(
     student, data.describe_vocabulary(vocabulary)
@@ -154,34 +166,39 @@ def train(
   tx = optimizer(learning_rate=learning_rate)
   if max_grad_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+  sources = {}
+  if teacher_checkpoint_path is not None:
+    sources['teacher'] = pretrained.open_checkpoint(teacher_checkpoint_path)
+    pretrained.check_fits(sources['teacher'], description.vocabulary, num_ids)
+  if initial_checkpoint_path is not None:
+    sources['student'] = pretrained.open_checkpoint(initial_checkpoint_path)
+    pretrained.check_fits(
+      sources['student'], description.vocabulary, num_ids, student
+    )
   _check_same_config(run_dir, config_text())
 
   # From here on files are read whole, and the run's folder is written.
-  teacher = teacher_params = teacher_source = initial_source = None
-  if teacher_checkpoint_path is not None:
-    teacher, teacher_params, teacher_source = pretrained.load_model(
-      teacher_checkpoint_path,
-      description.vocabulary,
-      num_ids,
-      device_mesh,
-      teacher_dtype,
+  teacher = teacher_params = None
+  if 'teacher' in sources:
+    # It computes in the student's type of numbers, whatever its weights are.
+    config = sources['teacher'].config
+    teacher = T5(dataclasses.replace(config, dtype=student.dtype))
+    teacher_params = sources['teacher'].load(
+      abstract_params(teacher, device_mesh), teacher_dtype
     )
-    metrics_lib.say(
-      f'Teacher: {count_params(teacher_params):,} parameters, {teacher_source}'
-    )
-  if initial_checkpoint_path is not None:
-    initial_source = pretrained.open_checkpoint(initial_checkpoint_path)
-    params = pretrained.load(
-      initial_source, student, description.vocabulary, abstract, 'float32'
-    )
-    start = str(initial_source)
+    metrics_lib.say(f'Teacher: {sources["teacher"]}')
+  if 'student' in sources:
+    params = sources['student'].load(abstract, 'float32')
+    metrics_lib.say(f'Student: {sources["student"]}')
   else:
     params = jax.jit(
       lambda: init_params(model, jax.random.key(seed)),
       out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
     )()
-    start = f'{pretrained.architecture(student)}, from random initialisation'
-  metrics_lib.say(f'Student: {count_params(params):,} parameters, {start}')
+    metrics_lib.say(
+      f'Student: {pretrained.architecture(student)}, {count_params(params):,} '
+      'float32 parameters, from random initialisation'
+    )
   train_step = step_lib.make_train_step(
     student=model,
     teacher=teacher,
@@ -208,7 +225,7 @@ def train(
     if split is not None
   }
   if best_metric is not None:
-    _check_best(best_metric, best_mode, eval_dataset, evaluations)
+    _check_best_metric(best_metric, evaluations[eval_dataset.split].names())
   iterator = data.TrainIterator(
     train_dataset,
     seed=seed,
@@ -217,8 +234,10 @@ def train(
   )
 
   _save_manifest(run_dir, config_text())
-  if source := initial_source or teacher_source:  # one vocabulary serves both
-    pretrained.keep_side_files(source, run_dir)
+  # One vocabulary serves both; the student's own files come first.
+  folders = [sources[k].folder for k in ('student', 'teacher') if k in sources]
+  pretrained.keep_side_files(folders, run_dir)
+  del sources  # they may hold what was read
   state = jax.jit(lambda p: step_lib.init_state(p, tx))(params)
   del params  # the state owns them now, and will be donated
   checkpoints = checkpoint.Checkpoints(
@@ -411,15 +430,7 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:
     )
 
 
-def _check_best(name, mode, eval_dataset, evaluations) -> None:
-  if mode not in ('min', 'max'):
-    raise ValueError(f"BEST_MODE must be 'min' or 'max', got {mode!r}.")
-  if eval_dataset is None:
-    raise ValueError(
-      f'BEST_METRIC is {name!r}, but nothing is evaluated during training: set '
-      'EVAL_SPLIT, or BEST_METRIC = None.'
-    )
-  names = evaluations[eval_dataset.split].names()
+def _check_best_metric(name: str, names: Sequence[str]) -> None:
   if name not in names:
     near = difflib.get_close_matches(name, names, n=1)
     raise ValueError(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from gkd_jax import export, partitioning, pretrained
 from gkd_jax.model import T5, T5Config, abstract_params
@@ -68,7 +70,8 @@ def test_the_tokenizer_goes_from_the_checkpoint_to_the_run_to_the_export(
   given = shutil.copytree(HUGGING_FACE / 'mt5', tmp_path / 'given')
   (given / 'spiece.model').write_bytes(b'pieces')
 
-  pretrained.keep_side_files(pretrained.open_checkpoint(given), run_dir)
+  folder = pretrained.open_checkpoint(given).folder
+  pretrained.keep_side_files([run_dir / 'checkpoint_0', folder], run_dir)
   export.export(str(run_dir), 'huggingface', str(tmp_path / 'out'))
 
   assert (tmp_path / 'out' / 'spiece.model').read_bytes() == b'pieces'
@@ -78,7 +81,7 @@ def test_the_tokenizer_goes_from_the_checkpoint_to_the_run_to_the_export(
   'changes, said',
   [
     ({'export_format': 'pytorch'}, 'EXPORT_FORMAT must be one of huggingface'),
-    ({'dtype': 'float16'}, "EXPORT_DTYPE must be 'float32' or 'bfloat16'"),
+    ({'dtype': 'float16'}, "EXPORT_DTYPE must be 'float32', 'bfloat16' or"),
     ({'checkpoint_path': 'nowhere'}, 'nowhere is not there'),
   ],
 )
@@ -99,6 +102,58 @@ def test_bad_settings_are_refused_before_anything_is_written(
 def test_nothing_is_overwritten(run_dir, tmp_path):
   (tmp_path / 'mine').write_text('precious')
 
-  with pytest.raises(ValueError, match='OUTPUT_DIR .* is not empty'):
+  with pytest.raises(ValueError, match='OUTPUT_DIR .* not an empty folder'):
     export.export(str(run_dir), 'huggingface', str(tmp_path))
   assert [path.name for path in tmp_path.iterdir()] == ['mine']
+
+
+def test_the_type_of_numbers_is_kept(tmp_path):
+  export.export(
+    str(HUGGING_FACE / 'bfloat16'), 'huggingface', str(tmp_path / 'out')
+  )
+
+  assert pretrained.open_checkpoint(tmp_path / 'out').dtype == 'bfloat16'
+
+
+def test_a_model_that_t5x_does_not_have_is_refused(tmp_path):
+  config = T5Config(264, 12, 2, 4, 10, 1, 1, mlp_activations=('silu', 'linear'))
+  conftest.save_model(tmp_path / 'run', config)
+
+  with pytest.raises(ValueError, match='take a gate to be GELU'):
+    export.export(str(tmp_path / 'run'), 't5x', str(tmp_path / 'out'))
+  assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+
+def test_a_model_that_transformers_does_not_have_is_refused(tmp_path):
+  config = T5Config(264, 12, 2, 4, 10, 1, 1, mlp_activations=('silu',))
+  conftest.save_model(tmp_path / 'run', config)
+
+  with pytest.raises(ValueError, match='transformers has no T5 with'):
+    export.export(str(tmp_path / 'run'), 'huggingface', str(tmp_path / 'out'))
+  assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+
+def test_a_students_config_says_nothing_of_its_teachers(run_dir, tmp_path):
+  # The student has the tokenizer of its teacher, a relu model.
+  pretrained.keep_side_files(
+    [epath.Path(HUGGING_FACE / 't5_1_0')], tmp_path / 'run'
+  )
+  shutil.copytree(run_dir / 'checkpoint_0', tmp_path / 'run' / 'checkpoint_0')
+
+  export.export(str(tmp_path / 'run'), 'huggingface', str(tmp_path / 'out'))
+
+  values = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert values['feed_forward_proj'] == 'gated-gelu'
+  assert not {'is_gated_act', 'dense_act_fn'} & values.keys()
+
+
+def test_a_bucket_is_refused_for_hugging_face(run_dir):
+  with pytest.raises(ValueError, match='written to a local disk only'):
+    export.export(str(run_dir), 'huggingface', 'gs://bucket/model')
+
+
+def test_a_file_is_not_overwritten(run_dir, tmp_path):
+  (tmp_path / 'out').write_text('precious')
+
+  with pytest.raises(ValueError, match='is there, and not an empty folder'):
+    export.export(str(run_dir), 'huggingface', str(tmp_path / 'out'))

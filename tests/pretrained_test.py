@@ -26,13 +26,9 @@ def run_dir(tmp_path_factory, compile_once):
 
 
 def load(path, config=CONFIG, vocabulary=BYTES, dtype=None):
-  return pretrained.load(
-    pretrained.open_checkpoint(path),
-    config,
-    vocabulary,
-    abstract_params(T5(config), MESH),
-    dtype,
-  )
+  source = pretrained.open_checkpoint(path)
+  pretrained.check_fits(source, vocabulary, 33, config)
+  return source.load(abstract_params(T5(config), MESH), dtype)
 
 
 # --- What a path means --------------------------------------------------------
@@ -58,7 +54,7 @@ def test_a_hugging_face_folder_is_found_out():
 
 def test_it_is_described_in_one_line(run_dir):
   assert str(pretrained.open_checkpoint(run_dir)) == (
-    'T5 1.1 of width 12 with 1 + 1 layers, float32, gkd_jax: '
+    'T5 1.1 of width 12 with 1 + 1 layers, 8,420 float32 parameters, gkd_jax: '
     f'{run_dir}/checkpoint_0'
   )
 

@@ -10,7 +10,6 @@ Source: transformers, `models/t5`, `models/mt5` and `models/umt5`.
 import collections
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,6 +38,9 @@ SIDE_FILES = (
 _WEIGHTS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
 _MAX_SHARD_BYTES = 5 * 10**9  # the limit that transformers uses
+# Fields of config.json that do not say what the model is. (All others are
+# written anew; transformers lets some contradict each other.)
+_KEPT_FIELDS = ('task_specific_params', 'tokenizer_class', 'n_positions')
 _MODEL_TYPES = ('t5', 'mt5', 'umt5')
 # feed_forward_proj -> our activations. Its gelu is the tanh form when gated.
 _ACTIVATIONS = {
@@ -119,17 +121,19 @@ def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
 def vocabulary(folder: epath.Path) -> str | None:
   """Returns what the tokenizer's files say, as `data.describe_vocabulary` does.
 
-  It is a part of that line: 'model sha256 ...' or 'ByteVocabulary'. None where
-  no file says it.
+  It is a part of that line: 'model sha256 ...', 'ByteVocabulary', or
+  'SentencePieceVocabulary' where the model's file is not there. None where no
+  file says anything.
   """
   model = folder / 'spiece.model'
   if model.is_file():
     return f'model sha256 {hashlib.sha256(model.read_bytes()).hexdigest()}'
   config = folder / 'tokenizer_config.json'
-  if config.is_file() and 'ByT5' in str(
-    _read_json(config).get('tokenizer_class')
-  ):
-    return 'ByteVocabulary'
+  if config.is_file():
+    if 'ByT5' in str(_read_json(config).get('tokenizer_class')):
+      return 'ByteVocabulary'
+    # A tokenizer.json alone: whose pieces they are cannot be told from it.
+    return 'SentencePieceVocabulary'
   return None
 
 
@@ -145,7 +149,9 @@ def _config(path: epath.Path, values: Mapping[str, Any], *, tied) -> T5Config:
     raise ValueError(
       f'{path} describes a {kind} encoder or decoder alone; gkd_jax needs both.'
     )
-  proj = values.get('feed_forward_proj', 'relu')
+  proj = values.get(
+    'feed_forward_proj', 'relu' if kind == 't5' else 'gated-gelu'
+  )
   proj = 'gated-gelu' if proj == 'gated-gelu_new' else proj
   if proj not in _ACTIVATIONS:
     raise ValueError(
@@ -157,8 +163,9 @@ def _config(path: epath.Path, values: Mapping[str, Any], *, tied) -> T5Config:
       f'{path}: layer_norm_epsilon is {epsilon}; every published T5 has 1e-6, '
       'and gkd_jax knows no other.'
     )
-  # transformers 4 scaled what goes into a tied head; 5 ties by the weights, and
-  # says apart whether it scales (but mT5, never, and umT5, always).
+  # transformers 4 scales what goes into a tied head. 5 ties where the weights
+  # are equal, and T5 says apart whether it scales; mT5 never does. (Its umT5
+  # always does, even where the model was trained, and used by 4, without.)
   scale = values.get(
     'scale_decoder_outputs',
     kind != 'mt5' and values.get('tie_word_embeddings') is not False,
@@ -288,8 +295,11 @@ def _names_by_file(folder: epath.Path) -> dict[epath.Path, list[str]]:
         else ''
       )
     )
+  weight_map = _read_json(folder / _INDEX).get('weight_map')
+  if not weight_map:
+    raise ValueError(f'{folder / _INDEX} has no weight_map. Copy it again.')
   names_of = collections.defaultdict(list)
-  for name, file in _read_json(folder / _INDEX)['weight_map'].items():
+  for name, file in weight_map.items():
     names_of[folder / file].append(name)
   for file, names in names_of.items():
     if not file.is_file():
@@ -327,9 +337,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text())
+    values = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise ValueError(f'{path} is no valid JSON: {e}.') from e
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} holds {type(values).__name__}, not {{...}}.')
+  return values
 
 
 # --- Writing ------------------------------------------------------------------
@@ -355,6 +368,10 @@ def save(
       taken over.
     max_shard_bytes: of one file.
   """
+  was = {}
+  if source is not None and (source / CONFIG).exists():
+    was = _read_json(source / CONFIG)
+  values = _to_json(config, was, dtype)
   names = _names(config)
   kept = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
   shards = list(
@@ -383,15 +400,11 @@ def save(
       'weight_map': dict(sorted(weight_map.items())),
     }
     _write_json(folder / _INDEX, index)
-  values = {}
   if source is not None:
     for name in SIDE_FILES:
-      if (source / name).is_file():
-        shutil.copy(source / name, folder / name)
-    if (source / CONFIG).is_file():
-      values = _read_json(source / CONFIG)
-  values.pop('torch_dtype', None)  # what 'dtype' was called
-  _write_json(folder / CONFIG, values | _to_json(config, values, dtype))
+      if (source / name).exists():
+        (source / name).copy(folder / name)
+  _write_json(folder / CONFIG, values)
   if not (folder / 'generation_config.json').exists():
     _write_json(
       folder / 'generation_config.json',
@@ -411,15 +424,24 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
   yield shard
 
 
+def check_can_hold(config: T5Config) -> None:
+  """Raises ValueError where transformers has no such model."""
+  if config.mlp_activations not in _ACTIVATIONS.values():
+    raise ValueError(
+      f'transformers has no T5 with mlp_activations {config.mlp_activations}; '
+      f'it has {", ".join(map(str, _ACTIVATIONS.values()))}.'
+    )
+
+
 def _to_json(config: T5Config, was: Mapping[str, Any], dtype: str):
-  """Returns the fields of config.json that say what the model is."""
+  """Returns config.json. Of what there was, it keeps `_KEPT_FIELDS`."""
   scale = config.scales_decoder_outputs
   kind = 'umt5' if config.relpos_bias_per_layer else 't5'
   if was.get('model_type') == 'mt5' and kind == 't5' and not scale:
     kind = 'mt5'
   architecture = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5'}[kind]
   proj = {v: k for k, v in _ACTIVATIONS.items()}[config.mlp_activations]
-  return {
+  return {name: was[name] for name in _KEPT_FIELDS if name in was} | {
     'architectures': [f'{architecture}ForConditionalGeneration'],
     'model_type': kind,
     'is_encoder_decoder': True,

@@ -489,7 +489,7 @@ def save(
   final = epath.Path(folder) / f'{PREFIX}_{step}'
   if final.exists():
     raise ValueError(f'{final} is there already. Give another folder or step.')
-  _check_t5x_can_hold(config)
+  check_can_hold(config)
   _check_params(config, params)
   unfinished = final.parent / f'{final.name}.tmp-gkd_jax'
   if unfinished.exists():
@@ -515,7 +515,14 @@ def save(
   return unfinished.rename(final)
 
 
-def _check_t5x_can_hold(config: T5Config) -> None:
+def check_can_hold(config: T5Config) -> None:
+  """Raises ValueError where T5X's networks have no such model."""
+  if config.mlp_activations not in (('relu',), ('gelu', 'linear')):
+    raise ValueError(
+      'A T5X checkpoint does not say its activations, and its readers take a '
+      f'gate to be GELU; this model has {config.mlp_activations}. Export it in '
+      'another format.'
+    )
   for field, theirs in (
     ('scale_decoder_outputs', None),
     ('relpos_buckets', 32),

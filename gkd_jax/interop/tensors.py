@@ -47,16 +47,6 @@ def entry(tensor: Tensor, axis: int, i: int) -> Tensor:
   return Tensor(shape, tensor.dtype, read)
 
 
-def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-  """The same numbers in another shape. Each part reads all of them."""
-
-  def read(index):
-    everything = tuple(slice(0, n) for n in tensor.shape)
-    return tensor.read(everything).reshape(shape)[index]
-
-  return Tensor(shape, tensor.dtype, read)
-
-
 def read_all(tensor: Tensor) -> np.ndarray:
   """Returns the whole array."""
   return tensor.read(tuple(slice(0, n) for n in tensor.shape))

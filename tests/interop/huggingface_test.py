@@ -504,3 +504,28 @@ def test_a_config_of_transformers_4_scales_where_it_ties(copy):
     scales.append(huggingface.open_folder(folder)[0].scales_decoder_outputs)
 
   assert scales == [True, False]
+
+
+def test_an_index_without_a_map_is_refused(copy):
+  folder = copy('sharded')
+  (folder / 'model.safetensors.index.json').write_text('{}')
+
+  with pytest.raises(ValueError, match='index.json has no weight_map'):
+    huggingface.open_folder(folder)
+
+
+def test_a_config_that_is_no_object_is_refused(copy):
+  folder = copy('t5_1_1')
+  (folder / 'config.json').write_text('[]')
+
+  with pytest.raises(ValueError, match='config.json holds list'):
+    huggingface.open_folder(folder)
+
+
+def test_a_tokenizer_without_its_model_is_at_least_no_byte_tokenizer(copy):
+  folder = copy('t5_1_1')
+  (folder / 'tokenizer_config.json').write_text(
+    '{"tokenizer_class": "T5Tokenizer"}'
+  )
+
+  assert huggingface.vocabulary(folder) == 'SentencePieceVocabulary'

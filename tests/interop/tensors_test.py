@@ -29,7 +29,6 @@ def recorded(array, indices):
     (tensors.in_memory(ARRAY), ARRAY),
     (tensors.transposed(tensors.in_memory(ARRAY[0])), ARRAY[0].T),
     (tensors.entry(tensors.in_memory(ARRAY), 1, 2), ARRAY[:, 2]),
-    (tensors.reshaped(tensors.in_memory(ARRAY), (6, 4)), ARRAY.reshape(6, 4)),
   ],
 )
 def test_a_view_reads_as_the_array_it_stands_for(view, array):
