@@ -166,6 +166,7 @@ def train(
   tx = optimizer(learning_rate=learning_rate)
   if max_grad_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+  _check_same_config(run_dir, config_text())
   sources = {}
   if teacher_checkpoint_path is not None:
     sources['teacher'] = pretrained.open_checkpoint(teacher_checkpoint_path)
@@ -175,7 +176,6 @@ def train(
     pretrained.check_fits(
       sources['student'], description.vocabulary, num_ids, student
     )
-  _check_same_config(run_dir, config_text())
 
   # From here on files are read whole, and the run's folder is written.
   teacher = teacher_params = None

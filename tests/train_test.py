@@ -328,7 +328,7 @@ def test_the_student_starts_from_the_checkpoint_it_is_given(
     learning_rate=optax.constant_schedule(0.0),
   )
 
-  assert f'from {teacher}/checkpoint_0' in said
+  assert f'parameters, gkd_jax: {teacher}/checkpoint_0\n' in said
   want, got = arrays(teacher, 'params'), arrays(tmp_path / 'run', 'params')
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
