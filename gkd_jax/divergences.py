@@ -79,7 +79,7 @@ def generalized_jsd(
 
   Source: Eq. 1 of arXiv:2306.13649; equals TRL's for 0 < beta < 1.
   """
-  if beta is None or not 0.0 < beta < 1.0:
+  if not isinstance(beta, int | float) or not 0.0 < beta < 1.0:
     raise ValueError(
       f'generalized_jsd needs 0 < beta < 1, got beta={beta}. At beta=0 and '
       'beta=1 it is 0 for every pair of models. For those limits use '

@@ -72,9 +72,13 @@ def export(
   if export_format == 'huggingface':
     beside = pretrained.side_files(source.folder)
     huggingface.save(partial, source.config, params, dtype=dtype, source=beside)
+    tokenizer = huggingface.tokenizer_files(partial)
+    if not tokenizer and 'ByteVocabulary' in (source.vocabulary or ''):
+      huggingface.write_byte_tokenizer(partial, source.config.vocab_size)
+      tokenizer = huggingface.tokenizer_files(partial)
     metrics_lib.say(
-      f'Tokenizer files from {beside}'
-      if beside
+      f'Tokenizer: {", ".join(tokenizer)}'
+      if tokenizer
       else 'No tokenizer files: the checkpoint came without.'
     )
     if source.config.relpos_bias_per_layer and (

@@ -27,6 +27,12 @@ def infer(
     decoding: a SamplerConfig or a BeamConfig.
     seed: of sampling.
   """
+  path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
+  if path.exists():
+    raise ValueError(
+      f'{path} is there already, and would be lost. Choose another '
+      'INFER_OUTPUT_DIR, or remove it.'
+    )
   split = data.EvalDataset(dataset)
   mesh = partitioning.make_mesh()
   model, params, folder = pretrained.load_model(
@@ -46,7 +52,6 @@ def infer(
   predictions = split.decode(
     split.predict(lambda rows, batch: write(params, rows, batch))
   )
-  path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix('.partial')
   with partial.open('w') as file:
@@ -61,6 +66,7 @@ def infer(
         'checkpoint': str(folder),
         'task': dataset.mixture_or_task_name,
         'split': dataset.split,
+        'num_examples': len(split),
         'decoding': repr(decoding),
         'seed': seed,
       },

@@ -2,7 +2,7 @@
 r"""Runs the experiment that a gin file describes.
 
     python -m gkd_jax.main --run_mode=train \
-        --gin_file=configs/cmudict_g2p/sft.gin --gin.MODEL_DIR=runs/sft
+        --gin_file=configs/cmudict_g2p/student.gin --gin.MODEL_DIR=runs/student
 
 Later files and `--gin.NAME=VALUE` flags override earlier ones. A value that is
 no gin literal is taken as a string, so paths need no quotes. Add `--dry_run` to
@@ -58,7 +58,10 @@ _TFDS_DATA_DIR = flags.DEFINE_string(
   'tfds_data_dir', None, 'Where TFDS keeps its data; its default otherwise.'
 )
 _DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'Print the resolved configuration and stop.'
+  'dry_run',
+  False,
+  'Print the resolved configuration and stop. Builds nothing: what does not '
+  'fit together is told by a run.',
 )
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -78,8 +81,15 @@ def main(argv: Sequence[str]) -> None:
     # a library's do not know of gin.
     message, *calls = re.split(r'\n  In call to configurable ', str(e))
     if calls and not _raised_in(e).is_relative_to(_ROOT / 'gkd_jax'):
-      message += f' Look at the settings of {calls[0].split()[0]}.'
+      message += _who_sets(calls[0].split()[0].strip("'"))
     sys.exit(f'Error: {message}')
+  except KeyboardInterrupt:
+    print(
+      'Interrupted. A training run goes on from its last checkpoint '
+      '(CHECKPOINT_PERIOD) with the same command.',
+      file=sys.stderr,
+    )
+    sys.exit(130)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -220,7 +230,13 @@ def _explain(gin, message: str) -> str:
     package = match[1]
     message = f'There is no {package}.{match[2]}.'
     module = sys.modules.get(f'gkd_jax.{package}', sys.modules.get(package))
-    names = vars(module) if module else ()
+    names = [
+      name
+      for name, value in (vars(module) if module else {}).items()
+      if callable(value)
+      and not name.startswith('_')
+      and (module.__name__ == package or value.__module__ == module.__name__)
+    ]
   elif match := re.match(r".*'(.+)' doesn't have a .* named '(.+)'", message):
     function = gin.get_configurable(match[1])
     if inspect.isclass(function):  # gin hides what the class is called with
@@ -229,6 +245,15 @@ def _explain(gin, message: str) -> str:
   else:
     return message
   return message + _nearest(match[match.lastindex], names)
+
+
+def _who_sets(function: str) -> str:
+  """Says which macros a function's arguments come from."""
+  import gin
+
+  binding = rf'^(?:.*/)?(?:\w+\.)?{function}\.\w+ =\s+%(\w+)'
+  macros = re.findall(binding, gin.config_str(), re.MULTILINE)
+  return f' Look at what {function} is given: {", ".join(macros)}.'
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -106,7 +106,7 @@ def train(
     final_eval_dataset: evaluated once, at the end, into eval_<split>.json.
     decodings: {name: SamplerConfig or BeamConfig} to evaluate with.
     eval_period: steps; 0: only at the end.
-    checkpoint_period: steps; one more is saved at the end.
+    checkpoint_period: steps; one more is saved at the end; 0: only that.
     log_period: steps whose metrics are averaged into one line.
     best_metric: name of a validation metric; its best checkpoint is kept
       beside the last.
@@ -233,6 +233,7 @@ def train(
     num_shards=jax.process_count(),
   )
 
+  was_there = (run_dir / 'config.gin').exists()
   _save_manifest(run_dir, config_text())
   # One vocabulary serves both; the student's own files come first.
   folders = [sources[k].folder for k in ('student', 'teacher') if k in sources]
@@ -250,6 +251,8 @@ def train(
   if saved := checkpoints.restore(abstract_state, iterator):
     state, train_seconds = saved
     metrics_lib.say(f'Resuming after step {int(state.step)}.')
+  elif was_there:
+    metrics_lib.say('The run was interrupted before its first checkpoint.')
   first_step = int(state.step)
   if first_step < total_steps:
     state, train_seconds = _loop(
@@ -265,7 +268,7 @@ def train(
       total_steps=total_steps,
       train_seconds=train_seconds,
       eval_period=eval_period or total_steps,
-      checkpoint_period=checkpoint_period,
+      checkpoint_period=checkpoint_period or total_steps,
       log_period=log_period,
     )
   checkpoints.close()
@@ -444,10 +447,10 @@ def _check_same_config(run_dir: pathlib.Path, config: str) -> None:
   """Refuses a folder that another experiment has written."""
   path = run_dir / 'config.gin'
   if not path.exists():
-    if run_dir.exists() and any(run_dir.glob('checkpoint_*')):
+    if run_dir.exists() and any(run_dir.glob('[!.]*')):
       raise ValueError(
-        f'MODEL_DIR {run_dir} holds checkpoints but no config.gin: it is not '
-        'clear whose they are. Use another MODEL_DIR.'
+        f'MODEL_DIR {run_dir} holds files but no config.gin: it is not a run '
+        'of gkd_jax. Use another MODEL_DIR.'
       )
     return
   was, now = _comparable(path.read_text()), _comparable(config)

@@ -107,6 +107,20 @@ def test_nothing_is_overwritten(run_dir, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['mine']
 
 
+def test_a_byte_model_gets_the_tokenizer_of_bytes(run_dir, tmp_path):
+  export.export(
+    str(run_dir / 'checkpoint_0'), 'huggingface', str(tmp_path / 'out')
+  )
+
+  # 264 ids: 3 special ones, 256 bytes, and 5 to fill up.
+  assert json.loads((tmp_path / 'out/tokenizer_config.json').read_text()) == {
+    'tokenizer_class': 'ByT5Tokenizer',
+    'extra_ids': 5,
+  }
+  found = pretrained.open_checkpoint(tmp_path / 'out')
+  assert found.vocabulary == 'ByteVocabulary'
+
+
 def test_the_type_of_numbers_is_kept(tmp_path):
   export.export(
     str(HUGGING_FACE / 'bfloat16'), 'huggingface', str(tmp_path / 'out')

@@ -58,6 +58,7 @@ def test_the_file_beside_it_says_who_wrote_it_and_how(
   about = json.loads((tmp_path / 'predictions_test.json').read_text())
   assert about == {
     'checkpoint': f'{model_dir}/checkpoint_0',
+    'num_examples': len(WORDS),
     'task': 'letters',
     'split': 'test',
     'decoding': 'SamplerConfig(temperature=1.0, top_k=0, top_p=1.0)',
@@ -91,3 +92,12 @@ def test_an_empty_split_is_refused(model_dir, dataset, tmp_path):
 
   with pytest.raises(ValueError, match="'empty' of task 'letters' is empty"):
     infer.infer(str(model_dir), str(tmp_path / 'out'), empty)
+
+
+def test_predictions_are_not_overwritten(sample, tmp_path):
+  sample(str(tmp_path))
+  before = (tmp_path / 'predictions_test.jsonl').read_bytes()
+
+  with pytest.raises(ValueError, match='is there already, and would be lost'):
+    sample(str(tmp_path), seed=1)
+  assert (tmp_path / 'predictions_test.jsonl').read_bytes() == before

@@ -696,6 +696,10 @@ NO_FILES = gin_flags(INITIAL_CHECKPOINT_PATH=None, TEACHER_CHECKPOINT_PATH='x')
       ['0 < beta < 1, got beta=1.0', 'forward_kl', 'reverse_kl'],
     ),
     (
+      [JSD, *NO_FILES, '--gin.BETA=high'],
+      ['0 < beta < 1, got beta=high'],
+    ),
+    (
       [JSD, *NO_FILES, '--gin.BETA=0'],
       ['0 < beta < 1, got beta=0', 'forward_kl', 'reverse_kl'],
     ),
@@ -746,13 +750,35 @@ def test_settings_that_do_not_fit_are_refused(refused, arguments, parts):
   assert message.count('\n') == 1
 
 
+def test_of_a_module_only_what_it_offers_is_suggested(refused):
+  message = refused(JSD, *NO_FILES, '--gin.DIVERGENCE=@divergences.jsd')
+
+  assert (
+    'There are: forward_kl, generalized_jsd, reverse_kl, total_variation.'
+    in message
+  )
+
+
+def test_an_interruption_is_one_line(run_main, monkeypatch):
+  def interrupt(config):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr('gkd_jax.data.get_vocabulary', interrupt)
+
+  finished = run_main(STUDENT, '--gin.MODEL_DIR=x')
+
+  assert 'Interrupted. A training run goes on' in finished.err
+  assert 'Traceback' not in finished.err
+
+
 def test_what_a_library_refuses_while_the_parts_are_built_is_an_error_too(
   refused,
 ):
   message = refused(STUDENT, *gin_flags(TRAIN_STEPS=1))
 
   assert 'requires positive decay_steps' in message
-  assert "settings of 'warmup_cosine_decay_schedule'." in message
+  assert 'warmup_cosine_decay_schedule is given: ' in message
+  assert 'WARMUP_STEPS' in message and 'TRAIN_STEPS' in message
   assert message.count('\n') == 1
 
 

@@ -419,3 +419,15 @@ def test_head_params_are_all_that_unembed_reads(version):
   want = model.apply({'params': params}, hidden, method='unembed')
   np.testing.assert_array_equal(got, want)
   assert model_lib.count_params(head) == tiny.VOCAB_SIZE * 16
+
+
+def test_outputs_can_be_scaled_without_being_tied():
+  plain, params = tiny.model_and_params(0)
+  scaled = T5(tiny.config(scale_decoder_outputs=True))
+  tokens = tiny.tokens(0, (5, 3), 6)
+
+  got = tiny.logits(scaled, params, tokens, tokens)
+
+  # 16 ** -0.5 is a power of two: nothing is rounded.
+  want = tiny.logits(plain, params, tokens, tokens) / 4
+  np.testing.assert_allclose(got, want, rtol=1e-6)

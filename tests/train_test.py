@@ -468,7 +468,7 @@ def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):
   (tmp_path / 'run' / 'checkpoint_5').mkdir(parents=True)
   (tmp_path / 'run' / 'checkpoint_5' / 'precious').write_text('x')
 
-  assert 'holds checkpoints but no config.gin' in refused()
+  assert 'holds files but no config.gin' in refused()
 
 
 def test_teacher_and_student_may_fill_their_embeddings_up_differently(

@@ -25,6 +25,7 @@ from gkd_jax.model import T5Config
 
 FORMAT = 'Hugging Face'
 CONFIG = 'config.json'
+_GENERATION = 'generation_config.json'
 # What says how text becomes ids and how outputs are generated. It goes with a
 # model from where it was loaded to where it is exported.
 SIDE_FILES = (
@@ -33,7 +34,7 @@ SIDE_FILES = (
   'tokenizer_config.json',
   'special_tokens_map.json',
   'added_tokens.json',
-  'generation_config.json',
+  _GENERATION,
 )
 _WEIGHTS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
@@ -405,11 +406,29 @@ def save(
       if (source / name).exists():
         (source / name).copy(folder / name)
   _write_json(folder / CONFIG, values)
-  if not (folder / 'generation_config.json').exists():
+  if not (folder / _GENERATION).exists():
     _write_json(
-      folder / 'generation_config.json',
+      folder / _GENERATION,
       {'decoder_start_token_id': 0, 'eos_token_id': 1, 'pad_token_id': 0},
     )
+
+
+def tokenizer_files(folder: epath.Path) -> list[str]:
+  """Returns the names of the tokenizer's files in a folder."""
+  return [
+    name
+    for name in SIDE_FILES
+    if name != _GENERATION and (folder / name).exists()
+  ]
+
+
+def write_byte_tokenizer(folder: epath.Path, vocab_size: int) -> None:
+  """Writes the tokenizer of a model that reads and writes bytes."""
+  num_ids = 3 + 256  # pad, EOS, unknown
+  _write_json(
+    folder / 'tokenizer_config.json',
+    {'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': vocab_size - num_ids},
+  )
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:

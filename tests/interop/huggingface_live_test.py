@@ -192,6 +192,8 @@ def test_predictions_of_a_distilled_student_are_equal(
   inputs = [[*vocabulary.encode(line['inputs']), 1] for line in ours]
   width = max(map(len, inputs))
   tokens = torch.tensor([row + [0] * (width - len(row)) for row in inputs])
+  tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+  assert [tokenizer(line['inputs']).input_ids for line in ours] == inputs
   model = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported)
   written = model.generate(
     input_ids=tokens,
