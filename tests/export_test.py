@@ -69,10 +69,11 @@ def test_the_tokenizer_goes_from_the_checkpoint_to_the_run_to_the_export(
 ):
   given = shutil.copytree(HUGGING_FACE / 'mt5', tmp_path / 'given')
   (given / 'spiece.model').write_bytes(b'pieces')
+  run = shutil.copytree(run_dir, tmp_path / 'run')
 
   folder = pretrained.open_checkpoint(given).folder
-  pretrained.keep_side_files([run_dir / 'checkpoint_0', folder], run_dir)
-  export.export(str(run_dir), 'huggingface', str(tmp_path / 'out'))
+  pretrained.keep_side_files([run / 'checkpoint_0', folder], run)
+  export.export(str(run), 'huggingface', str(tmp_path / 'out'))
 
   assert (tmp_path / 'out' / 'spiece.model').read_bytes() == b'pieces'
 
