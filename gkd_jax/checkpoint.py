@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from gkd_jax.model import T5Config
+from gkd_jax.model import T5Config, named_params
 from gkd_jax.step import TrainState
 
 _PREFIX = 'checkpoint'
@@ -288,10 +288,7 @@ def check_shapes(
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """Returns {'encoder/layers_0/mlp/wo/kernel': its shape} of parameters."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape)
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  return {name: tuple(x.shape) for name, x in named_params(tree).items()}
 
 
 def raise_differences(folder: epath.Path, differences: Sequence[str]) -> None:

@@ -262,10 +262,9 @@ class Evaluation:
 
   def names(self) -> list[str]:
     """Returns the names of what a call measures, without a model's work."""
+    metrics = self._dataset.metric_names()
     of_task = [
-      f'{decoding}/{metric}'
-      for decoding in self._student_writes
-      for metric in self._dataset.metric_names()
+      f'{d}/{metric}' for d in self._student_writes for metric in metrics
     ]
     if self._score is None:
       return of_task
@@ -324,11 +323,12 @@ def evaluate_checkpoint(
     seed: of sampling.
   """
   vocabulary = data.get_vocabulary(dataset)
+  mesh = partitioning.make_mesh()
   load = functools.partial(
     pretrained.load_model,
     vocabulary=data.describe_vocabulary(vocabulary),
     num_ids=vocabulary.vocab_size,
-    mesh=(mesh := partitioning.make_mesh()),
+    mesh=mesh,
   )
   student, params, folder = load(checkpoint_path)
   teacher = teacher_params = None

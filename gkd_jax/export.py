@@ -3,13 +3,12 @@
 
 import re
 
-import jax
 from etils import epath
 
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import partitioning, pretrained
 from gkd_jax.interop import huggingface, t5x
-from gkd_jax.model import T5, abstract_params
+from gkd_jax.model import T5, abstract_params, named_params
 
 _FORMATS = {'huggingface': huggingface, 't5x': t5x}
 
@@ -57,14 +56,8 @@ def export(
   if dtype is None:
     dtype = 'bfloat16' if source.dtype == 'bfloat16' else 'float32'
   metrics_lib.say(f'Exporting {source}')
-  params = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): x
-    for path, x in jax.tree_util.tree_leaves_with_path(
-      source.load(
-        abstract_params(T5(source.config), partitioning.host_mesh()), None
-      )
-    )
-  }
+  abstract = abstract_params(T5(source.config), partitioning.host_mesh())
+  params = named_params(source.load(abstract, None))
   partial = folder.parent / f'{folder.name}.partial'
   if partial.exists():
     partial.rmtree()  # of an export that was interrupted

@@ -515,6 +515,21 @@ def _boxed_params(model: T5, rng: jax.Array) -> Params:
   return model.init(rng, one_token, one_token)['params']
 
 
+def named_params(params: Params) -> dict[str, Any]:
+  """Returns {'encoder/layers_0/mlp/wo/kernel': leaf} of a tree."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def param_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+  """Returns {name: shape} of all parameters of a model, without making any."""
+  model = T5(config)
+  abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return {name: x.shape for name, x in named_params(abstract).items()}
+
+
 def count_params(params: Params) -> int:
   """Returns how many numbers the parameters hold."""
   return sum(x.size for x in jax.tree.leaves(params))

@@ -141,14 +141,7 @@ def make_loss_sums(
   Raises:
     ValueError: see `make_train_step`.
   """
-  if objective.likelihood_weight > 0.0 and policy.student_data_fraction > 0.0:
-    raise ValueError(
-      f'likelihood_weight is {objective.likelihood_weight}, and '
-      f'student_data_fraction {policy.student_data_fraction}: to make outputs '
-      'likely that the student wrote would teach it its own mistakes. Set '
-      'LIKELIHOOD_WEIGHT = 0.0, or STUDENT_DATA_FRACTION = 0.0 to learn from '
-      "the dataset's outputs alone."
-    )
+  check_objective(policy, objective)
 
   def loss_sums(params, teacher_params, batch, row_ids_B, rngs):
     written, student_hidden = _write_and_run_student(
@@ -198,6 +191,20 @@ def make_loss_sums(
     return sums['loss'], {**sums, **counts}
 
   return loss_sums
+
+
+def check_objective(
+  policy: policies.Policy, objective: objectives.Objective
+) -> None:
+  """Raises ValueError if the likelihood of what the student writes counts."""
+  if objective.likelihood_weight > 0.0 and policy.student_data_fraction > 0.0:
+    raise ValueError(
+      f'likelihood_weight is {objective.likelihood_weight}, and '
+      f'student_data_fraction {policy.student_data_fraction}: to make outputs '
+      'likely that the student wrote would teach it its own mistakes. Set '
+      'LIKELIHOOD_WEIGHT = 0.0, or STUDENT_DATA_FRACTION = 0.0 to learn from '
+      "the dataset's outputs alone."
+    )
 
 
 def unembed(model) -> objectives.Unembed:

@@ -24,6 +24,7 @@ SAME_LAYER = {
   ('beam_search', 'sampler'),
   ('checkpoint', 'step'),
   ('interop', 'interop'),
+  ('interop', 'checkpoint'),
   ('evaluate', 'data'),
   ('infer', 'data'),
   ('infer', 'evaluate'),

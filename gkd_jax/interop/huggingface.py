@@ -19,9 +19,10 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from gkd_jax import checkpoint
 from gkd_jax.interop import tensors as tensors_lib
 from gkd_jax.interop.tensors import Tensor
-from gkd_jax.model import T5Config
+from gkd_jax.model import T5Config, param_shapes
 
 FORMAT = 'Hugging Face'
 CONFIG = 'config.json'
@@ -83,7 +84,8 @@ def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
   Only headers are read.
 
   Raises:
-    ValueError: it is no encoder-decoder T5, or its files are not whole.
+    ValueError: it is no encoder-decoder T5, its files are not whole, or its
+      arrays have other shapes than it says.
   """
   if str(folder).startswith('gs://'):
     raise ValueError(
@@ -113,10 +115,14 @@ def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
         f'weights: the file {what} {len(which)} tensors: {", ".join(which[:5])}'
         + (', ...' if len(which) > 5 else '.')
       )
-  return config, {
+  tensors = {
     ours: tensors_lib.transposed(stored[name]) if transpose else stored[name]
     for ours, (name, transpose) in names.items()
   }
+  checkpoint.check_shapes(
+    folder, {n: x.shape for n, x in tensors.items()}, param_shapes(config)
+  )
+  return config, tensors
 
 
 def vocabulary(folder: epath.Path) -> str | None:
@@ -374,7 +380,7 @@ def save(
     was = _read_json(source / CONFIG)
   values = _to_json(config, was, dtype)
   names = _names(config)
-  kept = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
+  kept = np.dtype(dtype)
   shards = list(
     _shards({n: params[n].size * kept.itemsize for n in names}, max_shard_bytes)
   )

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.serialization
+import flax.traverse_util
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
@@ -31,7 +32,7 @@ from etils import epath
 
 from gkd_jax.interop import tensors as tensors_lib
 from gkd_jax.interop.tensors import Tensor
-from gkd_jax.model import T5Config
+from gkd_jax.model import T5Config, param_shapes
 
 FORMAT = 'T5X'
 PREFIX = 'checkpoint'
@@ -91,7 +92,7 @@ def open_folder(
   folder = epath.Path(folder)
   tensors = _per_layer(_stored(folder))
   config = _config(folder, tensors)
-  shapes = _shapes(config)
+  shapes = param_shapes(config)
   differences = [
     f'{name}: {_shape(tensors, name)} in the checkpoint, '
     f'{shapes.get(name, "unknown")} in such a T5'
@@ -392,43 +393,6 @@ def _num_layers(tensors: Mapping[str, Tensor], stack: str) -> int:
   )
 
 
-def _shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of each parameter, under its name."""
-  c = config
-  scale, table = (c.emb_dim,), (c.num_heads, c.relpos_buckets)
-  joined_kv = c.num_heads * c.head_dim
-  gates = len(c.mlp_activations)
-  wi = ['wi'] if gates == 1 else [f'wi_{i}' for i in range(gates)]
-  shapes = {'token_embedder/embedding': (c.vocab_size, c.emb_dim)}
-  if not c.logits_via_embedding:
-    shapes['decoder/logits_dense/kernel'] = (c.emb_dim, c.vocab_size)
-  for stack, num_layers, attentions in (
-    ('encoder', c.num_encoder_layers, {'': 'attention'}),
-    (
-      'decoder',
-      c.num_decoder_layers,
-      {'self_': 'self_attention', 'cross_': 'encoder_decoder_attention'},
-    ),
-  ):
-    shapes[f'{stack}/{stack}_norm/scale'] = scale
-    if not c.relpos_bias_per_layer:
-      shapes[f'{stack}/{_TABLE}'] = table
-    for i in range(num_layers):
-      layer = f'{stack}/layers_{i}'
-      if c.relpos_bias_per_layer:
-        shapes[f'{layer}/{_TABLE}'] = table
-      for which, block in attentions.items():
-        shapes[f'{layer}/pre_{which}attention_layer_norm/scale'] = scale
-        for part in ('query', 'key', 'value'):
-          shapes[f'{layer}/{block}/{part}/kernel'] = (c.emb_dim, joined_kv)
-        shapes[f'{layer}/{block}/out/kernel'] = (joined_kv, c.emb_dim)
-      shapes[f'{layer}/pre_mlp_layer_norm/scale'] = scale
-      for part in wi:
-        shapes[f'{layer}/mlp/{part}/kernel'] = (c.emb_dim, c.mlp_dim)
-      shapes[f'{layer}/mlp/wo/kernel'] = (c.mlp_dim, c.emb_dim)
-  return shapes
-
-
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
   return str(tensors[name].shape) if name in tensors else 'absent'
 
@@ -504,9 +468,9 @@ def save(
     'optimizer': {
       'state': {
         'step': np.asarray(step, np.int32),
-        'param_states': _nested(states),
+        'param_states': flax.traverse_util.unflatten_dict(states, sep='/'),
       },
-      'target': _nested(target),
+      'target': flax.traverse_util.unflatten_dict(target, sep='/'),
     },
   }
   (unfinished / _FILE).write_bytes(
@@ -536,7 +500,7 @@ def check_can_hold(config: T5Config) -> None:
 
 
 def _check_params(config: T5Config, params: Mapping[str, Any]) -> None:
-  shapes = _shapes(config)
+  shapes = param_shapes(config)
   differences = [
     f'{name}: {params[name].shape if name in params else "absent"}, but the '
     f'config has {shapes.get(name, "no such parameter")}'
@@ -560,16 +524,17 @@ def _arrays_to_write(
   config: T5Config, params: Mapping[str, Any]
 ) -> Iterator[_ToWrite]:
   """Yields T5X's arrays; those of stacked layers have a part for each layer."""
-  layers = collections.defaultdict(list)
-  for name, shape in _shapes(config).items():
+  layers = collections.defaultdict(dict)
+  for name, shape in param_shapes(config).items():
     stack, layer, *of_layer = name.split('/')
     if config.relpos_bias_per_layer and layer.startswith('layers_'):
-      layers['/'.join((stack, stack, *of_layer))].append(params[name])
+      i = int(layer.removeprefix('layers_'))
+      layers['/'.join((stack, stack, *of_layer))][i] = params[name]
     else:
       yield name, shape, [((...,), params[name])]
   for name, arrays in layers.items():
     shape = _split_heads(config, name, arrays[0].shape)
-    parts = [((slice(None), i), a) for i, a in enumerate(arrays)]
+    parts = [((slice(None), i), arrays[i]) for i in sorted(arrays)]
     yield name, (shape[0], len(arrays), *shape[1:]), parts
 
 
@@ -584,7 +549,7 @@ def _split_heads(config: T5Config, name: str, shape: tuple[int, ...]):
 
 def _write_array(folder: epath.Path, name, shape, parts, dtype: str):
   """Writes an array as zarr; returns what stands for it in the msgpack."""
-  kind = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
+  kind = np.dtype(dtype)
   # A chunk has one layer, so that layers are written one after another.
   chunk = _chunk(shape, kind.itemsize, layers_at=1 if len(parts) > 1 else None)
   spec = {
@@ -638,14 +603,3 @@ def _adafactor_zeros(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     kept = [n for n, a in zip(shape, axes, strict=True) if a != averaged]
     state[key] = np.zeros(kept, np.float32)
   return state
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree = {}
-  for name, leaf in flat.items():
-    *path, last = name.split('/')
-    node = tree
-    for key in path:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  return tree

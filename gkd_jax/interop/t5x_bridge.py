@@ -77,12 +77,7 @@ class GKDModel(models.EncoderDecoderModel):
       decode_fn=model.decode_fn,
       feature_converter_cls=model.FEATURE_CONVERTER_CLS,
     )
-    if objective.likelihood_weight and policy.student_data_fraction:
-      raise ValueError(
-        f'likelihood_weight is {objective.likelihood_weight}, and '
-        f'student_data_fraction {policy.student_data_fraction}: to make '
-        'outputs likely that the student wrote would teach it its own mistakes.'
-      )
+    step_lib.check_objective(policy, objective)
     needs_teacher = policy.needs_teacher or objective.needs_teacher
     if needs_teacher and teacher_checkpoint_path is None:
       raise ValueError(

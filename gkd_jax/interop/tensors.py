@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gkd_jax.model import named_params
+
 Params = Any
 Index = tuple[slice, ...]
 
@@ -68,11 +70,7 @@ def place(
     abstract_params: their tree, with shapes and shardings.
     dtype: of the result; None: as in the file.
   """
-
-  wanted = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): x
-    for path, x in jax.tree_util.tree_leaves_with_path(abstract_params)
-  }
+  wanted = named_params(abstract_params)
   # In the order of the files: layers that are stacked in one array share its
   # compressed chunks.
   placed = {
