@@ -18,17 +18,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AxisRules = Sequence[tuple[str, str | None]]
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+def make_mesh(
+  data: int = -1,
+  model: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """Returns a mesh of all devices with the axes 'data' and 'model'.
 
   Args:
     data: devices a batch is spread over; -1 takes all there are.
     model: devices a parameter is spread over.
+    devices: that there are; None: those of this run, on all hosts.
 
   Raises:
     ValueError: the two do not multiply to the number of devices.
   """
-  num_devices = jax.device_count()
+  if devices is None:
+    devices = jax.devices()
+  num_devices = len(devices)
   if data == -1 and model > 0:
     data = num_devices // model
   if data * model != num_devices or data < 1:
@@ -37,8 +44,7 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
       f'{num_devices} devices there are. Set data=-1 and model to a divisor of '
       f'{num_devices}.'
     )
-  devices = np.asarray(jax.devices()).reshape(data, model)
-  return Mesh(devices, ('data', 'model'))
+  return Mesh(np.asarray(devices).reshape(data, model), ('data', 'model'))
 
 
 def host_mesh() -> Mesh:

@@ -62,6 +62,13 @@ def test_mesh_takes_all_devices_by_default():
   assert mesh.shape == {'data': jax.device_count(), 'model': 1}
 
 
+def test_mesh_takes_the_devices_it_is_given():
+  mesh = partitioning.make_mesh(model=2, devices=['a', 'b', 'c', 'd', 'e', 'f'])
+
+  assert mesh.shape == {'data': 3, 'model': 2}
+  assert mesh.devices.tolist() == [['a', 'b'], ['c', 'd'], ['e', 'f']]
+
+
 def specs(logical_axes, **keywords):
   shardings = partitioning.param_shardings(
     partitioning.make_mesh(), logical_axes, **keywords
