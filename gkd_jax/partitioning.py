@@ -77,6 +77,32 @@ def param_shardings(
   )
 
 
+def shard_as_params(tree: Any, params: Any, mesh: Mesh) -> Any:
+  """Returns an abstract tree with a sharding at each leaf.
+
+  What belongs to a parameter and has its shape, such as AdamW's moments, lies
+  as the parameter does: its path ends with the parameter's. Every device has
+  all of the rest, which is small: counts, Adafactor's rows and columns.
+
+  Args:
+    tree: shapes and dtypes.
+    params: abstract parameters, with their shardings.
+    mesh: that these lie on.
+  """
+  param_at = dict(jax.tree_util.tree_leaves_with_path(params))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+
+  def place(path, leaf):
+    suffixes = (path[start:] for start in range(len(path)))
+    param = next((param_at[s] for s in suffixes if s in param_at), None)
+    own = param is not None and param.shape == leaf.shape
+    return jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=param.sharding if own else everywhere
+    )
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows of a batch are spread over 'data'."""
   return NamedSharding(mesh, PartitionSpec('data'))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gkd_jax import objectives, policies, sampler
+from gkd_jax import objectives, partitioning, policies, sampler
 from gkd_jax.batch import EOS_ID, Batch, Outputs
 
 Params = Any
@@ -35,6 +35,22 @@ def init_state(
 ) -> TrainState:
   """Returns the state before the first step."""
   return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def abstract_state(
+  params: Params,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """Returns shapes, dtypes and shardings of a state, without making it.
+
+  Args:
+    params: abstract, with their shardings; see `model.abstract_params`.
+    optimizer: its state is sharded as the parameters are.
+    mesh: that these lie on.
+  """
+  state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+  return partitioning.shard_as_params(state, params, mesh)
 
 
 def make_train_step(

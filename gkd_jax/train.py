@@ -166,6 +166,7 @@ def train(
   tx = optimizer(learning_rate=learning_rate)
   if max_grad_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+  abstract_state = step_lib.abstract_state(abstract, tx, device_mesh)
   _check_same_config(run_dir, config_text())
   sources = {}
   if teacher_checkpoint_path is not None:
@@ -239,15 +240,15 @@ def train(
   folders = [sources[k].folder for k in ('student', 'teacher') if k in sources]
   pretrained.keep_side_files(folders, run_dir)
   del sources  # they may hold what was read
-  state = jax.jit(lambda p: step_lib.init_state(p, tx))(params)
+  state = jax.jit(
+    lambda p: step_lib.init_state(p, tx),
+    out_shardings=jax.tree.map(lambda x: x.sharding, abstract_state),
+  )(params)
   del params  # the state owns them now, and will be donated
   checkpoints = checkpoint.Checkpoints(
     run_dir, description, best_metric=best_metric, best_mode=best_mode
   )
   train_seconds = 0.0
-  abstract_state = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
   if saved := checkpoints.restore(abstract_state, iterator):
     state, train_seconds = saved
     metrics_lib.say(f'Resuming after step {int(state.step)}.')

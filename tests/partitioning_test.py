@@ -103,6 +103,79 @@ def test_rules_can_be_changed():
   assert got == {'kernel': PartitionSpec('data', 'model')}
 
 
+# No device is needed to say who holds what.
+FOUR = jax.sharding.AbstractMesh((2, 2), ('data', 'model'))
+
+
+def shardings_of_state(optimizer):
+  """(name, shape of a device's part, shape) of all that an optimizer keeps."""
+  t5 = T5(tiny.config(emb_dim=128, mlp_dim=256))
+  state = step.abstract_state(model.abstract_params(t5, FOUR), optimizer, FOUR)
+  return {
+    jax.tree_util.keystr(path): (x.sharding.shard_shape(x.shape), x.shape)
+    for path, x in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+@pytest.mark.parametrize(
+  'optimizer, where',
+  [
+    (optax.adamw(1.0), '.opt_state[0].mu'),
+    (
+      optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0)),
+      '.opt_state[1][0].nu',
+    ),
+    (
+      optax.masked(
+        optax.adamw(1.0), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+      ),
+      '.opt_state.inner_state[0].mu',
+    ),
+  ],
+  ids=['adamw', 'clipped adamw', 'adamw of some'],
+)
+def test_an_optimizers_moments_lie_as_their_parameters(optimizer, where):
+  state = shardings_of_state(optimizer)
+
+  for names, want in {
+    "['encoder']['layers_0']['mlp']['wi_0']['kernel']": (
+      (128, 128),
+      (128, 256),
+    ),
+    "['encoder']['layers_0']['mlp']['wo']['kernel']": ((128, 128), (256, 128)),
+    "['decoder']['logits_dense']['kernel']": ((128, 12), (128, 24)),
+  }.items():
+    assert state[where + names] == state['.params' + names] == want
+
+
+def test_adafactors_rows_and_columns_and_all_counts_are_on_every_device():
+  state = shardings_of_state(optax.adafactor(1.0))
+
+  rest = {k: v for k, v in state.items() if not k.startswith('.params')}
+  kernel = "['encoder']['layers_0']['mlp']['wi_0']['kernel']"
+  assert rest['.step'] == ((), ())
+  assert rest[f'.opt_state[0].v_row{kernel}'] == ((128,), (128,))
+  assert rest[f'.opt_state[0].v_col{kernel}'] == ((256,), (256,))
+  # What is too small to be factored lies as its parameter.
+  out = "['decoder']['logits_dense']['kernel']"
+  assert rest[f'.opt_state[0].v{out}'] == ((128, 12), (128, 24))
+
+
+def test_an_abstract_state_is_what_is_made():
+  t5 = T5(tiny.config())
+  optimizer = optax.adafactor(1.0)
+  mesh = partitioning.make_mesh()
+
+  abstract = step.abstract_state(
+    model.abstract_params(t5, mesh), optimizer, mesh
+  )
+
+  made = step.init_state(tiny.params(t5, 0), optimizer)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), made
+  )
+
+
 def test_abstract_params_are_what_initialisation_makes():
   t5 = T5(tiny.config())
 
