@@ -60,6 +60,7 @@ def train(
   total_steps: int,
   seed: int,
   initial_checkpoint_path: str | None = None,
+  teacher: T5Config | None = None,
   teacher_checkpoint_path: str | None = None,
   teacher_dtype: str | None = None,
   max_grad_norm: float | None = None,
@@ -92,6 +93,7 @@ def train(
     seed: determines initialisation, data order, sampling and dropout.
     initial_checkpoint_path: the student starts from these parameters (see
       `pretrained.open_checkpoint`); None: from random ones.
+    teacher: shape that the teacher's checkpoint must have; None: any.
     teacher_checkpoint_path: the teacher, as its checkpoint describes it.
       Without a need for one in policy and objective it only serves evaluation.
     teacher_dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
@@ -137,8 +139,9 @@ def train(
       'Hugging Face or T5X folder.'
     )
   pretrained.check_dtype('TEACHER_DTYPE', teacher_dtype)
-  if teacher_dtype is not None and teacher_checkpoint_path is None:
-    raise ValueError('TEACHER_DTYPE is set, but no TEACHER_CHECKPOINT_PATH.')
+  for name, value in (('TEACHER', teacher), ('TEACHER_DTYPE', teacher_dtype)):
+    if value is not None and teacher_checkpoint_path is None:
+      raise ValueError(f'{name} is set, but no TEACHER_CHECKPOINT_PATH.')
   if best_mode not in ('min', 'max'):
     raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
   if best_metric is not None and eval_dataset is None:
@@ -171,7 +174,9 @@ def train(
   sources = {}
   if teacher_checkpoint_path is not None:
     sources['teacher'] = pretrained.open_checkpoint(teacher_checkpoint_path)
-    pretrained.check_fits(sources['teacher'], description.vocabulary, num_ids)
+    pretrained.check_fits(
+      sources['teacher'], description.vocabulary, num_ids, teacher
+    )
   if initial_checkpoint_path is not None:
     sources['student'] = pretrained.open_checkpoint(initial_checkpoint_path)
     pretrained.check_fits(
@@ -179,13 +184,13 @@ def train(
     )
 
   # From here on files are read whole, and the run's folder is written.
-  teacher = teacher_params = None
+  teacher_model = teacher_params = None
   if 'teacher' in sources:
     # It computes in the student's type of numbers, whatever its weights are.
     config = sources['teacher'].config
-    teacher = T5(dataclasses.replace(config, dtype=student.dtype))
+    teacher_model = T5(dataclasses.replace(config, dtype=student.dtype))
     teacher_params = sources['teacher'].load(
-      abstract_params(teacher, device_mesh), teacher_dtype
+      abstract_params(teacher_model, device_mesh), teacher_dtype
     )
     metrics_lib.say(f'Teacher: {sources["teacher"]}')
   if 'student' in sources:
@@ -202,7 +207,7 @@ def train(
     )
   train_step = step_lib.make_train_step(
     student=model,
-    teacher=teacher,
+    teacher=teacher_model,
     policy=policy,
     objective=objective,
     optimizer=tx,
@@ -216,7 +221,7 @@ def train(
     split.split: evaluate.Evaluation(
       split,
       model,
-      teacher,
+      teacher_model,
       teacher_params,
       decodings or {'greedy': sampler.GREEDY},
       seed=seed,

@@ -440,6 +440,27 @@ def test_an_initial_checkpoint_of_another_shape(refused, teacher):
   assert 'mlp_dim: 10 in the checkpoint, 11 wanted' in message
 
 
+def test_a_teacher_of_another_shape_than_said(refused, teacher):
+  message = refused(
+    teacher_checkpoint_path=str(teacher),
+    teacher=dataclasses.replace(STUDENT, mlp_dim=11, dtype='bfloat16'),
+  )
+
+  # Its type of numbers is the student's, whatever is said.
+  assert message.endswith(
+    'does not fit the model:\n  mlp_dim: 10 in the checkpoint, 11 wanted'
+  )
+
+
+@pytest.mark.parametrize(
+  'name, value', [('teacher', STUDENT), ('teacher_dtype', 'bfloat16')]
+)
+def test_what_is_said_of_a_teacher_that_is_not_there(refused, name, value):
+  message = refused(**{name: value})
+
+  assert message == f'{name.upper()} is set, but no TEACHER_CHECKPOINT_PATH.'
+
+
 def test_a_teacher_with_another_vocabulary(refused, tmp_path, compile_once):
   conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
 
