@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib.metadata
 import json
 import math
@@ -11,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -27,6 +29,7 @@ from gkd_jax import (
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import step as step_lib
+from gkd_jax.batch import Batch
 from gkd_jax.model import (
   T5,
   T5Config,
@@ -121,19 +124,23 @@ def train(
       anything is compiled or written.
   """
   run_dir = pathlib.Path(model_dir).absolute()
-  target_len = train_dataset.task_feature_lengths['targets']
-  if max_decode_len not in (None, target_len):
-    raise ValueError(
-      'Sampled and dataset outputs must have one length, because one compiled '
-      f'step trains on either: MAX_DECODE_LEN is {max_decode_len}, but '
-      f"TASK_FEATURE_LENGTHS['targets'] is {target_len}. Make them equal, or "
-      'set MAX_DECODE_LEN = None.'
-    )
   device_mesh = mesh()
-  _check_batch(train_dataset.batch_size, num_microbatches, device_mesh)
-  if teacher_checkpoint_path is None and (
-    policy.needs_teacher or objective.needs_teacher
-  ):
+  plan = make_plan(
+    mesh=device_mesh,
+    student=student,
+    train_dataset=train_dataset,
+    policy=policy,
+    objective=objective,
+    optimizer=optimizer,
+    learning_rate=learning_rate,
+    seed=seed,
+    max_grad_norm=max_grad_norm,
+    num_microbatches=num_microbatches,
+    student_sampler=student_sampler,
+    teacher_sampler=teacher_sampler,
+    max_decode_len=max_decode_len,
+  )
+  if plan.needs_teacher and teacher_checkpoint_path is None:
     raise ValueError(
       'This method needs a teacher: set TEACHER_CHECKPOINT_PATH to a run, '
       'Hugging Face or T5X folder.'
@@ -164,12 +171,6 @@ def train(
   for dataset in (train_dataset, eval_dataset, final_eval_dataset):
     if dataset is not None:
       data.check_not_empty(dataset)
-  model = T5(student)
-  abstract = abstract_params(model, device_mesh)
-  tx = optimizer(learning_rate=learning_rate)
-  if max_grad_norm is not None:
-    tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
-  abstract_state = step_lib.abstract_state(abstract, tx, device_mesh)
   _check_same_config(run_dir, config_text())
   sources = {}
   if teacher_checkpoint_path is not None:
@@ -186,41 +187,28 @@ def train(
   # From here on files are read whole, and the run's folder is written.
   teacher_model = teacher_params = None
   if 'teacher' in sources:
-    # It computes in the student's type of numbers, whatever its weights are.
-    config = sources['teacher'].config
-    teacher_model = T5(dataclasses.replace(config, dtype=student.dtype))
+    teacher_model = make_teacher(sources['teacher'].config, student)
     teacher_params = sources['teacher'].load(
       abstract_params(teacher_model, device_mesh), teacher_dtype
     )
     metrics_lib.say(f'Teacher: {sources["teacher"]}')
   if 'student' in sources:
-    params = sources['student'].load(abstract, 'float32')
+    params = sources['student'].load(plan.state.params, 'float32')
     metrics_lib.say(f'Student: {sources["student"]}')
   else:
     params = jax.jit(
-      lambda: init_params(model, jax.random.key(seed)),
-      out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+      lambda: init_params(plan.student, jax.random.key(seed)),
+      out_shardings=_shardings(plan.state.params),
     )()
     metrics_lib.say(
       f'Student: {pretrained.architecture(student)}, {count_params(params):,} '
       'float32 parameters, from random initialisation'
     )
-  train_step = step_lib.make_train_step(
-    student=model,
-    teacher=teacher_model,
-    policy=policy,
-    objective=objective,
-    optimizer=tx,
-    student_sampler=student_sampler,
-    teacher_sampler=teacher_sampler,
-    num_ids=num_ids,
-    seed=seed,
-    num_microbatches=num_microbatches,
-  )
+  train_step = plan.make_train_step(teacher=teacher_model, num_ids=num_ids)
   evaluations = {
     split.split: evaluate.Evaluation(
       split,
-      model,
+      plan.student,
       teacher_model,
       teacher_params,
       decodings or {'greedy': sampler.GREEDY},
@@ -246,15 +234,15 @@ def train(
   pretrained.keep_side_files(folders, run_dir)
   del sources  # they may hold what was read
   state = jax.jit(
-    lambda p: step_lib.init_state(p, tx),
-    out_shardings=jax.tree.map(lambda x: x.sharding, abstract_state),
+    lambda p: step_lib.init_state(p, plan.optimizer),
+    out_shardings=_shardings(plan.state),
   )(params)
   del params  # the state owns them now, and will be donated
   checkpoints = checkpoint.Checkpoints(
     run_dir, description, best_metric=best_metric, best_mode=best_mode
   )
   train_seconds = 0.0
-  if saved := checkpoints.restore(abstract_state, iterator):
+  if saved := checkpoints.restore(plan.state, iterator):
     state, train_seconds = saved
     metrics_lib.say(f'Resuming after step {int(state.step)}.')
   elif was_there:
@@ -296,6 +284,106 @@ def train(
   metrics_lib.say(f'Done: {run_dir}')
 
 
+class Plan(NamedTuple):
+  """What a run compiles, as far as its settings tell; no file was read.
+
+  Attributes:
+    student: the model that learns.
+    optimizer: clips the gradients first, where that is asked for.
+    state: shapes, dtypes and shardings of the training state.
+    make_train_step: `step.make_train_step`, but for the arguments that depend
+      on files: teacher and num_ids.
+    needs_teacher: whether there is no step without a teacher.
+  """
+
+  student: T5
+  optimizer: optax.GradientTransformation
+  state: step_lib.TrainState
+  make_train_step: Callable[..., step_lib.TrainStep]
+  needs_teacher: bool
+
+
+def make_plan(
+  *,
+  mesh: jax.sharding.Mesh,
+  student: T5Config,
+  train_dataset: data.DatasetConfig,
+  policy: policies.Policy,
+  objective: objectives.Objective,
+  optimizer: Callable[..., optax.GradientTransformation],
+  learning_rate: optax.Schedule,
+  seed: int,
+  max_grad_norm: float | None,
+  num_microbatches: int,
+  student_sampler: sampler.SamplerConfig,
+  teacher_sampler: sampler.SamplerConfig,
+  max_decode_len: int | None,
+) -> Plan:
+  """Checks settings against each other, and builds what needs nothing else.
+
+  Args: see `train`; the mesh is made already.
+
+  Raises:
+    ValueError: they do not fit together.
+  """
+  target_len = train_dataset.task_feature_lengths['targets']
+  if max_decode_len not in (None, target_len):
+    raise ValueError(
+      'Sampled and dataset outputs must have one length, because one compiled '
+      f'step trains on either: MAX_DECODE_LEN is {max_decode_len}, but '
+      f"TASK_FEATURE_LENGTHS['targets'] is {target_len}. Make them equal, or "
+      'set MAX_DECODE_LEN = None.'
+    )
+  _check_batch(train_dataset.batch_size, num_microbatches, mesh)
+  model = T5(student)
+  tx = optimizer(learning_rate=learning_rate)
+  if max_grad_norm is not None:
+    tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+  return Plan(
+    student=model,
+    optimizer=tx,
+    state=step_lib.abstract_state(abstract_params(model, mesh), tx, mesh),
+    make_train_step=functools.partial(
+      step_lib.make_train_step,
+      student=model,
+      policy=policy,
+      objective=objective,
+      optimizer=tx,
+      student_sampler=student_sampler,
+      teacher_sampler=teacher_sampler,
+      seed=seed,
+      num_microbatches=num_microbatches,
+    ),
+    needs_teacher=policy.needs_teacher or objective.needs_teacher,
+  )
+
+
+def make_teacher(config: T5Config, student: T5Config) -> T5:
+  """Returns the teacher; it computes in the student's type of numbers."""
+  return T5(dataclasses.replace(config, dtype=student.dtype))
+
+
+def compile_step(
+  train_step: step_lib.TrainStep,
+  state: step_lib.TrainState,
+  teacher_params: step_lib.Params,
+  batch: Batch,
+) -> jax.stages.Compiled:
+  """Compiles a step for the devices that its arguments lie on.
+
+  Args: those of the step, as arrays, or as shapes, dtypes and shardings. The
+    state is donated.
+  """
+  jitted = jax.jit(
+    train_step, donate_argnums=0, out_shardings=(_shardings(state), None)
+  )
+  return jitted.lower(state, teacher_params, batch).compile()
+
+
+def _shardings(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def _loop(
   train_step,
   state,
@@ -322,12 +410,7 @@ def _loop(
   first_step = int(state.step)
   batch = partitioning.put_batch(next(iterator), mesh)
   start = time.monotonic()
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  compiled = (
-    jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-    .lower(state, teacher_params, batch)
-    .compile()
-  )
+  compiled = compile_step(train_step, state, teacher_params, batch)
   metrics_lib.say(f'Compiled the step in {time.monotonic() - start:.1f} s.')
 
   log = _Log(writer, learning_rate, total_steps, first_step, log_period)
