@@ -42,7 +42,7 @@ class DatasetConfig:
       tasks that come with gkd_jax.
     use_cached: read seqio's offline cache of the task.
     num_examples: at most so many, from the split's start; None takes all. For
-      evaluation only.
+      training these are a task's examples before they are preprocessed.
     vocabulary: of inputs and targets; None: the task's own.
   """
 
@@ -68,6 +68,12 @@ class DatasetConfig:
     if not isinstance(self.batch_size, int) or self.batch_size < 1:
       raise ValueError(
         f'BATCH_SIZE must be a positive whole number, got {self.batch_size!r}.'
+      )
+    n = self.num_examples
+    if n is not None and (not isinstance(n, int) or n < 1):
+      raise ValueError(
+        f'{self.split}: the number of examples must be a positive whole '
+        f'number, or None for all of them; got {n!r}.'
       )
 
 
@@ -145,6 +151,44 @@ def _with_vocabulary(
     )
     seqio.TaskRegistry.add_provider(name, changed)
   return seqio.TaskRegistry.get(name)
+
+
+def _first_examples(
+  task: seqio.Task | seqio.Mixture, config: DatasetConfig
+) -> seqio.Task:
+  """Returns the task with the first examples alone, under a new name."""
+  num_examples = config.num_examples
+  if isinstance(task, seqio.Mixture) or config.use_cached:
+    raise ValueError(
+      f'TRAIN_NUM_EXAMPLES is {num_examples}, but the examples of '
+      f'{task.name!r} '
+      + (
+        'come from a cache (USE_CACHED_TASKS).'
+        if config.use_cached
+        else 'are mixed from several tasks.'
+      )
+      + ' Register a task that has the examples you want.'
+    )
+
+  name = f'{task.name}__first_{num_examples}'
+  if name in seqio.TaskRegistry.names():
+    return seqio.TaskRegistry.get(name)
+
+  def first_examples(split, shuffle_files, seed=None):
+    del shuffle_files, seed  # in their own order: these are always the same
+    return task.source.get_dataset(split, shuffle=False).take(num_examples)
+
+  source = seqio.FunctionDataSource(
+    first_examples,
+    splits=task.splits,
+    num_input_examples={
+      split: min(num_examples, task.num_input_examples(split) or num_examples)
+      for split in task.splits
+    },
+  )
+  changed = task.replace(name=name, source=source)
+  seqio.TaskRegistry.add_provider(name, changed)
+  return changed
 
 
 def sentencepiece_vocabulary(
@@ -241,6 +285,8 @@ class TrainIterator(Iterator[Batch]):
   ):
     """Args: the dataset, the seed of its order, and which host this is of."""
     task = get_task(config)
+    if config.num_examples is not None:
+      task = _first_examples(task, config)
     ds = seqio.get_dataset(
       task,
       task_feature_lengths=dict(config.task_feature_lengths),

@@ -141,6 +141,68 @@ def test_a_shard_has_its_share_of_the_rows_of_the_global_batch(train_config):
   assert next(shard).encoder_input_tokens.shape == (2, 6)
 
 
+# --- A share of the training data ------------------------------------------
+
+
+def test_training_on_a_number_of_examples_takes_the_first(train_config):
+  few = dataclasses.replace(train_config, num_examples=5)
+
+  seen = set(words(take(data.TrainIterator(few, seed=0), 20)))
+
+  assert seen == set(conftest.letter_words('train')[:5])
+
+
+def test_the_seed_does_not_choose_the_examples(train_config):
+  few = dataclasses.replace(train_config, num_examples=5)
+
+  one, other = (
+    words(take(data.TrainIterator(few, seed=seed), 10)) for seed in (1, 2)
+  )
+
+  assert one != other
+  assert set(one) == set(other)
+
+
+def test_more_examples_than_there_are_are_all(train_config):
+  many = dataclasses.replace(train_config, num_examples=1000)
+
+  seen = set(words(take(data.TrainIterator(many, seed=0), 60)))
+
+  assert seen == set(conftest.letter_words('train'))
+
+
+def test_shards_share_the_examples_out(train_config):
+  few = dataclasses.replace(train_config, num_examples=6)
+  first, second = (
+    set(words(take(data.TrainIterator(few, seed=0, shard=i, num_shards=2), 30)))
+    for i in range(2)
+  )
+
+  assert not first & second
+  assert first | second == set(conftest.letter_words('train')[:6])
+
+
+def test_a_share_of_a_mixture_is_refused(letters):
+  seqio.MixtureRegistry.add('only_letters', [letters], default_rate=1.0)
+  config = data.DatasetConfig('only_letters', LENGTHS, 8, num_examples=5)
+
+  with pytest.raises(ValueError, match='TRAIN_NUM_EXAMPLES is 5.*mixed'):
+    data.TrainIterator(config, seed=0)
+
+
+def test_a_share_of_a_cache_is_refused(train_config):
+  config = dataclasses.replace(train_config, num_examples=5, use_cached=True)
+
+  with pytest.raises(ValueError, match='TRAIN_NUM_EXAMPLES is 5.*cache'):
+    data.TrainIterator(config, seed=0)
+
+
+@pytest.mark.parametrize('num_examples', [0, -1, 2.5, '5'])
+def test_a_wrong_number_of_examples_is_refused(num_examples):
+  with pytest.raises(ValueError, match='train: the number of examples'):
+    data.DatasetConfig('letters', LENGTHS, 8, num_examples=num_examples)
+
+
 # --- Saving the position ----------------------------------------------------
 
 
