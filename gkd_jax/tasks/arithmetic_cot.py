@@ -96,7 +96,8 @@ def _dataset(
 def final_answer(text: str) -> int | None:
   """Returns the integer after the last `####`, None if there is none."""
   _, marker, answer = text.rpartition('####')
-  if marker and re.fullmatch(_INTEGER, answer.strip()):
+  answer = answer.strip()  # of control characters, too, which int() is not
+  if marker and re.fullmatch(_INTEGER, answer):
     return int(answer)
   return None
 

@@ -186,7 +186,8 @@ def test_an_unreadable_answer_is_wrong(text):
 
 
 @pytest.mark.parametrize(
-  'text', ['#### 3', '####3', '#### 03\n', '#### 4 #### 3']
+  'text',
+  ['#### 3', '####3', '#### 03\n', '#### 4 #### 3', '#### \x1f3'],
 )
 def test_the_last_answer_counts_as_a_number(text):
   assert arithmetic_cot.accuracies(['#### 3'], [text])['accuracy'] == 100.0
