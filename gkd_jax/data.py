@@ -10,10 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
+import inspect
+import json
 import os
+import types
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath, epy
@@ -44,6 +51,8 @@ class DatasetConfig:
     num_examples: at most so many, from the split's start; None takes all. For
       training these are a task's examples before they are preprocessed.
     vocabulary: of inputs and targets; None: the task's own.
+    task_arguments: of the function make_task in the task's module, for a task
+      that is not the same for everyone: where its files are, say.
   """
 
   mixture_or_task_name: str
@@ -55,6 +64,7 @@ class DatasetConfig:
   use_cached: bool = False
   num_examples: int | None = None
   vocabulary: seqio.Vocabulary | None = None
+  task_arguments: Mapping[str, Any] | None = None
 
   def __post_init__(self):
     lengths = dict(self.task_feature_lengths)
@@ -69,6 +79,11 @@ class DatasetConfig:
       raise ValueError(
         f'BATCH_SIZE must be a positive whole number, got {self.batch_size!r}.'
       )
+    arguments = self.task_arguments
+    if arguments is not None and not isinstance(arguments, Mapping):
+      raise ValueError(
+        f'TASK_ARGUMENTS must be {{name: value}}, or None; got {arguments!r}.'
+      )
     n = self.num_examples
     if n is not None and (not isinstance(n, int) or n < 1):
       raise ValueError(
@@ -82,39 +97,27 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
   Raises:
     ValueError: it is not registered, lacks the split, or has none of the
-      features of an encoder-decoder; or there is no such module.
+      features of an encoder-decoder; there is no such module; or the file of
+      the vocabulary cannot be read.
   """
   name = config.mixture_or_task_name
-  if module := config.mixture_or_task_module:
-    try:
-      importlib.import_module(module)
-    except ModuleNotFoundError as e:
-      if e.name is None or not f'{module}.'.startswith(f'{e.name}.'):
-        raise  # it is there, and lacks something itself
-      raise ValueError(
-        f'MIXTURE_OR_TASK_MODULE: there is no Python module {module!r}. It is '
-        'looked for where Python is started, on PYTHONPATH, and among the '
-        'installed packages.'
-      ) from e
-  elif _comes_with_us(name):
-    importlib.import_module(f'gkd_jax.tasks.{name}')
-  try:
+  module = _import_module(config)
+  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if config.task_arguments is not None or (
+    name not in registered and hasattr(module, 'make_task')
+  ):
+    task = _make_task(module, name, config.task_arguments or {})
+  elif name in registered:
     task = seqio.get_mixture_or_task(name)
-  except ValueError as e:
-    registered = sorted(
-      {
-        *seqio.TaskRegistry.names(),
-        *seqio.MixtureRegistry.names(),
-        *_our_tasks(),
-      }
-    )
-    near = difflib.get_close_matches(name, registered, n=1)
+  else:
+    names = sorted({*registered, *_our_tasks()})
+    near = difflib.get_close_matches(name, names, n=1)
     raise ValueError(
       f'MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered.'
       + (f' Did you mean {near[0]!r}?' if near else '')
-      + f' Registered: {", ".join(registered)}. To use your own, set '
+      + f' Registered: {", ".join(names)}. To use your own, set '
       'MIXTURE_OR_TASK_MODULE to the Python module that registers it.'
-    ) from e
+    )
   if config.split not in task.splits:
     raise ValueError(
       f'Task {name!r} has no split {config.split!r}. It has: '
@@ -126,31 +129,103 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       'encoder-decoder reads inputs and targets.'
     )
   if config.vocabulary is not None:
-    task = _with_vocabulary(task, config.vocabulary)
+    return _with_vocabulary(task, config.vocabulary)
+  for feature in task.output_features.values():
+    _check_vocabulary_can_be_read(name, feature.vocabulary)
+  return task
+
+
+def _import_module(config: DatasetConfig) -> types.ModuleType | None:
+  """Imports the task's module; None if nothing says which it is."""
+  module = config.mixture_or_task_module
+  if module is None:
+    name = config.mixture_or_task_name
+    if _comes_with_us(name):
+      return importlib.import_module(f'gkd_jax.tasks.{name}')
+    return None
+  try:
+    return importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if e.name is None or not f'{module}.'.startswith(f'{e.name}.'):
+      raise  # it is there, and lacks something itself
+    raise ValueError(
+      f'MIXTURE_OR_TASK_MODULE: there is no Python module {module!r}. It is '
+      'looked for where Python is started, on PYTHONPATH, and among the '
+      'installed packages.'
+    ) from e
+
+
+def _make_task(
+  module: types.ModuleType | None, name: str, arguments: Mapping[str, Any]
+) -> seqio.Task | seqio.Mixture:
+  """Returns make_task(name, **arguments), registered under a name of its own.
+
+  seqio's evaluator knows tasks by name, so other arguments need another name.
+  """
+  make_task = getattr(module, 'make_task', None)
+  if make_task is None:
+    raise ValueError(
+      f'TASK_ARGUMENTS is set, but task {name!r} takes none: its module has no '
+      'function make_task.'
+    )
+  signature = inspect.signature(make_task)
+  try:
+    signature.bind(name, **arguments)
+  except TypeError as e:
+    raise ValueError(
+      f'TASK_ARGUMENTS of task {name!r}: {e}. It takes '
+      f'{", ".join([*signature.parameters][1:])}; where there is a '
+      f'gin/tasks/{name}.gin, its macros set them.'
+    ) from e
+  if arguments:
+    name += f'__{_digest(json.dumps(arguments, sort_keys=True, default=str))}'
+  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+    return seqio.get_mixture_or_task(name)
+  return _register(make_task(name, **arguments))
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _register(task: seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
+  is_mixture = isinstance(task, seqio.Mixture)
+  registry = seqio.MixtureRegistry if is_mixture else seqio.TaskRegistry
+  registry.add_provider(task.name, task)
   return task
 
 
 def _with_vocabulary(
   task: seqio.Task | seqio.Mixture, vocabulary: seqio.Vocabulary
-) -> seqio.Task:
-  """Returns the task with another vocabulary, registered under a new name."""
+) -> seqio.Task | seqio.Mixture:
+  """Returns it with another vocabulary, registered under a new name.
+
+  A mixture keeps its rates, and how it samples.
+  """
+  name = f'{task.name}__vocabulary_{_digest(describe_vocabulary(vocabulary))}'
+  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+    return seqio.get_mixture_or_task(name)
   if isinstance(task, seqio.Mixture):
-    raise ValueError(
-      f'{task.name!r} is a mixture. VOCABULARY changes a task only; register '
-      'its tasks with the vocabulary that you want.'
-    )
-  digest = hashlib.sha256(describe_vocabulary(vocabulary).encode()).hexdigest()
-  name = f'{task.name}__vocabulary_{digest[:8]}'
-  if name not in seqio.TaskRegistry.names():
-    changed = task.replace(
-      name=name,
-      output_features={
-        feature: dataclasses.replace(value, vocabulary=vocabulary)
-        for feature, value in task.output_features.items()
-      },
-    )
-    seqio.TaskRegistry.add_provider(name, changed)
-  return seqio.TaskRegistry.get(name)
+    parts = {part.name: part for part in task.tasks}
+    changed = []
+    for part_name, rate in task.rate_per_task_name.items():
+      part = parts.get(part_name) or seqio.MixtureRegistry.get(part_name)
+      # A rate may be a function of the task: of the one it was written for.
+      if callable(rate):
+        rate = functools.partial(_rate_of, rate, part)
+      changed.append((_with_vocabulary(part, vocabulary), rate))
+    # seqio has no accessor for how a mixture samples.
+    return _register(seqio.Mixture(name, changed, sample_fn=task._sample_fn))
+  features = {
+    feature: dataclasses.replace(value, vocabulary=vocabulary)
+    for feature, value in task.output_features.items()
+  }
+  return _register(task.replace(name=name, output_features=features))
+
+
+def _rate_of(rate: Callable, original: seqio.Task, changed: seqio.Task):
+  del changed
+  return rate(original)
 
 
 def _first_examples(
@@ -186,9 +261,34 @@ def _first_examples(
       for split in task.splits
     },
   )
-  changed = task.replace(name=name, source=source)
-  seqio.TaskRegistry.add_provider(name, changed)
-  return changed
+  return _register(task.replace(name=name, source=source))
+
+
+def _check_vocabulary_can_be_read(
+  task_name: str, vocabulary: seqio.Vocabulary
+) -> None:
+  if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return
+  path = vocabulary.sentencepiece_model_file
+  try:
+    if str(path).startswith('gs://'):
+      _check_google_storage_answers()
+    vocabulary.load_model()
+  except Exception as e:  # of TensorFlow, protobuf, sentencepiece, urllib
+    raise ValueError(
+      f'The vocabulary of task {task_name!r}, {path}, cannot be read: {e}. If '
+      'you have the file (Hugging Face calls it spiece.model), add --gin_file='
+      'gin/vocabularies/sentencepiece.gin --gin.VOCABULARY_PATH=FILE.'
+    ) from e
+
+
+@functools.cache
+def _check_google_storage_answers() -> None:
+  """Raises OSError after seconds, where TensorFlow would try for minutes."""
+  try:
+    urllib.request.urlopen('https://storage.googleapis.com', timeout=10)
+  except urllib.error.HTTPError:
+    pass  # an answer: it is there
 
 
 def sentencepiece_vocabulary(
@@ -410,6 +510,16 @@ class EvalDataset:
 
   def metrics(self, tokens: np.ndarray) -> dict[str, float]:
     """Returns the task's metrics of outputs [N, T]."""
+    return self.metrics_and_notes(tokens)[0]
+
+  def metrics_and_notes(
+    self, tokens: np.ndarray
+  ) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the task's metrics of outputs [N, T], and what else they say.
+
+    A metric function may return texts and mappings beside its numbers, such
+    as sacreBLEU's signature or the accuracy on each subject: the notes.
+    """
     predictions = [
       (index, row) for index, row in zip(self._indices, tokens, strict=True)
     ]
@@ -417,10 +527,13 @@ class EvalDataset:
       compute_metrics=True, predict_fn=lambda ds: predictions
     )
     # seqio names the metric's class or function in the task's results.
-    return {
-      name: float(value)
-      for name, value in results.result()[self._task.name].items()
-    }
+    numbers, notes = {}, {}
+    for name, value in results.result()[self._task.name].items():
+      if isinstance(value, str | Mapping):
+        notes[name] = value
+      else:
+        numbers[name] = float(value)
+    return numbers, notes
 
   def metric_names(self) -> list[str]:
     """Returns the names of the task's metrics: those of the references."""

@@ -190,7 +190,7 @@ def task_metrics(
   writes: Mapping[str, Callable[[Params, np.ndarray, Batch], np.ndarray]],
   params: Params,
   dataset: data.EvalDataset,
-) -> tuple[dict[str, float], dict[str, list[str]]]:
+) -> tuple[dict[str, float], dict[str, list[str]], dict[str, Any]]:
   """Lets a model write with each decoding, and applies the task's metrics.
 
   Args:
@@ -199,19 +199,26 @@ def task_metrics(
     dataset: split with its metrics.
 
   Returns:
-    {'<decoding>/<metric>': value} and {decoding: texts written}.
+    {'<decoding>/<metric>': value}, {decoding: texts written}, and
+    {'<decoding>/<name>': note}: what the metrics say that is no number.
   """
-  values, texts = {}, {}
+  values, texts, notes = {}, {}, {}
   for decoding, write in writes.items():
     tokens = dataset.predict(functools.partial(write, params))
     texts[decoding] = dataset.decode(tokens)
-    for name, value in dataset.metrics(tokens).items():
-      values[f'{decoding}/{name}'] = value
-  return values, texts
+    numbers, others = dataset.metrics_and_notes(tokens)
+    values |= {f'{decoding}/{name}': value for name, value in numbers.items()}
+    notes |= {f'{decoding}/{name}': note for name, note in others.items()}
+  return values, texts, notes
 
 
 class Evaluation:
-  """One split, and all that is measured on it; compiled at its first call."""
+  """One split, and all that is measured on it; compiled at its first call.
+
+  Attributes:
+    notes: what the task's metrics said of the student at the last call that is
+      no number, {'<decoding>/<name>': text or mapping}.
+  """
 
   def __init__(
     self,
@@ -235,6 +242,7 @@ class Evaluation:
       seed: of sampling.
       mesh: of devices.
     """
+    self.notes: dict[str, Any] = {}
     self._dataset = data.EvalDataset(config)
     self._teacher_params = teacher_params
     shape = {
@@ -286,7 +294,9 @@ class Evaluation:
     Returns:
       {name: value}, and a Markdown table of samples.
     """
-    values, texts = task_metrics(self._student_writes, params, self._dataset)
+    values, texts, self.notes = task_metrics(
+      self._student_writes, params, self._dataset
+    )
     teacher_texts = None
     if self._score is not None:
       values |= self._score(params, self._teacher_params, self._dataset)
@@ -295,7 +305,7 @@ class Evaluation:
           self._of_teacher = task_metrics(
             self._teacher_writes, self._teacher_params, self._dataset
           )
-        teacher_values, all_texts = self._of_teacher
+        teacher_values, all_texts, _ = self._of_teacher
         values |= {f'teacher/{k}': v for k, v in teacher_values.items()}
         teacher_texts = next(iter(all_texts.values()))
     table = sample_table(
@@ -334,15 +344,26 @@ def evaluate_checkpoint(
   teacher = teacher_params = None
   if teacher_checkpoint_path is not None:
     teacher, teacher_params, _ = load(teacher_checkpoint_path)
-  values, table = Evaluation(
+  evaluation = Evaluation(
     dataset, student, teacher, teacher_params, decodings, seed=seed, mesh=mesh
-  )(params)
+  )
+  values, table = evaluation(params)
   path = write_results(
     output_dir,
     dataset.split,
-    {'checkpoint': str(folder), **values},
+    {'checkpoint': str(folder), **values, **evaluation.notes},
   )
-  metrics_lib.say(f'{table}\n{format_metrics(values)}\nWritten: {path}')
+  texts = {k: v for k, v in evaluation.notes.items() if isinstance(v, str)}
+  metrics_lib.say(
+    '\n'.join(
+      [
+        table,
+        format_metrics(values),
+        *(f'{name} {text}' for name, text in texts.items()),
+        f'Written: {path}',
+      ]
+    )
+  )
 
 
 def write_results(

@@ -270,13 +270,17 @@ def train(
     path = run_dir / f'eval_{final_eval_dataset.split}.json'
     if not path.exists():
       # The teacher's own test metrics are those of its own run.
-      values, _ = evaluations[final_eval_dataset.split](
-        state.params, with_teacher=False
-      )
+      evaluation = evaluations[final_eval_dataset.split]
+      values, _ = evaluation(state.params, with_teacher=False)
       evaluate.write_results(
         run_dir,
         final_eval_dataset.split,
-        {'step': int(state.step), 'train_seconds': train_seconds, **values},
+        {
+          'step': int(state.step),
+          'train_seconds': train_seconds,
+          **values,
+          **evaluation.notes,
+        },
       )
       metrics_lib.say(
         f'{final_eval_dataset.split}: {evaluate.format_metrics(values)}'

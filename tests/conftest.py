@@ -18,6 +18,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+# Beside the project; what needs them skips where they are not.
+SHARED_DATA = ROOT.parent / 'shared' / 'data'
+T5_VOCABULARY = SHARED_DATA / 't5_sentencepiece.model'
+GSM8K_TRAIN = SHARED_DATA / 'gsm8k_train.jsonl'
+
 LETTERS = 'letters'  # the tiny task, once the fixture of this name was used
 NUM_LETTERS = {'train': 48, 'validation': 10, 'test': 7}
 LENGTHS = {'inputs': 6, 'targets': 7}
@@ -34,7 +39,8 @@ def letter_words(split: str) -> list[str]:
 
 def error_rate(targets: Sequence[str], predictions: Sequence[str]):
   wrong = sum(t != p for t, p in zip(targets, predictions, strict=True))
-  return {'error': 100 * wrong / len(targets)}
+  # A text beside the number: a note.
+  return {'error': 100 * wrong / len(targets), 'error_of': 'whole words'}
 
 
 def register(name: str, words: Callable[[str], list[str]], **changes) -> str:
@@ -63,6 +69,17 @@ def register(name: str, words: Callable[[str], list[str]], **changes) -> str:
   }
   seqio.TaskRegistry.add(name, **(settings | changes))
   return name
+
+
+def as_tokens(vocabulary, texts: Sequence[str], length: int):
+  """What a model that writes these texts returns: [N, length], int32."""
+  import numpy as np
+
+  tokens = np.zeros((len(texts), length), np.int32)
+  for row, text in zip(tokens, texts, strict=True):
+    ids = [*vocabulary.encode(text), vocabulary.eos_id]
+    row[: len(ids)] = ids
+  return tokens
 
 
 def board_events(path: pathlib.Path) -> list:
@@ -120,6 +137,58 @@ def save_model(
 def letters() -> str:
   """The name of a task of short words; its split 'empty' is empty."""
   return register(LETTERS, letter_words)
+
+
+@pytest.fixture(scope='session')
+def tfds_dir(tmp_path_factory) -> pathlib.Path:
+  """Where TFDS keeps its data, for all tests; see tests.tfds.prepare_like."""
+  import seqio
+
+  folder = tmp_path_factory.mktemp('tfds')
+  seqio.set_tfds_data_dir_override(str(folder))
+  yield folder
+  seqio.set_tfds_data_dir_override(None)
+
+
+@pytest.fixture(scope='session')
+def t5_vocabulary():
+  """T5's own vocabulary."""
+  from gkd_jax import data
+
+  if not T5_VOCABULARY.is_file():
+    pytest.skip(f'{T5_VOCABULARY} is not there')
+  return data.sentencepiece_vocabulary(T5_VOCABULARY)
+
+
+@pytest.fixture(scope='session')
+def small_vocabulary(tmp_path_factory):
+  """A SentencePiece vocabulary that writes ASCII but `<`, as T5's does not."""
+  import sentencepiece
+
+  from gkd_jax import data
+
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(
+      [
+        'summarize: the answer is a number',
+        *map(chr, {*range(33, 127)} - {ord('<')}),
+      ]
+    ),
+    model_writer=model,
+    model_type='char',
+    vocab_size=110,
+    hard_vocab_limit=False,
+    character_coverage=1.0,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  path = tmp_path_factory.mktemp('vocabulary') / 'small.model'
+  path.write_bytes(model.getvalue())
+  return data.sentencepiece_vocabulary(path)
 
 
 @pytest.fixture(scope='session')

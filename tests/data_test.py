@@ -271,6 +271,16 @@ def test_perfect_outputs_have_perfect_metrics(validation):
   assert validation.metrics(tokens) == {'error': 0.0}
 
 
+def test_what_a_metric_says_beside_numbers_is_a_note(validation):
+  tokens = validation.predict(lambda _, batch: batch.decoder_target_tokens)
+
+  numbers, notes = validation.metrics_and_notes(tokens)
+
+  assert numbers == {'error': 0.0}
+  assert notes == {'error_of': 'whole words'}
+  assert validation.metric_names() == ['error']
+
+
 def test_each_output_is_scored_against_its_own_target(validation):
   tokens = validation.predict(lambda _, batch: batch.decoder_target_tokens)
 
@@ -534,6 +544,91 @@ def test_vocabularies_of_different_sizes_have_different_descriptions():
   )
 
 
+# --- Tasks that must be told something ----------------------------------------
+
+
+@pytest.fixture(scope='module')
+def module_with_make_task(tmp_path_factory):
+  """A module whose task 'repeated' is made by a function with arguments."""
+  folder = tmp_path_factory.mktemp('modules')
+  (folder / 'repeated_tasks.py').write_text(
+    'import seqio\n'
+    'from tests import conftest\n'
+    'def make_task(name, letter, times=2):\n'
+    '  if times < 1:\n'
+    "    raise ValueError('TIMES must be 1 or more.')\n"
+    "  conftest.register(f'{name}_template', lambda split: [letter * times])\n"
+    "  task = seqio.TaskRegistry.get(f'{name}_template')\n"
+    '  return task.replace(name=name)\n'
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(folder)
+    yield 'repeated_tasks'
+
+
+@pytest.fixture
+def repeated(module_with_make_task):
+  def config(arguments):
+    return data.DatasetConfig(
+      'repeated',
+      LENGTHS,
+      batch_size=1,
+      mixture_or_task_module=module_with_make_task,
+      task_arguments=arguments,
+    )
+
+  return config
+
+
+def first_word(config):
+  return words(take(data.TrainIterator(config, seed=0), 1))[0]
+
+
+def test_a_task_is_made_with_its_arguments(repeated):
+  assert first_word(repeated({'letter': 'a'})) == 'aa'
+  assert first_word(repeated({'letter': 'a', 'times': 3})) == 'aaa'
+  assert first_word(repeated({'letter': 'b'})) == 'bb'
+  assert first_word(repeated({'letter': 'a'})) == 'aa'
+
+
+def test_a_task_that_was_made_can_be_evaluated(repeated):
+  config = dataclasses.replace(repeated({'letter': 'c'}), split='test')
+
+  dataset = data.EvalDataset(config)
+
+  assert dataset.examples() == [{'inputs': 'cc', 'targets': 'cc'}]
+  assert dataset.metric_names() == ['error']
+
+
+def test_a_wrong_argument_is_refused_with_the_right_ones(repeated):
+  with pytest.raises(ValueError, match="'repeated'.*'tims'.*letter, times"):
+    data.get_task(repeated({'letter': 'a', 'tims': 3}))
+
+
+def test_a_task_that_is_not_told_what_it_needs_is_refused(repeated):
+  with pytest.raises(ValueError, match="TASK_ARGUMENTS.*argument: 'letter'"):
+    data.get_task(repeated(None))
+
+
+def test_what_the_task_itself_refuses_is_told(repeated):
+  with pytest.raises(ValueError, match='^TIMES must be 1 or more.$'):
+    data.get_task(repeated({'letter': 'a', 'times': 0}))
+
+
+def test_arguments_for_a_task_that_takes_none_are_refused():
+  config = data.DatasetConfig(
+    'cmudict_g2p', LENGTHS, batch_size=4, task_arguments={'language': 'de'}
+  )
+
+  with pytest.raises(ValueError, match="'cmudict_g2p' takes none"):
+    data.get_task(config)
+
+
+def test_arguments_that_are_no_mapping_are_refused():
+  with pytest.raises(ValueError, match='TASK_ARGUMENTS must be'):
+    data.DatasetConfig('x', LENGTHS, batch_size=4, task_arguments='folder')
+
+
 # --- Another vocabulary than the task's ---------------------------------------
 
 
@@ -576,16 +671,110 @@ def test_batches_are_in_the_ids_of_the_vocabulary(
   }
 
 
-def test_a_mixture_cannot_be_given_another_vocabulary(letters):
-  name = f'{letters}_mixture'
-  if name not in seqio.MixtureRegistry.names():
-    seqio.MixtureRegistry.add(name, [(letters, 1)])
+@pytest.fixture(scope='module')
+def mixtures():
+  """A mixture of one `a` to three `b`s, and one of two tasks and of it."""
+
+  def task(letter):
+    return conftest.register(f'only_{letter}', lambda split: [letter * 3])
+
+  a, b, c = (task(letter) for letter in 'abc')
+  seqio.MixtureRegistry.add('a_and_b', [(a, 1.0), (b, lambda task: 3.0)])
+  seqio.MixtureRegistry.add('with_c', [(c, 4.0), ('a_and_b', 4.0)])
+
+
+def letters_drawn(config, num_batches):
+  """How often each letter is the input of a batch's row, in percent."""
+  drawn = words(take(data.TrainIterator(config, seed=0), num_batches))
+  return {
+    letter: 100 * drawn.count(3 * letter) / len(drawn) for letter in 'abc'
+  }
+
+
+@pytest.mark.parametrize(
+  ('name', 'want'),
+  [
+    ('a_and_b', {'a': 25, 'b': 75, 'c': 0}),
+    ('with_c', {'a': 12.5, 'b': 37.5, 'c': 50}),
+  ],
+)
+def test_a_mixture_with_another_vocabulary_keeps_its_rates(
+  mixtures, name, want
+):
   config = data.DatasetConfig(
-    name, conftest.LENGTHS, batch_size=4, vocabulary=data.byte_vocabulary()
+    name,
+    LENGTHS,
+    batch_size=100,
+    vocabulary=data.byte_vocabulary(extra_ids=100),
   )
 
-  with pytest.raises(ValueError, match='VOCABULARY changes a task only'):
+  assert data.get_vocabulary(config).vocab_size == 359
+  # 2000 rows: a share of 50% has a standard error of 1.1. Four of them.
+  assert letters_drawn(config, 20) == pytest.approx(want, abs=4.5)
+
+
+def test_a_mixture_with_another_vocabulary_samples_as_before():
+  def last_alone(datasets, rates, seed):
+    del rates, seed
+    return datasets[-1]
+
+  tasks = [
+    (conftest.register(f'just_{letter}', lambda split, x=letter: [x * 3]), 1.0)
+    for letter in 'ab'
+  ]
+  seqio.MixtureRegistry.add('last_alone', tasks, sample_fn=last_alone)
+  config = data.DatasetConfig(
+    'last_alone',
+    LENGTHS,
+    batch_size=4,
+    vocabulary=data.byte_vocabulary(extra_ids=100),
+  )
+
+  assert letters_drawn(config, 2) == {'a': 0, 'b': 100, 'c': 0}
+
+
+def test_a_mixture_itself_keeps_its_vocabulary(mixtures):
+  config = data.DatasetConfig('a_and_b', LENGTHS, batch_size=4)
+  changed = dataclasses.replace(
+    config, vocabulary=data.byte_vocabulary(extra_ids=100)
+  )
+
+  data.get_task(changed)
+
+  assert data.get_vocabulary(config).vocab_size == 259
+
+
+def test_a_tasks_vocabulary_that_cannot_be_read_is_refused(tmp_path):
+  path = tmp_path / 'x.model'
+  feature = seqio.Feature(seqio.SentencePieceVocabulary(str(path)))
+  name = conftest.register(
+    'lost_vocabulary',
+    conftest.letter_words,
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  config = data.DatasetConfig(name, LENGTHS, batch_size=4)
+
+  with pytest.raises(ValueError, match="'lost_vocabulary', .*x.model, cannot"):
+    data.check_not_empty(config)
+
+  # Another one helps.
+  data.check_not_empty(
+    dataclasses.replace(config, vocabulary=data.byte_vocabulary())
+  )
+
+
+def test_t5s_vocabulary_out_of_reach_is_told_in_time(monkeypatch):
+  data._check_google_storage_answers.cache_clear()
+  monkeypatch.setenv('https_proxy', 'http://127.0.0.1:1')  # nobody listens
+  config = data.DatasetConfig('xsum', LENGTHS, batch_size=4)
+
+  start = time.monotonic()
+  with pytest.raises(ValueError, match='gs://t5-data.*refused') as error:
     data.get_task(config)
+
+  assert time.monotonic() - start < 12
+  assert 'gin/vocabularies/sentencepiece.gin' in str(error.value)
+  assert '--gin.VOCABULARY_PATH=FILE' in str(error.value)
 
 
 def test_a_vocabulary_that_is_not_there_is_refused(tmp_path):

@@ -299,6 +299,20 @@ def test_without_a_teacher_there_are_task_metrics_alone(config, student_params):
   assert table.startswith('| input | reference | student |\n')
 
 
+def test_what_a_metric_says_beside_numbers_is_noted_with_the_results(
+  config, tmp_path, capsys, compile_once
+):
+  conftest.save_model(tmp_path / 'model', STUDENT.config)
+
+  evaluate.evaluate_checkpoint(
+    str(tmp_path / 'model'), str(tmp_path / 'results'), config, GREEDY
+  )
+
+  path = tmp_path / 'results' / 'eval_validation.json'
+  assert json.loads(path.read_text())['greedy/error_of'] == 'whole words'
+  assert '\ngreedy/error_of whole words\n' in capsys.readouterr().err
+
+
 # --- How it is shown and kept -------------------------------------------------
 
 

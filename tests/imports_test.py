@@ -25,6 +25,7 @@ SAME_LAYER = {
   ('checkpoint', 'step'),
   ('interop', 'interop'),
   ('interop', 'checkpoint'),
+  ('tasks', 'tasks'),
   ('evaluate', 'data'),
   ('infer', 'data'),
   ('infer', 'evaluate'),

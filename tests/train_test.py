@@ -199,6 +199,12 @@ def test_a_resumed_run_has_the_same_final_evaluation(whole, resumed):
   assert got == want
 
 
+def test_the_final_evaluation_keeps_what_a_metric_says_beside_numbers(whole):
+  results = json.loads((whole.folder / 'eval_test.json').read_text())
+
+  assert results['greedy/error_of'] == 'whole words'
+
+
 def test_a_resumed_run_keeps_the_same_checkpoints(whole, resumed):
   want, got = (
     sorted(path.name for path in run.folder.glob('checkpoint_*'))
