@@ -8,10 +8,12 @@ renames it when all of it is there.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import operator
 import os
 import pathlib
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +27,18 @@ from gkd_jax.step import TrainState
 
 _PREFIX = 'checkpoint'
 _MAX_DIFFERENCES = 5
+
+# Packages whose versions can change a result.
+_VERSIONS_OF = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'seqio',
+  'tensorflow',
+  'numpy',
+)
 
 
 class ModelDescription(NamedTuple):
@@ -42,6 +56,15 @@ class ModelDescription(NamedTuple):
   @classmethod
   def from_json(cls, values: dict[str, Any]) -> 'ModelDescription':
     return cls(T5Config(**values['config']), values['vocabulary'])
+
+
+def versions() -> dict[str, str]:
+  """Returns what software and devices this process runs on."""
+  return {
+    **{name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+    'python': platform.python_version(),
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+  }
 
 
 class Saved(NamedTuple):

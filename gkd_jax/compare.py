@@ -2,50 +2,24 @@
 """Runs methods side by side, each with its own command, and reports.
 
 A comparison is: one teacher; for each seed one initial student, and from it
-every method. Each is a run of `gkd_jax.main` in a process of its own, with the
-command that a person would type; this module only starts them, skips what is
-done, and reads what they wrote.
+every method. Each is a run of its own (see `jobs`); this module says which
+there are, and reads what they wrote.
 """
 
-import dataclasses
-import hashlib
 import json
 import math
-import os
 import pathlib
-import re
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gkd_jax import jobs as jobs_lib
 from gkd_jax import metrics as metrics_lib
+from gkd_jax.jobs import Job
 
 _TEACHER = 'teacher'
 _INITIAL = 'initial_student'
-_STATUS_SECONDS = 20.0
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """One process: a command, and the file that is there when it is done."""
-
-  name: str
-  arguments: tuple[str, ...]  # of gkd_jax.main
-  result: pathlib.Path
-  needs: tuple[str, ...] = ()  # jobs that must be done before
-
-  @property
-  def folder(self) -> pathlib.Path:
-    return self.result.parent
-
-  @property
-  def command(self) -> str:
-    return shlex.join(('python', '-m', 'gkd_jax.main', *self.arguments))
 
 
 def compare(
@@ -91,21 +65,21 @@ def compare(
     )
   if num_parallel < 1:
     raise ValueError(f'NUM_PARALLEL must be 1 or more, got {num_parallel}.')
-  for file in (teacher, initial_student, evaluation, *methods.values()):
-    if not (_ROOT / file).is_file() and not pathlib.Path(file).is_file():
-      raise ValueError(f'compare: there is no gin file {file}.')
+  jobs_lib.check_gin_files(
+    (teacher, initial_student, evaluation, *methods.values()), 'compare'
+  )
   jobs = _jobs(
     folder, teacher, initial_student, evaluation, methods, settings, seeds
   )
-  _check_same_comparison(folder, jobs)
+  jobs_lib.check_same(folder / 'comparison.json', jobs)
   start = time.monotonic()
-  _run(jobs, folder, num_parallel)
+  jobs_lib.run(jobs, folder, num_parallel)
   results = collect(folder, list(methods), metrics, seeds)
   results['seconds'] = round(time.monotonic() - start, 1)
-  _write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
+  jobs_lib.write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
   plots = _plot(folder, results, list(methods), metrics[0], seeds)
   table = format_table(results, metrics)
-  _write(
+  jobs_lib.write(
     folder / 'report.md',
     _report(title, results, table, plots, jobs, metrics, seeds),
   )
@@ -122,14 +96,12 @@ def _jobs(
 ) -> list[Job]:
   teacher_dir = folder / _TEACHER
 
-  def arguments(mode, file, overrides):
-    flags = [f'--gin.{name}={value}' for name, value in overrides.items()]
-    return (f'--run_mode={mode}', f'--gin_file={file}', *flags)
-
   def train(name, file, overrides, needs=()):
     overrides = {'MODEL_DIR': folder / name, **overrides}
     result = folder / name / 'eval_test.json'
-    return Job(name, arguments('train', file, overrides), result, needs)
+    return Job(
+      name, jobs_lib.arguments('train', [file], overrides), result, needs
+    )
 
   jobs = [
     train(
@@ -156,7 +128,7 @@ def _jobs(
     later.append(
       Job(
         f'{initial}/with_teacher',
-        arguments('eval', evaluation, both),
+        jobs_lib.arguments('eval', [evaluation], both),
         folder / initial / 'with_teacher' / 'eval_test.json',
         (_TEACHER, initial),
       )
@@ -171,107 +143,6 @@ def _jobs(
       needs = (_TEACHER, initial)
       later.append(train(f'seed_{seed}/{name}', file, overrides, needs))
   return jobs + later
-
-
-def _run(jobs: Sequence[Job], folder: pathlib.Path, num_parallel: int) -> None:
-  """Runs all jobs whose result is not there, in order, some at a time."""
-  done = {job.name for job in jobs if job.result.exists()}
-  waiting = [job for job in jobs if job.name not in done]
-  if done:
-    metrics_lib.say(f'{len(done)} of {len(jobs)} runs are done already.')
-  environment = {
-    # Runs of one comparison compile much the same programs.
-    'JAX_COMPILATION_CACHE_DIR': str(folder.absolute() / 'compilation_cache'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    **os.environ,
-  }
-  running: dict[subprocess.Popen, Job] = {}
-  start = said = time.monotonic()
-  try:
-    while waiting or running:
-      for job in list(waiting):
-        if len(running) < num_parallel and done.issuperset(job.needs):
-          waiting.remove(job)
-          running[_start(job, environment)] = job
-          metrics_lib.say(f'[{_clock(start)}] {job.command}')
-      for process in [p for p in running if p.poll() is not None]:
-        job = running.pop(process)
-        if process.returncode or not job.result.exists():
-          raise ValueError(
-            f'{job.name} failed. Its log, {job.folder}.log, ends:\n'
-            + '\n'.join(_log_lines(job)[-20:])
-          )
-        done.add(job.name)
-        metrics_lib.say(f'[{_clock(start)}] {job.name} is done.')
-      if time.monotonic() - said > _STATUS_SECONDS:
-        said = time.monotonic()
-        for job in running.values():
-          if lines := _log_lines(job):
-            metrics_lib.say(f'[{_clock(start)}] {job.name}: {lines[-1]}')
-      time.sleep(0.2)
-  finally:
-    for process in running:
-      process.terminate()
-    for process in running:
-      process.wait()
-
-
-def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
-  job.folder.mkdir(parents=True, exist_ok=True)
-  with open(f'{job.folder}.log', 'a') as log:
-    return subprocess.Popen(
-      [sys.executable, '-m', 'gkd_jax.main', *job.arguments],
-      stdout=log,
-      stderr=log,
-      stdin=subprocess.DEVNULL,
-      env={**environment},
-    )
-
-
-def _log_lines(job: Job) -> list[str]:
-  text = pathlib.Path(f'{job.folder}.log').read_text(errors='replace')
-  # Less tables, and TensorFlow's own chatter, which no setting silences.
-  noise = re.compile(r'\s*$|\||[IWE]\d{4} |WARNING: All log messages before')
-  return [line for line in text.splitlines() if not noise.match(line)]
-
-
-def _check_same_comparison(folder: pathlib.Path, jobs: Sequence[Job]) -> None:
-  """Refuses to mix runs of different settings in one table."""
-  path = folder / 'comparison.json'
-  now = {job.name: [job.command, _digest(job)] for job in jobs}
-  if path.exists():
-    was = json.loads(path.read_text())
-    changed = [
-      name
-      for name in now
-      if name in was and was[name] != now[name] and (folder / name).exists()
-    ]
-    if changed:
-      raise ValueError(
-        f'{folder} holds runs of other settings or gin files: '
-        f'{", ".join(changed)}. Remove {folder}, or use another MODEL_DIR.'
-      )
-    now = {**was, **now}
-  folder.mkdir(parents=True, exist_ok=True)
-  _write(path, json.dumps(now, indent=2) + '\n')
-
-
-def _digest(job: Job) -> str:
-  """Returns a hash of the gin files that a job reads."""
-  seen: dict[str, str] = {}
-
-  def read(file):
-    if file in seen:
-      return
-    path = pathlib.Path(file)
-    seen[file] = (path if path.is_file() else _ROOT / file).read_text()
-    for included in re.findall(r"^include '(.+)'", seen[file], re.MULTILINE):
-      read(included)
-
-  for argument in job.arguments:
-    if argument.startswith('--gin_file='):
-      read(argument.removeprefix('--gin_file='))
-  return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
 def collect(
@@ -495,14 +366,3 @@ Each run can be repeated, or changed, by itself:
 {commands}
 ```
 """
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  partial = path.with_suffix('.partial')
-  partial.write_text(text)
-  partial.rename(path)
-
-
-def _clock(start: float) -> str:
-  minutes, seconds = divmod(int(time.monotonic() - start), 60)
-  return f'{minutes:2d}:{seconds:02d}'

@@ -14,17 +14,20 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import os
 import types
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath, epy
 
+from gkd_jax import metrics as metrics_lib
+from gkd_jax import predictions as predictions_lib
 from gkd_jax.batch import EOS_ID, PAD_ID, Batch
 
 with epy.lazy_imports():
@@ -53,6 +56,8 @@ class DatasetConfig:
     vocabulary: of inputs and targets; None: the task's own.
     task_arguments: of the function make_task in the task's module, for a task
       that is not the same for everyone: where its files are, say.
+    predictions: path, or glob of several, of outputs that a model wrote (see
+      `predictions`); they and their inputs replace the split's examples.
   """
 
   mixture_or_task_name: str
@@ -65,6 +70,7 @@ class DatasetConfig:
   num_examples: int | None = None
   vocabulary: seqio.Vocabulary | None = None
   task_arguments: Mapping[str, Any] | None = None
+  predictions: str | None = None
 
   def __post_init__(self):
     lengths = dict(self.task_feature_lengths)
@@ -97,8 +103,8 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
   Raises:
     ValueError: it is not registered, lacks the split, or has none of the
-      features of an encoder-decoder; there is no such module; or the file of
-      the vocabulary cannot be read.
+      features of an encoder-decoder; there is no such module; the file of the
+      vocabulary cannot be read; or the predictions are of no use for it.
   """
   name = config.mixture_or_task_name
   module = _import_module(config)
@@ -129,9 +135,12 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       'encoder-decoder reads inputs and targets.'
     )
   if config.vocabulary is not None:
-    return _with_vocabulary(task, config.vocabulary)
-  for feature in task.output_features.values():
-    _check_vocabulary_can_be_read(name, feature.vocabulary)
+    task = _with_vocabulary(task, config.vocabulary)
+  else:
+    for feature in task.output_features.values():
+      _check_vocabulary_can_be_read(name, feature.vocabulary)
+  if config.predictions is not None:
+    task = _with_predictions(task, config)
   return task
 
 
@@ -226,6 +235,60 @@ def _with_vocabulary(
 def _rate_of(rate: Callable, original: seqio.Task, changed: seqio.Task):
   del changed
   return rate(original)
+
+
+def _with_predictions(
+  task: seqio.Task | seqio.Mixture, config: DatasetConfig
+) -> seqio.Task:
+  """Returns a task of a model's outputs, registered under a name of its own."""
+  lengths = dict(config.task_feature_lengths)
+  files = [
+    (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+    for path in predictions_lib.find(config.predictions)
+  ]
+  what = repr((files, config.split, sorted(lengths.items())))
+  digest = hashlib.sha256(what.encode()).hexdigest()
+  name = f'{task.name}__predictions_{digest[:8]}'
+  if name in seqio.TaskRegistry.names():
+    return seqio.TaskRegistry.get(name)
+  features = {name: task.output_features[name] for name in _FEATURES}
+  vocabulary = features['targets'].vocabulary
+  examples = predictions_lib.read(
+    config.predictions,
+    task=config.mixture_or_task_name,
+    vocabulary=describe_vocabulary(vocabulary),
+    num_ids=vocabulary.vocab_size,
+    encode=vocabulary.encode,
+    lengths=lengths,
+    add_eos={name: feature.add_eos for name, feature in features.items()},
+  )
+  metrics_lib.say(f'Trains on {examples.summary}')
+
+  def dataset(split, shuffle_files, seed=None):
+    del split
+    order = np.arange(len(examples.offsets['inputs']) - 1)
+    if shuffle_files:
+      # Predictions for one input lie side by side: farther apart than seqio's
+      # buffer, which shuffles after this, would take them.
+      order = np.random.default_rng(seed).permutation(order)
+    ids = {name: tf.constant(x) for name, x in examples.ids.items()}
+    offsets = {name: tf.constant(x) for name, x in examples.offsets.items()}
+
+    def row(i):
+      return {
+        name: ids[name][offsets[name][i] : offsets[name][i + 1]]
+        for name in _FEATURES
+      }
+
+    return tf.data.Dataset.from_tensor_slices(order).map(row)
+
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.FunctionDataSource(dataset, splits=[config.split]),
+    preprocessors=[],
+    output_features=features,
+  )
+  return seqio.TaskRegistry.get(name)
 
 
 def _first_examples(
@@ -400,11 +463,7 @@ class TrainIterator(Iterator[Batch]):
       verbose=False,
     )
     ds = ds.batch(config.batch_size // num_shards, drop_remainder=True)
-    options = tf.data.Options()
-    # Reading is cheap; the cores belong to the model.
-    options.threading.private_threadpool_size = 2
-    options.deterministic = True
-    self._iterator = iter(ds.prefetch(2).with_options(options))
+    self._iterator = iter(ds.prefetch(2).with_options(_reading_options()))
     self._name = f'process_{shard}_of_{num_shards}'
 
   def __next__(self) -> Batch:
@@ -428,6 +487,14 @@ class TrainIterator(Iterator[Batch]):
         'saved by another number of hosts.'
       )
     tf.train.Checkpoint(iterator=self._iterator).read(path).assert_consumed()
+
+
+def _reading_options() -> tf.data.Options:
+  options = tf.data.Options()
+  # Reading is cheap; the cores belong to the model.
+  options.threading.private_threadpool_size = 2
+  options.deterministic = True
+  return options
 
 
 def _to_batch(features: Mapping[str, np.ndarray]) -> Batch:
@@ -541,9 +608,7 @@ class EvalDataset:
 
   def decode(self, tokens: np.ndarray) -> list[str]:
     """Returns the texts of outputs [N, T], as the task postprocesses them."""
-    return [
-      str(self.vocabulary.decode([int(t) for t in row])) for row in tokens
-    ]
+    return [decode(self.vocabulary, row) for row in tokens]
 
   def examples(self) -> list[dict[str, str]]:
     """Returns {'inputs', 'targets'} of every example, as text."""
@@ -555,6 +620,92 @@ class EvalDataset:
         strict=True,
       )
     ]
+
+
+class InferenceDataset:
+  """The inputs of a split in order, read when they are needed.
+
+  It takes any split of any task: one too large for the memory, too, and one
+  without metrics.
+  """
+
+  def __init__(self, config: DatasetConfig):
+    """Opens the split.
+
+    Raises:
+      ValueError: it is empty, or of several tasks.
+    """
+    check_not_empty(config)
+    self._config = config
+    self.vocabulary = get_vocabulary(config)
+    self._task, *others = seqio.get_subtasks(get_task(config))
+    if others:
+      raise ValueError(
+        f'{config.mixture_or_task_name!r} is a mixture of several tasks; write '
+        'outputs for one after the other.'
+      )
+
+  def size(self) -> int | None:
+    """Returns the number of examples, None where the task does not tell."""
+    sizes = (
+      self._task.num_input_examples(self._config.split),
+      self._config.num_examples,
+    )
+    return None if sizes[0] is None else min(filter(None, sizes))
+
+  def batches(
+    self, first_example: int = 0
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]]:
+    """Yields (row numbers [B], encoder_input_tokens [B, S], examples).
+
+    All batches have the same shape: rows of padding fill the last one up. The
+    same rows have the same numbers as in `EvalDataset.batches`. An example is
+    {'inputs': text, 'targets': text, 'input_ids': those of its row}.
+
+    Args:
+      first_example: where to begin.
+    """
+    config = self._config
+    ds = self._task.get_dataset(
+      dict(config.task_feature_lengths),
+      split=config.split,
+      shuffle=False,
+      use_cached=config.use_cached,
+      seed=42,  # as seqio.Evaluator: some preprocessors draw
+    )
+    if config.num_examples is not None:
+      ds = ds.take(config.num_examples)
+    ds = ds.skip(first_example).with_options(_reading_options())
+    size = config.batch_size
+    rows = ds.as_numpy_iterator()
+    while part := list(itertools.islice(rows, size)):
+      shape = (size, config.task_feature_lengths['inputs'])
+      inputs = np.full(shape, PAD_ID, np.int32)
+      for row, features in zip(inputs, part, strict=False):
+        row[: len(features['inputs'])] = features['inputs']
+      yield (
+        np.arange(first_example, first_example + size, dtype=np.int32),
+        inputs,
+        [self._describe(features) for features in part],
+      )
+      first_example += len(part)
+
+  def _describe(self, features: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {}
+    for name in _FEATURES:
+      # What seqio keeps of the text before it was tokenized (and cut).
+      text = features.get(f'{name}_pretokenized')
+      texts[name] = (
+        text.decode(errors='replace')
+        if isinstance(text, bytes)
+        else decode(self.vocabulary, features[name])
+      )
+    return {**texts, 'input_ids': features['inputs'].tolist()}
+
+
+def decode(vocabulary: seqio.Vocabulary, tokens: Iterable[int]) -> str:
+  """Returns the text of a row of tokens, up to its EOS."""
+  return str(vocabulary.decode([int(t) for t in tokens]))
 
 
 def _our_tasks() -> Sequence[str]:

@@ -64,21 +64,75 @@ def make_write(
     seed: of sampling; the same rows get the same draws each time.
     mesh: rows are spread over its data axis.
   """
+  write = make_write_several(
+    model,
+    decoding,
+    num_outputs=1,
+    max_decode_len=max_decode_len,
+    num_ids=num_ids,
+    seed=seed,
+    mesh=mesh,
+  )
+  return lambda params, row_ids_B, batch: write(
+    params, row_ids_B, batch.encoder_input_tokens
+  )[:, 0]
 
-  def sample(params, row_ids_B, inputs):
+
+def make_write_several(
+  model: T5,
+  decoding: Decoding,
+  *,
+  num_outputs: int,
+  max_decode_len: int,
+  num_ids: int,
+  seed: int,
+  mesh: Mesh,
+) -> Callable[[Params, np.ndarray, np.ndarray], np.ndarray]:
+  """Returns (params, row numbers [B], inputs [B, S]) -> tokens [B, n, T].
+
+  Compiled once. Samples differ in their draws; the first one is what
+  `make_write` writes. Of a beam they are the best hypotheses, best first; one
+  that was not found is all padding (of those kept fewer ended in time).
+
+  Args:
+    model: that writes.
+    decoding: a SamplerConfig or a BeamConfig.
+    num_outputs: n, for each row.
+    max_decode_len: T.
+    num_ids: size of the tokenizer's vocabulary.
+    seed: of sampling; the same rows get the same draws each time.
+    mesh: rows are spread over its data axis.
+
+  Raises:
+    ValueError: it cannot write so many different ones.
+  """
+  is_beam = isinstance(decoding, beam_search.BeamConfig)
+  if num_outputs < 1:
+    raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_outputs}.')
+  if is_beam and num_outputs > decoding.num_beams:
+    raise ValueError(
+      f'NUM_SAMPLES is {num_outputs}, but a beam of {decoding.num_beams} has '
+      'no more hypotheses. Raise BeamConfig.num_beams.'
+    )
+  if num_outputs > 1 and not is_beam and decoding.temperature == 0.0:
+    raise ValueError(
+      f'NUM_SAMPLES is {num_outputs}, but greedy decoding writes the same each '
+      'time. Set TEMPERATURE above 0, or search with a beam.'
+    )
+
+  def sample(params, key, row_ids_B, inputs):
     return policies.rollout(
       model,
       params,
       inputs,
-      jax.random.key(seed),
+      key,
       decoding,
       row_ids_B=row_ids_B,
       max_decode_len=max_decode_len,
       num_ids=num_ids,
     ).tokens
 
-  def beam(params, row_ids_B, inputs):
-    del row_ids_B
+  def beam(params, inputs):
     apply = functools.partial(model.apply, {'params': params})
     width = decoding.num_beams
     encoded = jnp.repeat(apply(inputs, method='encode'), width, axis=0)
@@ -95,16 +149,18 @@ def make_write(
       decoding,
       batch_size=inputs.shape[0] // width,
       max_decode_len=max_decode_len,
-    ).tokens[:, 0]
+    ).tokens[:, :num_outputs]
 
-  is_beam = isinstance(decoding, beam_search.BeamConfig)
   write = jax.jit(beam if is_beam else sample)
+  first = jax.random.key(seed)
+  keys = [first, *(jax.random.fold_in(first, i) for i in range(1, num_outputs))]
 
-  def place_and_write(params, row_ids_B, batch):
-    row_ids_B, inputs = partitioning.put_batch(
-      (row_ids_B, batch.encoder_input_tokens), mesh
-    )
-    return np.asarray(write(params, row_ids_B, inputs))
+  def place_and_write(params, row_ids_B, inputs):
+    row_ids_B, inputs = partitioning.put_batch((row_ids_B, inputs), mesh)
+    if is_beam:
+      return np.asarray(write(params, inputs))
+    drawn = [write(params, key, row_ids_B, inputs) for key in keys]
+    return np.stack(jax.device_get(drawn), axis=1)
 
   return place_and_write
 

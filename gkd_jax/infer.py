@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets a model write outputs for a split, into a JSON lines file."""
 
-import json
 import pathlib
+import re
+import time
+from typing import Any
 
-from gkd_jax import data, evaluate, partitioning, pretrained, sampler
+import numpy as np
+
+from gkd_jax import (
+  checkpoint,
+  data,
+  evaluate,
+  partitioning,
+  predictions,
+  pretrained,
+  sampler,
+)
 from gkd_jax import metrics as metrics_lib
+from gkd_jax.batch import PAD_ID
+from gkd_jax.model import T5, abstract_params
+
+_STATUS_SECONDS = 10.0
 
 
 def infer(
@@ -13,66 +29,105 @@ def infer(
   output_dir: str,
   dataset: data.DatasetConfig,
   decoding: evaluate.Decoding = sampler.GREEDY,
+  num_samples: int = 1,
   seed: int = 0,
 ) -> None:
-  """Writes `<output_dir>/predictions_<split>.jsonl`, a line per example.
+  """Writes `<output_dir>/predictions_<split>.jsonl`; see `predictions`.
 
-  A line is {"inputs", "targets", "prediction"}; the file beside it, ending in
-  `.json`, says which checkpoint wrote it, and how.
+  Interrupted, it goes on at the batch where it was, and ends with the same
+  file, byte for byte: what is drawn for an example depends on the seed, its
+  number and the sample's.
 
   Args:
     checkpoint_path: see `pretrained.open_checkpoint`.
     output_dir: made if it is not there.
     dataset: task and split.
     decoding: a SamplerConfig or a BeamConfig.
+    num_samples: outputs for each example: different draws, or the best
+      hypotheses of a beam (fewer, where fewer ended in time).
     seed: of sampling.
+
+  Raises:
+    ValueError: something does not fit together, or the file is there already.
   """
   path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
-  if path.exists():
-    raise ValueError(
-      f'{path} is there already, and would be lost. Choose another '
-      'INFER_OUTPUT_DIR, or remove it.'
-    )
-  split = data.EvalDataset(dataset)
+  predictions.check_not_there(path)
+  inputs = data.InferenceDataset(dataset)
+  vocabulary = data.describe_vocabulary(inputs.vocabulary)
+  num_ids = inputs.vocabulary.vocab_size
+  lengths = dict(dataset.task_feature_lengths)
   mesh = partitioning.make_mesh()
-  model, params, folder = pretrained.load_model(
-    checkpoint_path,
-    data.describe_vocabulary(split.vocabulary),
-    split.vocabulary.vocab_size,
-    mesh,
-  )
-  write = evaluate.make_write(
+  source = pretrained.open_checkpoint(checkpoint_path)
+  pretrained.check_fits(source, vocabulary, num_ids)
+  model = T5(source.config)
+  write = evaluate.make_write_several(
     model,
     decoding,
-    max_decode_len=dataset.task_feature_lengths['targets'],
-    num_ids=split.vocabulary.vocab_size,
+    num_outputs=num_samples,
+    max_decode_len=lengths['targets'],
+    num_ids=num_ids,
     seed=seed,
     mesh=mesh,
   )
-  predictions = split.decode(
-    split.predict(lambda rows, batch: write(params, rows, batch))
+  step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
+  writer = predictions.Writer(
+    path,
+    {
+      'checkpoint': str(source.folder),
+      'step': step and int(step[1]),
+      'task': dataset.mixture_or_task_name,
+      'split': dataset.split,
+      'max_examples': dataset.num_examples,
+      'vocabulary': vocabulary,
+      'task_feature_lengths': lengths,
+      'decoding': repr(decoding),
+      'num_samples': num_samples,
+      'seed': seed,
+      'batch_size': dataset.batch_size,
+      'versions': checkpoint.versions(),
+    },
+    dataset.batch_size,
   )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  with partial.open('w') as file:
-    for example, prediction in zip(split.examples(), predictions, strict=True):
-      file.write(
-        json.dumps({**example, 'prediction': prediction}, ensure_ascii=False)
-        + '\n'
-      )
-  path.with_suffix('.json').write_text(
-    json.dumps(
-      {
-        'checkpoint': str(folder),
-        'task': dataset.mixture_or_task_name,
-        'split': dataset.split,
-        'num_examples': len(split),
-        'decoding': repr(decoding),
-        'seed': seed,
-      },
-      indent=2,
+  metrics_lib.say(f'Model: {source}')
+  params = source.load(abstract_params(model, mesh), None)
+  if writer.num_examples:
+    metrics_lib.say(f'Going on after {writer.num_examples:,} examples.')
+  total = inputs.size()
+  first, start = writer.num_examples, time.monotonic()
+  said = start
+  for row_ids_B, inputs_BS, examples in inputs.batches(first):
+    tokens_BNT = write(params, row_ids_B, inputs_BS)
+    writer.append(
+      [
+        [_line(inputs, example, tokens) for tokens in of_one if tokens.any()]
+        for example, of_one in zip(examples, tokens_BNT, strict=False)
+      ]
     )
-    + '\n'
-  )
-  partial.rename(path)
-  metrics_lib.say(f'{len(split):,} predictions written: {path}')
+    if (now := time.monotonic()) - said > _STATUS_SECONDS:
+      said = now
+      metrics_lib.say(_progress(writer.num_examples, first, total, now - start))
+  writer.close()
+  metrics_lib.say(f'{writer.num_predictions:,} predictions written: {path}')
+
+
+def _line(
+  inputs: data.InferenceDataset, example: dict[str, Any], tokens: np.ndarray
+) -> dict[str, Any]:
+  """Returns the fields of one output [T]; no output holds the pad id."""
+  return {
+    'inputs': example['inputs'],
+    'targets': example['targets'],
+    'prediction': data.decode(inputs.vocabulary, tokens),
+    'input_ids': example['input_ids'],
+    'prediction_ids': tokens[tokens != PAD_ID].tolist(),
+  }
+
+
+def _progress(
+  num_done: int, first: int, total: int | None, seconds: float
+) -> str:
+  per_second = (num_done - first) / seconds
+  if total is None:
+    return f'{num_done:,} examples  {per_second:,.0f}/s'
+  left = metrics_lib.minutes((total - num_done) / per_second)
+  return f'{num_done:,} of {total:,} examples  {per_second:,.0f}/s  {left} left'

@@ -15,10 +15,12 @@ Run modes:
   export   write a checkpoint for Hugging Face transformers or T5X; needs no
            --gin_file
   compare  run several methods and seeds, and write a report
+  sweep    run every point of a grid, or print the commands that do
 """
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -38,6 +40,7 @@ _RUN_MODES = {
   'infer': 'gkd_jax.infer.infer',
   'export': 'gkd_jax.export.export',
   'compare': 'gkd_jax.compare.compare',
+  'sweep': 'gkd_jax.sweep.sweep',
 }
 # What is run where no file is named: a mode without an experiment.
 _GIN_FILE_OF_MODE = {'export': 'gin/runs/export.gin'}
@@ -119,19 +122,44 @@ def _run(argv: Sequence[str]) -> None:
     import seqio
 
     seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
+  _check_mode(gin, mode, files)
   module_name, function_name = _RUN_MODES[mode].rsplit('.', 1)
   function = getattr(importlib.import_module(module_name), function_name)
-  selector = f'{module_name.rsplit(".", 1)[1]}.{function_name}'
+  keywords = {}
+  if mode == 'train':
+    keywords['config_text'] = lambda: _operative_config(gin, bindings)
+  if mode == 'sweep':
+    keywords['check'] = functools.partial(_check_arguments, gin)
+  gin.get_configurable(function)(**keywords)
+
+
+def _check_mode(gin, mode: str, files: Sequence[str]) -> None:
+  """Raises ValueError if the files that were parsed are for another mode."""
+  selector = '.'.join(_RUN_MODES[mode].split('.')[-2:])
   if f'{selector}.' not in gin.config_str():
     raise ValueError(
       f'{", ".join(files)} does not configure --run_mode={mode}: it '
       f'sets nothing of {selector}. Files for this mode include '
       f'gin/runs/{mode}.gin.'
     )
-  keywords = {}
-  if mode == 'train':
-    keywords['config_text'] = lambda: _operative_config(gin, bindings)
-  gin.get_configurable(function)(**keywords)
+
+
+def _check_arguments(gin, arguments: Sequence[str]) -> None:
+  """Raises ValueError if gin would not take another run's arguments.
+
+  It parses them, in place of what this run was configured with (and which it
+  has by now).
+  """
+  gin.clear_config()
+  flag = [argument.partition('=') for argument in expand_gin_flags(arguments)]
+  of = {
+    name: [value for given, _, value in flag if given == name]
+    for name in ('--run_mode', '--gin_file', '--gin_bindings')
+  }
+  _parse(
+    gin, of['--gin_file'], [_quote_strings(b) for b in of['--gin_bindings']]
+  )
+  _check_mode(gin, of['--run_mode'][-1], of['--gin_file'])
 
 
 def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:

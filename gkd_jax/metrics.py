@@ -101,7 +101,7 @@ class Progress:
       left = (now - self._start) / max(1, step - self._first)
       left *= self._total - step
       print(
-        f'step {step}/{self._total}  {figures}  {_minutes(left)} left',
+        f'step {step}/{self._total}  {figures}  {minutes(left)} left',
         file=sys.stderr,
         flush=True,
       )
@@ -118,6 +118,7 @@ def say(text: str) -> None:
   sys.stderr.flush()
 
 
-def _minutes(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  return f'{minutes}:{seconds:02d}'
+def minutes(seconds: float) -> str:
+  """Returns a duration as minutes:seconds."""
+  whole, rest = divmod(round(seconds), 60)
+  return f'{whole}:{rest:02d}'

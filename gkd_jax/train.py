@@ -4,11 +4,9 @@
 import dataclasses
 import difflib
 import functools
-import importlib.metadata
 import json
 import math
 import pathlib
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +22,7 @@ from gkd_jax import (
   objectives,
   partitioning,
   policies,
+  predictions,
   pretrained,
   sampler,
 )
@@ -36,18 +35,6 @@ from gkd_jax.model import (
   abstract_params,
   count_params,
   init_params,
-)
-
-# Packages whose versions can change a result.
-_VERSIONS_OF = (
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'seqio',
-  'tensorflow',
-  'numpy',
 )
 
 
@@ -171,6 +158,9 @@ def train(
   for dataset in (train_dataset, eval_dataset, final_eval_dataset):
     if dataset is not None:
       data.check_not_empty(dataset)
+  _check_not_trained_on(
+    train_dataset, [d for d in (eval_dataset, final_eval_dataset) if d]
+  )
   _check_same_config(run_dir, config_text())
   sources = {}
   if teacher_checkpoint_path is not None:
@@ -526,6 +516,21 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:
     )
 
 
+def _check_not_trained_on(
+  train_dataset: data.DatasetConfig, evaluated: Sequence[data.DatasetConfig]
+) -> None:
+  """Refuses a teacher's outputs for the split that will be evaluated."""
+  if train_dataset.predictions is None:
+    return
+  for split in predictions.splits_of(train_dataset.predictions):
+    if split in [dataset.split for dataset in evaluated]:
+      raise ValueError(
+        f'TRAIN_ON_PREDICTIONS {train_dataset.predictions} was written for the '
+        f'split {split!r}, on which this run is evaluated. Let the teacher '
+        'write for the training split: INFER_SPLIT.'
+      )
+
+
 def _check_best_metric(name: str, names: Sequence[str]) -> None:
   if name not in names:
     near = difflib.get_close_matches(name, names, n=1)
@@ -573,10 +578,5 @@ def _save_manifest(run_dir: pathlib.Path, config: str) -> None:
   """Writes config.gin and versions.json beside the checkpoints."""
   run_dir.mkdir(parents=True, exist_ok=True)
   (run_dir / 'config.gin').write_text(config)
-  versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
-  versions |= {
-    'python': platform.python_version(),
-    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-    'command': sys.argv,
-  }
+  versions = {**checkpoint.versions(), 'command': sys.argv}
   (run_dir / 'versions.json').write_text(json.dumps(versions, indent=2) + '\n')

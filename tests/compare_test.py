@@ -8,7 +8,7 @@ import statistics
 import PIL.Image
 import pytest
 
-from gkd_jax import compare
+from gkd_jax import compare, jobs
 
 FILES = {
   'teacher': 'configs/cmudict_g2p/teacher.gin',
@@ -117,8 +117,8 @@ def start(monkeypatch):
   start.jobs, start.running, start.finished, start.terminated = [], [], [], []
   start.without_result, start.exit_codes = set(), {}
   start.most_running = 0
-  monkeypatch.setattr(compare, '_start', start)
-  monkeypatch.setattr(compare.time, 'sleep', lambda seconds: None)
+  monkeypatch.setattr(jobs, '_start', start)
+  monkeypatch.setattr(jobs.time, 'sleep', lambda seconds: None)
   return start
 
 
@@ -475,17 +475,6 @@ def test_when_one_fails_those_beside_it_are_ended(tmp_path, start):
     run_compare(tmp_path, num_parallel=2)
 
   assert start.terminated == ['seed_0/initial_student']
-
-
-def test_a_real_process_that_fails_shows_its_own_message(tmp_path):
-  job = compare.Job(
-    'broken', ('--gin_file=no_such.gin',), tmp_path / 'broken' / 'result'
-  )
-
-  with pytest.raises(ValueError) as error:
-    compare._run([job], tmp_path, 1)
-
-  assert 'Error: --gin_file=no_such.gin is not there' in str(error.value)
 
 
 # --- What is refused ----------------------------------------------------------

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from gkd_jax import compare
+from gkd_jax import jobs as jobs_lib
 from tests import conftest
 
 FRAGMENTS = sorted((conftest.ROOT / 'gin').rglob('*.gin'))
@@ -109,11 +109,11 @@ def test_all_runs_of_a_comparison_build_all_their_parts(
 
   jobs = []
 
-  def keep_and_stop(of_comparison, *rest):
+  def keep_and_stop(of_comparison, *rest, **settings):
     jobs.extend(of_comparison)
     raise Stop
 
-  monkeypatch.setattr(compare, '_run', keep_and_stop)
+  monkeypatch.setattr(jobs_lib, 'run', keep_and_stop)
   with pytest.raises(Stop):
     run_main(*documented_command(path), f'--gin.MODEL_DIR={tmp_path}')
 

@@ -13,10 +13,10 @@ LAYERS = (
   {'batch', 'divergences', 'partitioning'},
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies'},
-  {'step', 'checkpoint', 'metrics', 'interop'},
-  {'pretrained'},
+  {'step', 'checkpoint', 'metrics', 'interop', 'json_lines'},
+  {'pretrained', 'predictions', 'jobs'},
   {'data', 'evaluate', 'infer', 'tasks'},
-  {'train', 'compare', 'export', 't5x_bridge'},
+  {'train', 'compare', 'sweep', 'export', 't5x_bridge'},
   {'main'},
 )
 SAME_LAYER = {
