@@ -2,12 +2,17 @@
 """What is minimised on the outputs y, and how it is summed.
 
     loss = divergence_weight * D(P, Q) - likelihood_weight * log Q(y)
+         - reward_weight * r(y)
 
-per token, then reduced over a sequence and a batch. (A reward, the third term
-of the design, joins here.) No `[B, T, V]` array exists: hidden states are
-projected to the vocabulary, compared and differentiated chunk by chunk.
+The first two are given per token, then reduced over a sequence and a batch; r
+is given per sequence. No `[B, T, V]` array exists: hidden states are projected
+to the vocabulary, compared and differentiated chunk by chunk.
 
-Source: Agarwal et al. (2024), arXiv:2306.13649, Eq. 2 to 4.
+A reward depends on the student only through what it writes, so its gradient is
+that of an expectation, estimated by REINFORCE: (r - b) grad log Q(y), with a
+baseline b that takes away variance and adds no bias.
+
+Source: Agarwal et al. (2024), arXiv:2306.13649, Eq. 2 to 5.
 """
 
 import dataclasses
@@ -28,6 +33,8 @@ Unembed = Callable[[Head, jax.Array], jax.Array]  # (head, [..., D]) -> [..., V]
 Terms = Callable[[jax.Array, jax.Array | None, jax.Array], dict[str, jax.Array]]
 
 REDUCTIONS = ('sequence', 'token')
+REWARD_BASELINES = ('self_critical', 'batch_mean', 'none')
+REWARD_NORMALIZATIONS = ('sequence', 'token')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +49,23 @@ class Objective:
       distribution is sharpened. The student is always compared at 1.
     reduction: 'sequence', the paper's Eq. 2: the mean over a sequence's own
       tokens, then over sequences; or 'token': the mean over all tokens of the
-      batch, in which long sequences weigh more.
+      batch, in which long sequences weigh more. A reward is added once a
+      sequence in either: to the mean of its tokens' terms, or to their sum.
+    reward_weight: of the reward; None without one. With 0 the reward is
+      measured, and nothing is learnt from it.
+    reward_baseline: b. 'batch_mean': the mean reward of the other outputs that
+      the student wrote (in the same microbatch), which costs nothing;
+      'self_critical': the reward of the greedy output, which costs one more
+      rollout and knows how hard the input is; or 'none'.
+    reward_normalization: 'sequence': the log-probabilities of an output's
+      tokens are summed, the exact gradient of the expected reward; or 'token':
+      they are averaged, so that an output's gradient does not grow with its
+      length.
     chunk_tokens: how many tokens' logits exist at a time.
+
+  With 'sequence' for both settings a reward of 1 weighs as much as a divergence
+  of 1 nat at every token. An output that was cut off has the log-probability of
+  the tokens that are there.
   """
 
   divergence: Divergence | None = None
@@ -51,18 +73,21 @@ class Objective:
   likelihood_weight: float = 0.0
   teacher_temperature: float = 1.0
   reduction: str = 'sequence'
+  reward_weight: float | None = None
+  reward_baseline: str = 'batch_mean'
+  reward_normalization: str = 'sequence'
   chunk_tokens: int = 1024
 
   def __post_init__(self):
-    for name in ('divergence_weight', 'likelihood_weight'):
-      if getattr(self, name) < 0.0:
+    weights = ('divergence_weight', 'likelihood_weight', 'reward_weight')
+    for name in weights:
+      if (getattr(self, name) or 0.0) < 0.0:
         raise ValueError(
           f'Objective.{name} must not be negative: {getattr(self, name)}.'
         )
-    if not self.divergence_weight and not self.likelihood_weight:
+    if not any(getattr(self, name) for name in weights):
       raise ValueError(
-        'Objective has nothing to minimise: divergence_weight and '
-        'likelihood_weight are both 0.'
+        f'Objective has nothing to minimise: {", ".join(weights)} are all 0.'
       )
     if self.divergence_weight and self.divergence is None:
       raise ValueError(
@@ -75,11 +100,16 @@ class Objective:
         'Objective.teacher_temperature must be positive, got '
         f'{self.teacher_temperature}.'
       )
-    if self.reduction not in REDUCTIONS:
-      raise ValueError(
-        f'Objective.reduction must be one of {REDUCTIONS}, got '
-        f'{self.reduction!r}.'
-      )
+    for name, choices in (
+      ('reduction', REDUCTIONS),
+      ('reward_baseline', REWARD_BASELINES),
+      ('reward_normalization', REWARD_NORMALIZATIONS),
+    ):
+      if getattr(self, name) not in choices:
+        raise ValueError(
+          f'Objective.{name} must be one of {choices}, got '
+          f'{getattr(self, name)!r}.'
+        )
     if self.chunk_tokens < 1:
       raise ValueError(
         f'Objective.chunk_tokens must be positive, got {self.chunk_tokens}.'
@@ -98,8 +128,12 @@ class Objective:
   def needs_teacher(self) -> bool:
     return self.divergence_weight > 0.0
 
+  @property
+  def learns_from_reward(self) -> bool:
+    return bool(self.reward_weight)
+
   def terms(self, num_ids: int) -> Terms:
-    """Returns 'loss' and its parts for each token, in nats."""
+    """Returns 'loss' and its parts for each token, in nats; not the reward."""
 
     def terms(student_logits, teacher_logits, tokens):
       if self.needs_teacher:
@@ -119,6 +153,23 @@ class Objective:
       return {'loss': loss, **out}
 
     return terms
+
+
+def reward_share(alpha: float) -> float:
+  """Returns 1 - alpha, the weight of the reward in the paper's Eq. 5.
+
+  Args:
+    alpha: weight of the divergence: 1 is distillation alone, 0 reward alone.
+
+  Raises:
+    ValueError: alpha is outside [0, 1].
+  """
+  if not 0.0 <= alpha <= 1.0:
+    raise ValueError(
+      f'ALPHA must be in [0, 1], got {alpha}: the loss is ALPHA times the '
+      'divergence, less 1 - ALPHA times the reward.'
+    )
+  return 1.0 - alpha
 
 
 def comparable_logits(
@@ -175,6 +226,22 @@ def coefficients(
   )
 
 
+def advantages(
+  objective: Objective, advantages_B: jax.Array, weights_BT: jax.Array
+) -> jax.Array:
+  """Returns what it is worth to make each token likelier: [B, T], per nat.
+
+  Args:
+    objective: weight and normalization of the reward.
+    advantages_B: [B] reward of each output, less its baseline.
+    weights_BT: [B, T], 0 where there is no token.
+  """
+  worth_BT = objective.reward_weight * advantages_B[:, None] * weights_BT
+  if objective.reward_normalization == 'token':
+    worth_BT /= jnp.maximum(weights_BT.sum(axis=1, keepdims=True), 1.0)
+  return worth_BT
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def weighted_sums(
   terms: Terms,
@@ -187,6 +254,7 @@ def weighted_sums(
   teacher_hidden: jax.Array | None,
   tokens: jax.Array,
   coefficients: jax.Array,
+  advantages: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
   """Sums each term over all tokens, without ever holding all logits.
 
@@ -207,6 +275,9 @@ def weighted_sums(
     teacher_hidden: [B, T, D'] constant; None without a teacher.
     tokens: [B, T] int32.
     coefficients: [B, T] what each token counts.
+    advantages: [B, T] what each nat of a token's log-likelihood is worth beyond
+      that, constant; None without a reward. They are in the gradient alone: no
+      sum has them. The terms have 'nll' then.
 
   Returns:
     {name: [] float32}.
@@ -219,7 +290,12 @@ def weighted_sums(
     return _add(sums, new), None
 
   chunks = _chunks(
-    chunk_tokens, student_hidden, teacher_hidden, tokens, coefficients
+    chunk_tokens,
+    student_hidden=student_hidden,
+    tokens=tokens,
+    coefficients=coefficients,
+    teacher_hidden=teacher_hidden,
+    advantages=advantages,
   )
   sums, _ = _scan(add_chunk, chunks)
   return sums
@@ -236,6 +312,7 @@ def _weighted_sums_fwd(
   teacher_hidden,
   tokens,
   coefficients,
+  advantages,
 ):
   def add_chunk(total, chunk):
     def loss(head, hidden):
@@ -250,7 +327,12 @@ def _weighted_sums_fwd(
     return _add(total, (sums, d_head)), d_hidden
 
   chunks = _chunks(
-    chunk_tokens, student_hidden, teacher_hidden, tokens, coefficients
+    chunk_tokens,
+    student_hidden=student_hidden,
+    tokens=tokens,
+    coefficients=coefficients,
+    teacher_hidden=teacher_hidden,
+    advantages=advantages,
   )
   (sums, d_head), d_hidden = _scan(add_chunk, chunks)
   # [chunks, B, chunk_len, D] -> [B, T, D], less what filled the last chunk.
@@ -266,7 +348,7 @@ def _weighted_sums_bwd(
   del terms, student_unembed, teacher_unembed, chunk_tokens
   scale = cotangents['loss']
   d_head, d_hidden = jax.tree.map(lambda x: (scale * x).astype(x.dtype), kept)
-  return d_head, d_hidden, None, None, None, None
+  return d_head, d_hidden, None, None, None, None, None
 
 
 weighted_sums.defvjp(_weighted_sums_fwd, _weighted_sums_bwd)
@@ -282,17 +364,25 @@ def _chunk_sums(terms, student_unembed, teacher_unembed, teacher_head, chunk):
       teacher_logits,
       chunk['tokens'],
     )
-    return {
+    totals = {
       name: jnp.sum(value * chunk['coefficients'])
       for name, value in values.items()
     }
+    if 'advantages' in chunk:
+      # 0, with the gradient of nll.
+      nll = values['nll'] - jax.lax.stop_gradient(values['nll'])
+      totals['loss'] += jnp.sum(nll * chunk['advantages'])
+    return totals
 
   return sums
 
 
-def _chunks(chunk_tokens, student_hidden, teacher_hidden, tokens, coefficients):
-  """Cuts [B, T, ...] along T: {name: [num_chunks, B, chunk_len, ...]}."""
-  batch_size, length = tokens.shape
+def _chunks(chunk_tokens, **arrays):
+  """Cuts [B, T, ...] along T: {name: [num_chunks, B, chunk_len, ...]}.
+
+  Those that are None are left out.
+  """
+  batch_size, length = arrays['tokens'].shape
   chunk_len = min(length, max(1, chunk_tokens // batch_size))
   num_chunks = -(-length // chunk_len)
   # Even chunks: 17 positions in chunks of 16 would be 32 positions of work.
@@ -304,14 +394,7 @@ def _chunks(chunk_tokens, student_hidden, teacher_hidden, tokens, coefficients):
     x = x.reshape(batch_size, num_chunks, chunk_len, *x.shape[2:])
     return x.swapaxes(0, 1)
 
-  arrays = {
-    'student_hidden': student_hidden,
-    'tokens': tokens,
-    'coefficients': coefficients,
-  }
-  if teacher_hidden is not None:
-    arrays['teacher_hidden'] = teacher_hidden
-  return {name: cut(x) for name, x in arrays.items()}
+  return {name: cut(x) for name, x in arrays.items() if x is not None}
 
 
 def _scan(add_chunk, chunks):

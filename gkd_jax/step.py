@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The train step: write outputs, score them, compare, update. One program.
 
-Source: Agarwal et al. (2024), arXiv:2306.13649, Algorithm 1.
+Source: Agarwal et al. (2024), arXiv:2306.13649, Algorithm 1 and Eq. 5.
 """
 
 import functools
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gkd_jax import objectives, partitioning, policies, sampler
-from gkd_jax.batch import EOS_ID, Batch, Outputs
+from gkd_jax import objectives, partitioning, policies, rewards, sampler
+from gkd_jax.batch import EOS_ID, Outputs
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -27,7 +27,8 @@ class TrainState(NamedTuple):
   opt_state: optax.OptState
 
 
-TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+# (state, teacher params, batch[, params of the reward's model])
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -65,10 +66,12 @@ def make_train_step(
   num_ids: int,
   seed: int,
   num_microbatches: int = 1,
+  reward: rewards.Score | None = None,
 ) -> TrainStep:
   """Returns `train_step(state, teacher_params, batch) -> (state, metrics)`.
 
-  It is pure and not yet jitted; donate `state`, not the teacher.
+  It is pure and not yet jitted; donate `state`, not the teacher. A reward with
+  a model of its own gets that model's parameters as a fourth argument.
 
   Args:
     student: model that learns; `model` says what is asked of a model.
@@ -82,11 +85,13 @@ def make_train_step(
     seed: of dropout, sampling and the policy's draws. Together with
       `state.step` it determines them all.
     num_microbatches: parts the batch is worked through in, to save memory.
-      Changes nothing else, up to rounding and dropout masks.
+      Changes nothing else, up to rounding and dropout masks; but the baseline
+      'batch_mean' is the mean over a part.
+    reward: how good the student's outputs are; None: the objective has none.
 
   Raises:
     ValueError: the likelihood of outputs that the student writes would be
-      maximised.
+      maximised, or the reward's gradient would not be that of its expectation.
   """
   loss_sums = make_loss_sums(
     student=student,
@@ -96,9 +101,10 @@ def make_train_step(
     student_sampler=student_sampler,
     teacher_sampler=teacher_sampler,
     num_ids=num_ids,
+    reward=reward,
   )
 
-  def train_step(state, teacher_params, batch):
+  def train_step(state, teacher_params, batch, reward_params=None):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
 
@@ -109,7 +115,7 @@ def make_train_step(
         jax.random.fold_in(dropout_rng, microbatch),
       )
       return jax.grad(loss_sums, has_aux=True)(
-        state.params, teacher_params, batch, row_ids_B, rngs
+        state.params, teacher_params, batch, row_ids_B, rngs, reward_params
       )
 
     grads, sums = _over_microbatches(grads_and_sums, batch, num_microbatches)
@@ -118,6 +124,7 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
+    of_rewards = _reward_metrics(sums)
     sequences = sums.pop('sequences')
     per_sequence = {
       name: sums.pop(name) / sequences for name in ('on_policy', 'truncated')
@@ -126,6 +133,7 @@ def make_train_step(
       'target_tokens': sums.pop('target_tokens'),
       **{name: total / count for name, total in sums.items()},
       **per_sequence,
+      **of_rewards,
       'grad_norm': optax.tree.norm(grads),
       'param_norm': optax.tree.norm(params),
     }
@@ -143,23 +151,35 @@ def make_loss_sums(
   student_sampler: sampler.SamplerConfig,
   teacher_sampler: sampler.SamplerConfig,
   num_ids: int,
+  reward: rewards.Score | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Makes the function that a step takes the gradient of.
 
   Args: see `make_train_step`.
 
   Returns:
-    (student params, teacher params, batch, row numbers [B], rngs) -> (loss,
-    sums), where rngs are the keys of policy, sampling and dropout. The sums
-    have the loss and its parts, too; all are still to be divided by
-    sums['count'], those of sequences by sums['sequences'].
+    (student params, teacher params, batch, row numbers [B], rngs, params of the
+    reward's model or None) -> (loss, sums), where rngs are the keys of policy,
+    sampling and dropout. The sums have the loss and its parts, too; all are
+    still to be divided by sums['count'], those of sequences by
+    sums['sequences'], those of rewards by sums['on_policy'].
 
   Raises:
     ValueError: see `make_train_step`.
   """
   check_objective(policy, objective)
+  check_reward(
+    policy,
+    objective,
+    student_sampler,
+    has_reward=reward is not None,
+    dropout_rate=student.config.dropout_rate,
+  )
 
-  def loss_sums(params, teacher_params, batch, row_ids_B, rngs):
+  def loss_sums(
+    params, teacher_params, batch, row_ids_B, rngs, reward_params=None
+  ):
+    encoded = _encode_once(student, params, batch.encoder_input_tokens)
     written, student_hidden = _write_and_run_student(
       student,
       teacher,
@@ -169,6 +189,7 @@ def make_loss_sums(
       batch,
       row_ids_B,
       rngs,
+      encoded=encoded,
       samplers=(student_sampler, teacher_sampler),
       num_ids=num_ids,
     )
@@ -184,6 +205,33 @@ def make_loss_sums(
         teacher, teacher_params, batch.encoder_input_tokens, outputs.tokens
       )
       teacher_unembed = unembed(teacher)
+    advantages_BT, reward_sums = None, {}
+    if reward is not None:
+
+      def sample_greedy():
+        return policies.rollout(
+          student,
+          params,
+          batch.encoder_input_tokens,
+          rngs[1],
+          sampler.GREEDY,
+          encoded=encoded,
+          row_ids_B=row_ids_B,
+          max_decode_len=outputs.tokens.shape[1],
+          num_ids=num_ids,
+        )
+
+      advantages_B, reward_sums = _judge(
+        functools.partial(rewards.score, reward, batch, params=reward_params),
+        written,
+        objective,
+        sample_greedy,
+        always=policy.student_data_fraction == 1.0,
+      )
+      if objective.learns_from_reward:
+        advantages_BT = objectives.advantages(
+          objective, advantages_B, outputs.weights
+        )
     sums = objectives.weighted_sums(
       objective.terms(num_ids),
       unembed(student),
@@ -195,7 +243,10 @@ def make_loss_sums(
       teacher_hidden,
       outputs.tokens,
       weights_BT,
+      advantages_BT,
     )
+    if objective.learns_from_reward:
+      sums['loss'] -= objective.reward_weight * reward_sums['reward']
     ended_B = jnp.any(outputs.tokens == EOS_ID, axis=1)
     counts = {
       'count': count,
@@ -204,7 +255,7 @@ def make_loss_sums(
       'on_policy': written.by_student.sum(dtype=jnp.float32),
       'truncated': (~ended_B).sum(dtype=jnp.float32),
     }
-    return sums['loss'], {**sums, **counts}
+    return sums['loss'], {**sums, **counts, **reward_sums}
 
   return loss_sums
 
@@ -220,6 +271,54 @@ def check_objective(
       'likely that the student wrote would teach it its own mistakes. Set '
       'LIKELIHOOD_WEIGHT = 0.0, or STUDENT_DATA_FRACTION = 0.0 to learn from '
       "the dataset's outputs alone."
+    )
+
+
+def check_reward(
+  policy: policies.Policy,
+  objective: objectives.Objective,
+  student_sampler: sampler.SamplerConfig,
+  *,
+  has_reward: bool,
+  dropout_rate: float,
+) -> None:
+  """Raises ValueError if the reward's gradient would be of something else.
+
+  REINFORCE differentiates the distribution that the outputs were drawn from.
+  """
+  if has_reward != (objective.reward_weight is not None):
+    raise ValueError(
+      'REWARD and REWARD_WEIGHT belong together, but '
+      + (
+        'REWARD_WEIGHT is None. Set it, to 0.0 if the reward is only to be '
+        'measured, or set REWARD = None.'
+        if has_reward
+        else f'REWARD_WEIGHT is {objective.reward_weight} and there is no '
+        'REWARD. Name one, e.g. @rewards.exact_match(), or set '
+        'REWARD_WEIGHT = None.'
+      )
+    )
+  if not has_reward:
+    return
+  if policy.student_data_fraction == 0.0:
+    raise ValueError(
+      'A reward judges what the student writes, but STUDENT_DATA_FRACTION is '
+      '0.0: it writes nothing. Set STUDENT_DATA_FRACTION = 1.0, or REWARD = '
+      'None and REWARD_WEIGHT = None.'
+    )
+  if not objective.learns_from_reward:
+    return
+  if student_sampler != sampler.ANCESTRAL:
+    raise ValueError(
+      'To learn from a reward, the student must write with its own '
+      f'distribution, but its outputs are drawn by {student_sampler}. Set '
+      'SAMPLING_TEMPERATURE = 1.0, without top_k and top_p.'
+    )
+  if dropout_rate > 0.0:
+    raise ValueError(
+      f'DROPOUT_RATE is {dropout_rate}: the student writes without dropout, so '
+      'what it learns with dropout would not be the distribution that wrote. '
+      'To learn from a reward set DROPOUT_RATE = 0.0.'
     )
 
 
@@ -271,6 +370,16 @@ def hidden_states(
   )
 
 
+def _encode_once(student, params, inputs) -> jax.Array | None:
+  """Returns the encoder's output, where sampling and loss see the same.
+
+  With dropout they do not. (Sampling itself is never differentiated.)
+  """
+  if student.config.dropout_rate > 0.0:
+    return None
+  return student.apply({'params': params}, inputs, method='encode')
+
+
 def _write_and_run_student(
   student,
   teacher,
@@ -281,18 +390,13 @@ def _write_and_run_student(
   row_ids_B,
   rngs,
   *,
+  encoded,
   samplers,
   num_ids,
 ) -> tuple[policies.Written, jax.Array]:
   """Returns what the policy wrote, and the student's hidden states on it."""
   policy_rng, sample_rng, dropout_rng = rngs
   inputs = batch.encoder_input_tokens
-  dropout = student.config.dropout_rate > 0.0
-  # Without dropout, sampling and loss see the same encoder output: it is
-  # computed once. (Sampling itself is never differentiated.)
-  encoded = None
-  if not dropout:
-    encoded = student.apply({'params': params}, inputs, method='encode')
   shape = {
     'row_ids_B': row_ids_B,
     'max_decode_len': batch.decoder_target_tokens.shape[1],
@@ -320,9 +424,70 @@ def _write_and_run_student(
     inputs,
     written.outputs.tokens,
     encoded=encoded,
-    dropout_rng=dropout_rng if dropout else None,
+    dropout_rng=dropout_rng if encoded is None else None,
   )
   return written, hidden
+
+
+def _judge(
+  score, written, objective, sample_greedy, *, always
+) -> tuple[jax.Array, Metrics]:
+  """Returns reward less baseline [B], 0 for others' outputs; and their sums.
+
+  Args:
+    score: outputs -> [B].
+    written: what the policy wrote.
+    objective: says which baseline.
+    sample_greedy: () -> what the student writes at temperature 0.
+    always: whether the student writes all outputs. If not, a batch of which it
+      wrote none is not judged.
+  """
+  by_student_B = written.by_student
+
+  def judge():
+    rewards_B = score(written.outputs)
+    baseline_B = jnp.zeros_like(rewards_B)
+    if not objective.learns_from_reward:
+      pass
+    elif objective.reward_baseline == 'self_critical':
+      greedy = sample_greedy()
+      baseline_B = score(Outputs(greedy.tokens, greedy.weights))
+    elif objective.reward_baseline == 'batch_mean':
+      baseline_B = rewards.leave_one_out_mean(rewards_B, by_student_B)
+    return rewards_B, baseline_B
+
+  def nothing():
+    return (jnp.zeros(by_student_B.shape, jnp.float32),) * 2
+
+  if always:
+    rewards_B, baseline_B = judge()
+  else:
+    rewards_B, baseline_B = jax.lax.cond(by_student_B.any(), judge, nothing)
+  rewards_B, baseline_B = (
+    jnp.where(by_student_B, x, 0.0) for x in (rewards_B, baseline_B)
+  )
+  advantages_B = rewards_B - baseline_B
+  sums = {'reward': rewards_B.sum()}
+  if objective.learns_from_reward:
+    sums |= {
+      'reward_baseline': baseline_B.sum(),
+      'reward_advantage_squared': jnp.square(advantages_B).sum(),
+    }
+  return advantages_B, sums
+
+
+def _reward_metrics(sums: Metrics) -> Metrics:
+  """Takes the sums of rewards out: their means over the student's outputs.
+
+  NaN where it wrote none.
+  """
+  names = [name for name in sums if name.startswith('reward')]
+  means = {name: sums.pop(name) / sums['on_policy'] for name in names}
+  if 'reward_advantage_squared' in means:
+    means['reward_advantage_rms'] = jnp.sqrt(
+      means.pop('reward_advantage_squared')
+    )
+  return means
 
 
 def _over_microbatches(grads_and_sums, batch, num_microbatches):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from gkd_jax import (
@@ -24,11 +25,12 @@ from gkd_jax import (
   policies,
   predictions,
   pretrained,
+  rewards,
   sampler,
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import step as step_lib
-from gkd_jax.batch import Batch
+from gkd_jax.batch import Batch, Outputs
 from gkd_jax.model import (
   T5,
   T5Config,
@@ -57,6 +59,9 @@ def train(
   num_microbatches: int = 1,
   student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  reward: rewards.Reward | None = None,
+  reward_checkpoint_path: str | None = None,
+  reward_dtype: str | None = None,
   max_decode_len: int | None = None,
   mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
   eval_dataset: data.DatasetConfig | None = None,
@@ -91,6 +96,11 @@ def train(
     num_microbatches: parts a batch is worked through in, to save memory.
     student_sampler: how the student's training outputs are drawn.
     teacher_sampler: how the teacher's are.
+    reward: how good the student's outputs are, where the objective has a weight
+      for it.
+    reward_checkpoint_path: the model that says so, if the reward has one; of
+      the task's vocabulary.
+    reward_dtype: of its parameters, like `teacher_dtype`.
     max_decode_len: length of sampled outputs; None: as the task's targets.
     mesh: makes the device mesh.
     eval_dataset: evaluated every `eval_period` steps and at the end; the
@@ -136,6 +146,15 @@ def train(
   for name, value in (('TEACHER', teacher), ('TEACHER_DTYPE', teacher_dtype)):
     if value is not None and teacher_checkpoint_path is None:
       raise ValueError(f'{name} is set, but no TEACHER_CHECKPOINT_PATH.')
+  step_lib.check_reward(
+    policy,
+    objective,
+    student_sampler,
+    has_reward=reward is not None,
+    dropout_rate=student.dropout_rate,
+  )
+  _check_reward_model(reward, reward_checkpoint_path, reward_dtype)
+  _check_reward_baseline(objective, train_dataset.batch_size, num_microbatches)
   if best_mode not in ('min', 'max'):
     raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
   if best_metric is not None and eval_dataset is None:
@@ -173,15 +192,28 @@ def train(
     pretrained.check_fits(
       sources['student'], description.vocabulary, num_ids, student
     )
+  if reward_checkpoint_path is not None:
+    sources['reward'] = pretrained.open_checkpoint(reward_checkpoint_path)
+    pretrained.check_fits(sources['reward'], description.vocabulary, num_ids)
+  score = reward_model = reward_params = None
+  if reward is not None:
+    if 'reward' in sources:
+      reward_model = like_student(sources['reward'].config, student)
+      reward_params = abstract_params(reward_model, device_mesh)
+    score = reward.make_score(vocabulary, reward_model)
+    _check_score(score, train_dataset, reward_params)
 
   # From here on files are read whole, and the run's folder is written.
   teacher_model = teacher_params = None
   if 'teacher' in sources:
-    teacher_model = make_teacher(sources['teacher'].config, student)
+    teacher_model = like_student(sources['teacher'].config, student)
     teacher_params = sources['teacher'].load(
       abstract_params(teacher_model, device_mesh), teacher_dtype
     )
     metrics_lib.say(f'Teacher: {sources["teacher"]}')
+  if 'reward' in sources:
+    reward_params = sources['reward'].load(reward_params, reward_dtype)
+    metrics_lib.say(f'Reward: {sources["reward"]}')
   if 'student' in sources:
     params = sources['student'].load(plan.state.params, 'float32')
     metrics_lib.say(f'Student: {sources["student"]}')
@@ -194,7 +226,9 @@ def train(
       f'Student: {pretrained.architecture(student)}, {count_params(params):,} '
       'float32 parameters, from random initialisation'
     )
-  train_step = plan.make_train_step(teacher=teacher_model, num_ids=num_ids)
+  train_step = plan.make_train_step(
+    teacher=teacher_model, num_ids=num_ids, reward=score
+  )
   evaluations = {
     split.split: evaluate.Evaluation(
       split,
@@ -242,8 +276,9 @@ def train(
     state, train_seconds = _loop(
       train_step,
       state,
-      teacher_params,
+      (teacher_params, reward_params),
       iterator,
+      raise_failure=reward.raise_failure if reward else lambda: None,
       writer=metrics_lib.MetricWriter(run_dir, first_step),
       checkpoints=checkpoints,
       evaluation=evaluations.get(eval_dataset.split) if eval_dataset else None,
@@ -352,8 +387,8 @@ def make_plan(
   )
 
 
-def make_teacher(config: T5Config, student: T5Config) -> T5:
-  """Returns the teacher; it computes in the student's type of numbers."""
+def like_student(config: T5Config, student: T5Config) -> T5:
+  """Returns a model that computes in the student's type of numbers."""
   return T5(dataclasses.replace(config, dtype=student.dtype))
 
 
@@ -362,6 +397,7 @@ def compile_step(
   state: step_lib.TrainState,
   teacher_params: step_lib.Params,
   batch: Batch,
+  reward_params: step_lib.Params = None,
 ) -> jax.stages.Compiled:
   """Compiles a step for the devices that its arguments lie on.
 
@@ -371,7 +407,7 @@ def compile_step(
   jitted = jax.jit(
     train_step, donate_argnums=0, out_shardings=(_shardings(state), None)
   )
-  return jitted.lower(state, teacher_params, batch).compile()
+  return jitted.lower(state, teacher_params, batch, reward_params).compile()
 
 
 def _shardings(tree: Any) -> Any:
@@ -381,9 +417,10 @@ def _shardings(tree: Any) -> Any:
 def _loop(
   train_step,
   state,
-  teacher_params,
+  constants,
   iterator,
   *,
+  raise_failure,
   writer,
   checkpoints,
   evaluation,
@@ -399,20 +436,26 @@ def _loop(
 
   The device is never waited for but to read the metrics of the step before
   the one it works on. `train_seconds` counts neither compilation nor
-  evaluation.
+  evaluation. `constants` are the parameters of teacher and reward, and
+  `raise_failure` that of the reward.
   """
+  teacher_params, reward_params = constants
   first_step = int(state.step)
   batch = partitioning.put_batch(next(iterator), mesh)
   start = time.monotonic()
-  compiled = compile_step(train_step, state, teacher_params, batch)
+  compiled = compile_step(
+    train_step, state, teacher_params, batch, reward_params
+  )
   metrics_lib.say(f'Compiled the step in {time.monotonic() - start:.1f} s.')
 
-  log = _Log(writer, learning_rate, total_steps, first_step, log_period)
+  log = _Log(
+    writer, learning_rate, total_steps, first_step, log_period, raise_failure
+  )
   clock = time.monotonic()
   for step in range(first_step + 1, total_steps + 1):
     if batch is None:
       batch = partitioning.put_batch(next(iterator), mesh)
-    state, step_metrics = compiled(state, teacher_params, batch)
+    state, step_metrics = compiled(state, teacher_params, batch, reward_params)
     batch = None
     log.dispatched(step, step_metrics)
     last = step == total_steps
@@ -445,10 +488,13 @@ def _loop(
 class _Log:
   """Reads the metrics of a step after the next one was dispatched."""
 
-  def __init__(self, writer, learning_rate, total_steps, first_step, period):
+  def __init__(
+    self, writer, learning_rate, total_steps, first_step, period, raise_failure
+  ):
     self._writer = writer
     self._learning_rate = learning_rate
     self._period = period
+    self._raise_failure = raise_failure
     self._progress = metrics_lib.Progress(total_steps, first_step, 10.0)
     self._pending = None
     self._window = []
@@ -469,6 +515,7 @@ class _Log:
     step, device_metrics = self._pending
     self._pending = None
     values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+    self._raise_failure()
     if not math.isfinite(values['loss']) or not math.isfinite(
       values['grad_norm']
     ):
@@ -485,7 +532,12 @@ class _Log:
     now = time.monotonic()
     seconds, self._clock = now - self._clock, now
     window, self._window = self._window, []
-    mean = {k: sum(v[k] for v in window) / len(window) for k in window[0]}
+    mean = {}
+    for name in window[0]:
+      # There is no reward in a step in which the student wrote nothing.
+      known = [v[name] for v in window if not math.isnan(v[name])]
+      if known:
+        mean[name] = sum(known) / len(known)
     tokens_per_second = mean['target_tokens'] * len(window) / seconds
     self._writer.write(
       step,
@@ -529,6 +581,62 @@ def _check_not_trained_on(
         f'split {split!r}, on which this run is evaluated. Let the teacher '
         'write for the training split: INFER_SPLIT.'
       )
+
+
+def _check_reward_model(
+  reward: rewards.Reward | None, path: str | None, dtype: str | None
+) -> None:
+  needs_model = reward is not None and reward.needs_model
+  if needs_model and path is None:
+    raise ValueError(
+      'This REWARD is given by a model: set REWARD_CHECKPOINT_PATH to a run, '
+      'Hugging Face or T5X folder.'
+    )
+  if path is not None and not needs_model:
+    raise ValueError(
+      'REWARD_CHECKPOINT_PATH is set, but no model is asked for a reward. Set '
+      'it to None, or REWARD = @rewards.entailment().'
+    )
+  pretrained.check_dtype('REWARD_DTYPE', dtype)
+  if dtype is not None and path is None:
+    raise ValueError('REWARD_DTYPE is set, but no REWARD_CHECKPOINT_PATH.')
+
+
+def _check_reward_baseline(
+  objective: objectives.Objective, batch_size: int, num_microbatches: int
+) -> None:
+  rows = batch_size // num_microbatches
+  if (
+    objective.learns_from_reward
+    and objective.reward_baseline == 'batch_mean'
+    and rows < 2
+  ):
+    raise ValueError(
+      "REWARD_BASELINE = 'batch_mean' is the mean reward of the other outputs, "
+      f'but BATCH_SIZE {batch_size} in {num_microbatches} NUM_MICROBATCHES '
+      "leaves one. Use 'self_critical' or 'none', or larger microbatches."
+    )
+
+
+def _check_score(
+  score: rewards.Score, dataset: data.DatasetConfig, params: rewards.Params
+) -> None:
+  """Traces a reward, so that what it refuses is refused now."""
+  lengths = dataset.task_feature_lengths
+  inputs, tokens, weights = (
+    jax.ShapeDtypeStruct((dataset.batch_size, length), dtype)
+    for length, dtype in (
+      (lengths['inputs'], np.int32),
+      (lengths['targets'], np.int32),
+      (lengths['targets'], np.float32),
+    )
+  )
+  jax.eval_shape(
+    functools.partial(rewards.score, score),
+    Batch(inputs, tokens, weights),
+    Outputs(tokens, weights),
+    params,
+  )
 
 
 def _check_best_metric(name: str, names: Sequence[str]) -> None:

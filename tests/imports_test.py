@@ -12,7 +12,7 @@ from tests import conftest
 LAYERS = (
   {'batch', 'divergences', 'partitioning'},
   {'layers', 'sampler', 'beam_search', 'objectives'},
-  {'model', 'policies'},
+  {'model', 'policies', 'rewards'},
   {'step', 'checkpoint', 'metrics', 'interop', 'json_lines'},
   {'pretrained', 'predictions', 'jobs'},
   {'data', 'evaluate', 'infer', 'tasks'},

@@ -78,6 +78,11 @@ class GKDModel(models.EncoderDecoderModel):
       feature_converter_cls=model.FEATURE_CONVERTER_CLS,
     )
     step_lib.check_objective(policy, objective)
+    if objective.reward_weight is not None:
+      raise ValueError(
+        f"Objective.reward_weight is {objective.reward_weight}, but in T5X's "
+        'trainer there is no REWARD. Train with gkd_jax.main, or leave it None.'
+      )
     needs_teacher = policy.needs_teacher or objective.needs_teacher
     if needs_teacher and teacher_checkpoint_path is None:
       raise ValueError(
