@@ -7,16 +7,18 @@ there are, and reads what they wrote.
 """
 
 import json
-import math
 import pathlib
-import statistics
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gkd_jax import figures, tables
 from gkd_jax import jobs as jobs_lib
 from gkd_jax import metrics as metrics_lib
+from gkd_jax.figures import Bars, Line, Panel, Plot
 from gkd_jax.jobs import Job
+from gkd_jax.tables import Column, Mean
 
 _TEACHER = 'teacher'
 _INITIAL = 'initial_student'
@@ -76,10 +78,12 @@ def compare(
   jobs_lib.run(jobs, folder, num_parallel)
   results = collect(folder, list(methods), metrics, seeds)
   results['seconds'] = round(time.monotonic() - start, 1)
-  jobs_lib.write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
+  metrics_lib.write_whole(
+    folder / 'results.json', json.dumps(results, indent=2) + '\n'
+  )
   plots = _plot(folder, results, list(methods), metrics[0], seeds)
   table = format_table(results, metrics)
-  jobs_lib.write(
+  metrics_lib.write_whole(
     folder / 'report.md',
     _report(title, results, table, plots, jobs, metrics, seeds),
   )
@@ -89,6 +93,10 @@ def compare(
   for plot in plots:
     print(f'Plot:        {plot}')
   print(f'Checkpoints: {folder}/<run>/checkpoint_<step>')
+  print(
+    'Samples, token by token: python -m gkd_jax.main --run_mode=report '
+    f'--gin.RUNS={shlex.quote(str(folder))}'
+  )
 
 
 def _jobs(
@@ -215,125 +223,88 @@ def _mean_row(method: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   for name in runs[0]:
     if name in ('method', 'seed'):
       continue
-    values = [run[name] for run in runs]
-    if None in values:  # there was no gap to close
-      row[name] = None
-      continue
-    row[name] = statistics.fmean(values)
-    if len(values) > 1:
-      row[f'{name}_se'] = statistics.stdev(values) / math.sqrt(len(values))
+    mean = tables.mean([run[name] for run in runs])
+    row[name] = None if mean is None else mean.value  # no gap to close: None
+    if mean is not None and mean.error is not None:
+      row[f'{name}_se'] = mean.error
   return row
+
+
+def _mean(row: Mapping[str, Any], name: str) -> Mean | None:
+  """Returns a mean of a row."""
+  if row.get(name) is None:
+    return None
+  return Mean(row[name], row.get(f'{name}_se'), row['seeds'])
 
 
 def format_table(results: Mapping[str, Any], metrics: Sequence[str]) -> str:
   """Returns the table in Markdown, its columns aligned."""
-  columns = [('method', 'method', '{}', 1)]
+  columns = []
   for name in metrics:
-    columns.append((f'{name.upper()} %', name, '{:.2f}', 1))
-    columns.append((f'{name.upper()} % at T=1', f'sampled_{name}', '{:.2f}', 1))
+    columns.append(Column(tables.head(f'greedy/{name}'), name))
+    columns.append(Column(tables.head(f'sampled/{name}'), f'sampled_{name}'))
   columns += [
-    ('gap closed %', 'gap_closed', '{:.1f}', 100),
-    ('KL(student‖teacher)', 'kl_on_student_outputs', '{:.4f}', 1),
-    ('steps', 'steps', '{:.0f}', 1),
-    ('seconds', 'seconds', '{:.0f}', 1),
+    Column('gap closed %', 'gap_closed', '{:.1f}', 100.0),
+    Column('KL(student‖teacher)', 'kl_on_student_outputs', '{:.4f}'),
+    Column('steps', 'steps', '{:.0f}', with_error=False),
+    Column('seconds', 'seconds', '{:.0f}', with_error=False),
   ]
-  with_error = {*metrics, *(f'sampled_{m}' for m in metrics), 'gap_closed'}
-  with_error.add('kl_on_student_outputs')
-  rows = [[head for head, *_ in columns]]
+  named = []
   for row in results['methods']:
-    cells = []
-    for _, name, form, scale in columns:
-      if row.get(name) is None:
-        cells.append('')
-        continue
-      value = row[name]
-      cell = form.format(value if name == 'method' else value * scale)
-      if name in with_error and f'{name}_se' in row:
-        cell += ' ± ' + form.format(row[f'{name}_se'] * scale)
-      cells.append(cell)
-    rows.append(cells)
-  widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-  lines = [
-    '| '
-    + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
-    + ' |'
-    for row in rows
-  ]
-  lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
-  return '\n'.join(lines)
+    means = {c.metric: _mean(row, c.metric) for c in columns}
+    named.append((row['method'], means))
+  return tables.markdown(tables.cells(columns, named))
 
 
 def _plot(folder, results, methods, metric, seeds) -> list[pathlib.Path]:
   """Draws the metric against the step, and its final values."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
-  def of(method):
-    return next(r for r in results['methods'] if r['method'] == method)
-
+  rows = {row['method']: row for row in results['methods']}
   key = f'validation/greedy/{metric}'
-  figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
-  for i, method in enumerate(methods):
-    curves = []
-    for seed in seeds:
-      at_start = [
-        line[key]
-        for line in metrics_lib.read(folder / f'seed_{seed}' / _INITIAL)
-        if key in line
-      ][-1]
-      lines = metrics_lib.read(folder / f'seed_{seed}' / method)
-      points = [(line['step'], line[key]) for line in lines if key in line]
-      curves.append([(0, at_start), *points])
-    steps = [step for step, _ in curves[0]]
-    means = [
-      statistics.fmean(curve[j][1] for curve in curves)
-      for j in range(len(steps))
-    ]
-    axes.plot(steps, means, marker='o', color=f'C{i}', label=method)
-  teacher_lines = metrics_lib.read(folder / _TEACHER)
-  at_end = [line[key] for line in teacher_lines if key in line][-1]
-  axes.axhline(at_end, color='black', linestyle='--', label=_TEACHER)
-  axes.set(
-    xlabel='steps of the method',
-    ylabel=f'{metric.upper()} %, greedy, validation',
-    title='On the validation split, during training',
-  )
-  axes.legend()
-  axes.grid(alpha=0.3)
-  curves_path = folder / f'{metric}_by_step.png'
-  figure.savefig(curves_path, dpi=120)
-  plt.close(figure)
 
-  figure, axes = plt.subplots(figsize=(10, 5), layout='constrained')
-  names = [_INITIAL, *methods]
-  for offset, (name, label) in zip(
-    (-0.2, 0.2),
-    ((metric, 'greedy'), (f'sampled_{metric}', 'sampled, T=1')),
-    strict=True,
-  ):
-    bars = axes.bar(
-      [i + offset for i in range(len(names))],
-      [of(n)[name] for n in names],
-      0.38,
-      yerr=[of(n).get(f'{name}_se', 0.0) for n in names],
-      label=label,
-    )
-    axes.bar_label(bars, fmt='%.1f', fontsize=7)
-    axes.axhline(
-      of(_TEACHER)[name],
-      color=bars[0].get_facecolor(),
-      linestyle='--',
-      label=f'teacher, {label}',
-    )
-  axes.set_xticks(range(len(names)), names, rotation=20, ha='right')
-  axes.set(ylabel=f'{metric.upper()} %, test', title='At the end, test split')
-  figure.legend(fontsize=8, loc='outside right upper')
-  bars_path = folder / f'{metric}_final.png'
-  figure.savefig(bars_path, dpi=120)
-  plt.close(figure)
-  return [curves_path, bars_path]
+  def curve(run):
+    lines = metrics_lib.read(folder / run)
+    return {line['step']: line[key] for line in lines if key in line}
+
+  def at_end(run):
+    *_, last = curve(run).values()
+    return last
+
+  series = {}
+  for method in methods:
+    by_seed = [
+      {
+        0: at_end(f'seed_{seed}/{_INITIAL}'),
+        **curve(f'seed_{seed}/{method}'),
+      }
+      for seed in seeds
+    ]
+    series[method] = figures.mean_curve(by_seed)
+  label = tables.axis_label(f'greedy/{metric}')
+  by_step = Plot(
+    'steps of the method',
+    f'{label}, validation',
+    series,
+    [Line(_TEACHER, tables.mean([at_end(_TEACHER)]))],
+  )
+  final = Bars(
+    [
+      Panel(
+        tables.axis_label(f'{decoding}/{metric}'),
+        {method: _mean(rows[method], name) for method in methods},
+        Line(_INITIAL, _mean(rows[_INITIAL], name)),
+        [Line(_TEACHER, _mean(rows[_TEACHER], name))],
+      )
+      for decoding, name in (
+        ('greedy', metric),
+        ('sampled', f'sampled_{metric}'),
+      )
+    ]
+  )
+  paths = []
+  for name, data in (('by_step', by_step), ('final', final)):
+    paths.append(folder / f'{metric}_{name}.png')
+    figures.save(figures.draw(data), paths[-1])
+  return paths
 
 
 def _report(title, results, table, plots, jobs, metrics, seeds) -> str:

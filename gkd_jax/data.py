@@ -610,13 +610,41 @@ class EvalDataset:
     """Returns the texts of outputs [N, T], as the task postprocesses them."""
     return [decode(self.vocabulary, row) for row in tokens]
 
-  def examples(self) -> list[dict[str, str]]:
-    """Returns {'inputs', 'targets'} of every example, as text."""
+  def pieces(self, tokens: Sequence[int]) -> list[str]:
+    """Returns the text that each token [T] adds; joined they are `decode`'s.
+
+    A token adds none where it is the end, or one of several bytes of a letter:
+    the letter comes with the last of them.
+    """
+    ids = [int(t) for t in tokens]
+    (whole,) = self.decode([ids])
+    ends = [0]
+    for i in range(1, len(ids)):
+      (text,) = self.decode([ids[:i]])
+      # A vocabulary may write an unfinished letter as a letter of its own.
+      ends.append(max(ends[-1], len(os.path.commonprefix([text, whole]))))
+    ends.append(len(whole))
+    return [whole[a:b] for a, b in itertools.pairwise(ends)]
+
+  def piece_after(self, tokens: Sequence[int], token: int) -> str:
+    """Returns the text that one more token would add; of bytes, which."""
+    ids = [int(t) for t in tokens]
+    before, after = self.decode([ids, [*ids, int(token)]])
+    added = after[len(os.path.commonprefix([before, after])) :]
+    if added or token == EOS_ID:
+      return added
+    byte = token - 3  # after pad, EOS and unknown
+    if isinstance(self.vocabulary, seqio.ByteVocabulary) and 0 <= byte < 256:
+      return f'\\x{byte:02x}'
+    return f'<{token}>'
+
+  def examples(self, num: int | None = None) -> list[dict[str, str]]:
+    """Returns {'inputs', 'targets'} of the first examples, or all, as text."""
     return [
       {'inputs': x, 'targets': y}
       for x, y in zip(
-        self.decode(self._rows.encoder_input_tokens),
-        self.decode(self._rows.decoder_target_tokens),
+        self.decode(self._rows.encoder_input_tokens[:num]),
+        self.decode(self._rows.decoder_target_tokens[:num]),
         strict=True,
       )
     ]

@@ -29,7 +29,7 @@ from gkd_jax import (
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import step as step_lib
-from gkd_jax.batch import Batch, Outputs, mask_unused_ids
+from gkd_jax.batch import EOS_ID, Batch, Outputs, mask_unused_ids
 from gkd_jax.model import T5
 
 Params = Any
@@ -43,6 +43,7 @@ _DIVERGENCES = {
   'total_variation': divergences.total_variation,
 }
 _SCORED_ON = ('on_dataset_outputs', 'on_student_outputs')
+NUM_SAMPLES = 16  # examples of samples_<split>.json
 
 
 def make_write(
@@ -242,6 +243,67 @@ def make_score(
   return score
 
 
+def make_disagreement(
+  student: T5, teacher: T5, *, num_ids: int, mesh: Mesh
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Returns a function that shows, token by token, where the two disagree.
+
+  It maps (student params, teacher params, batch, tokens [B, T]) to arrays
+  [B, T], at each place given the tokens before it: `kl`, KL(student || teacher)
+  in nats over the whole vocabulary at temperature 1; `student_probability` and
+  `teacher_probability` of the token that is there; `teacher_id`, the token that
+  the teacher finds most probable, and `teacher_id_probability`.
+  """
+  student_unembed = step_lib.unembed(student)
+  teacher_unembed = step_lib.unembed(teacher)
+
+  @jax.jit
+  def disagreement(student_params, teacher_params, inputs, tokens):
+    def at_place(place):
+      student_hidden_BD, teacher_hidden_BD, tokens_B = place
+      student_logits, teacher_logits = objectives.comparable_logits(
+        student_unembed(student.head_params(student_params), student_hidden_BD),
+        teacher_unembed(teacher.head_params(teacher_params), teacher_hidden_BD),
+        num_ids,
+      )
+      teacher_id_B = jnp.argmax(teacher_logits, axis=-1)
+
+      def probability(logits, ids_B):
+        return jnp.exp(-objectives.negative_log_likelihood(logits, ids_B))
+
+      return {
+        'kl': divergences.reverse_kl(
+          teacher_logits=teacher_logits, student_logits=student_logits
+        ),
+        'student_probability': probability(student_logits, tokens_B),
+        'teacher_probability': probability(teacher_logits, tokens_B),
+        'teacher_id': teacher_id_B,
+        'teacher_id_probability': probability(teacher_logits, teacher_id_B),
+      }
+
+    places = jax.tree.map(
+      lambda x: x.swapaxes(0, 1),
+      (
+        step_lib.hidden_states(student, student_params, inputs, tokens),
+        step_lib.hidden_states(teacher, teacher_params, inputs, tokens),
+        tokens,
+      ),
+    )
+    # One place at a time: the logits that exist are [B, V].
+    return jax.tree.map(
+      lambda x: x.swapaxes(0, 1), jax.lax.map(at_place, places)
+    )
+
+  def place_and_compare(student_params, teacher_params, batch, tokens):
+    inputs, tokens = partitioning.put_batch(
+      (batch.encoder_input_tokens, tokens), mesh
+    )
+    values = disagreement(student_params, teacher_params, inputs, tokens)
+    return jax.tree.map(np.asarray, values)
+
+  return place_and_compare
+
+
 def task_metrics(
   writes: Mapping[str, Callable[[Params, np.ndarray, Batch], np.ndarray]],
   params: Params,
@@ -323,6 +385,12 @@ class Evaluation:
     if teacher is not None:
       self._score = make_score(student, teacher, **shape)
       self._teacher_writes = writes(teacher)
+      self._disagreement = make_disagreement(
+        student, teacher, num_ids=shape['num_ids'], mesh=mesh
+      )
+    # Rows of a batch that are enough for the samples, on every device some.
+    spread = mesh.shape['data']
+    self._few = min(config.batch_size, -(-NUM_SAMPLES // spread) * spread)
 
   def names(self) -> list[str]:
     """Returns the names of what a call measures, without a model's work."""
@@ -369,6 +437,85 @@ class Evaluation:
     )
     return values, table
 
+  def samples(self, params: Params) -> dict[str, Any]:
+    """Returns what is written for the first examples, and for JSON to keep.
+
+    The decoding is 'greedy', or the first where there is none of this name.
+
+    Args:
+      params: of the student.
+
+    Returns:
+      {'decoding', 'eos_id', 'examples': [{'input', 'reference', 'student'}]}.
+      With a teacher an example has 'teacher', its output, too, and 'tokens':
+      the student's output token by token, with `make_disagreement`'s numbers.
+      A token's 'text' is what it adds to the output, 'teacher_text' what the
+      teacher's most probable one would.
+    """
+    names = list(self._student_writes)
+    decoding = 'greedy' if 'greedy' in names else names[0]
+    written = []
+    for row_ids_B, batch in self._dataset.batches():
+      # The whole batch: that program is compiled.
+      tokens = self._student_writes[decoding](params, row_ids_B, batch)
+      tokens = tokens[: self._few]
+      texts = self._dataset.decode(tokens)
+      new = [{'student': text} for text in texts]
+      if self._score is not None:
+        few = Batch(*(x[: self._few] for x in batch))
+        by_teacher = self._teacher_texts(decoding, row_ids_B[: self._few], few)
+        values = self._disagreement(params, self._teacher_params, few, tokens)
+        for i, text in enumerate(by_teacher):
+          of_row = {name: x[i] for name, x in values.items()}
+          new[i] |= {'teacher': text, 'tokens': self._tokens(tokens[i], of_row)}
+      written += new
+      if len(written) >= NUM_SAMPLES:
+        break
+    return {
+      'decoding': decoding,
+      'eos_id': EOS_ID,
+      'examples': [
+        {'input': example['inputs'], 'reference': example['targets'], **outputs}
+        for example, outputs in zip(
+          self._dataset.examples(NUM_SAMPLES), written, strict=False
+        )
+      ],
+    }
+
+  def _teacher_texts(
+    self, decoding: str, row_ids_B: np.ndarray, batch: Batch
+  ) -> list[str]:
+    """Returns what the teacher writes for some rows, or wrote already."""
+    if self._of_teacher is not None:
+      _, texts = self._of_teacher
+      return texts[decoding][row_ids_B[0] : row_ids_B[-1] + 1]
+    write = self._teacher_writes[decoding]
+    return self._dataset.decode(write(self._teacher_params, row_ids_B, batch))
+
+  def _tokens(
+    self, tokens_T: np.ndarray, values: Mapping[str, np.ndarray]
+  ) -> list[dict[str, Any]]:
+    """Returns one entry a token, up to the end of the output."""
+    ended = np.flatnonzero(tokens_T == EOS_ID)
+    length = ended[0] + 1 if len(ended) else len(tokens_T)
+    entries = []
+    for i, text in enumerate(self._dataset.pieces(tokens_T[:length])):
+      of_token = {name: x[i].item() for name, x in values.items()}
+      teacher_text = text
+      if of_token['teacher_id'] != tokens_T[i]:
+        teacher_text = self._dataset.piece_after(
+          tokens_T[:i], of_token['teacher_id']
+        )
+      entries.append(
+        {
+          'text': text,
+          'id': int(tokens_T[i]),
+          'teacher_text': teacher_text,
+          **{name: round(value, 6) for name, value in of_token.items()},
+        }
+      )
+    return entries
+
 
 def evaluate_checkpoint(
   checkpoint_path: str,
@@ -378,7 +525,7 @@ def evaluate_checkpoint(
   teacher_checkpoint_path: str | None = None,
   seed: int = 0,
 ) -> None:
-  """Evaluates a checkpoint, and writes `<output_dir>/eval_<split>.json`.
+  """Evaluates a checkpoint: `eval_<split>.json` and `samples_<split>.json`.
 
   Args:
     checkpoint_path: see `pretrained.open_checkpoint`.
@@ -398,16 +545,20 @@ def evaluate_checkpoint(
   )
   student, params, folder = load(checkpoint_path)
   teacher = teacher_params = None
+  origin = {
+    'checkpoint': str(folder),
+    'task': dataset.mixture_or_task_name,
+  }
   if teacher_checkpoint_path is not None:
-    teacher, teacher_params, _ = load(teacher_checkpoint_path)
+    teacher, teacher_params, folder = load(teacher_checkpoint_path)
+    origin['teacher_checkpoint'] = str(folder)
   evaluation = Evaluation(
     dataset, student, teacher, teacher_params, decodings, seed=seed, mesh=mesh
   )
   values, table = evaluation(params)
+  write_samples(output_dir, dataset.split, evaluation.samples(params))
   path = write_results(
-    output_dir,
-    dataset.split,
-    {'checkpoint': str(folder), **values, **evaluation.notes},
+    output_dir, dataset.split, {**origin, **values, **evaluation.notes}
   )
   texts = {k: v for k, v in evaluation.notes.items() if isinstance(v, str)}
   metrics_lib.say(
@@ -427,11 +578,18 @@ def write_results(
 ) -> pathlib.Path:
   """Writes `eval_<split>.json`, whole or not at all; returns its path."""
   path = pathlib.Path(output_dir) / f'eval_{split}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(values, indent=2) + '\n')
-  partial.rename(path)
+  metrics_lib.write_whole(path, json.dumps(values, indent=2) + '\n')
   return path
+
+
+def write_samples(
+  output_dir: str | os.PathLike, split: str, samples: Mapping[str, Any]
+) -> None:
+  """Writes `samples_<split>.json`, what `Evaluation.samples` returned."""
+  metrics_lib.write_whole(
+    pathlib.Path(output_dir) / f'samples_{split}.json',
+    json.dumps(samples, ensure_ascii=False, indent=1) + '\n',
+  )
 
 
 def format_metrics(values: Mapping[str, float]) -> str:

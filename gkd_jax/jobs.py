@@ -95,7 +95,7 @@ def check_same(path: pathlib.Path, jobs: Sequence[Job]) -> None:
       )
     now = {**was, **now}
   path.parent.mkdir(parents=True, exist_ok=True)
-  write(path, json.dumps(now, indent=2) + '\n')
+  metrics_lib.write_whole(path, json.dumps(now, indent=2) + '\n')
 
 
 def _digest(job: Job, needs: Sequence[Sequence[str]]) -> str:
@@ -218,13 +218,6 @@ def _log_lines(job: Job) -> list[str]:
   # Less tables, and TensorFlow's own chatter, which no setting silences.
   noise = re.compile(r'\s*$|\||[IWE]\d{4} |WARNING: All log messages before')
   return [line for line in text.splitlines() if not noise.match(line)]
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Writes a file, whole or not at all."""
-  partial = path.with_suffix('.partial')
-  partial.write_text(text)
-  partial.rename(path)
 
 
 def _clock(start: float) -> str:

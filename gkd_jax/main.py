@@ -16,6 +16,8 @@ Run modes:
            --gin_file
   compare  run several methods and seeds, and write a report
   sweep    run every point of a grid, or print the commands that do
+  report   gather finished runs (RUNS, a glob) into tables, figures and a page;
+           needs no --gin_file
 """
 
 import ast
@@ -41,9 +43,13 @@ _RUN_MODES = {
   'export': 'gkd_jax.export.export',
   'compare': 'gkd_jax.compare.compare',
   'sweep': 'gkd_jax.sweep.sweep',
+  'report': 'gkd_jax.report.report',
 }
 # What is run where no file is named: a mode without an experiment.
-_GIN_FILE_OF_MODE = {'export': 'gin/runs/export.gin'}
+_GIN_FILE_OF_MODE = {
+  'export': 'gin/runs/export.gin',
+  'report': 'gin/runs/report.gin',
+}
 
 _RUN_MODE = flags.DEFINE_string(
   'run_mode', 'train', f'One of: {", ".join(_RUN_MODES)}.'

@@ -66,6 +66,15 @@ def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write_whole(path: str | os.PathLike, text: str) -> None:
+  """Writes a file whole or not at all; makes its folder."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix('.partial')
+  partial.write_text(text)
+  partial.rename(path)
+
+
 class Progress:
   """Shows how far training is: a bar on a terminal, plain lines elsewhere."""
 

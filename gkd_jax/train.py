@@ -105,7 +105,8 @@ def train(
     mesh: makes the device mesh.
     eval_dataset: evaluated every `eval_period` steps and at the end; the
       training metrics' name for it is its split.
-    final_eval_dataset: evaluated once, at the end, into eval_<split>.json.
+    final_eval_dataset: evaluated once, at the end, into eval_<split>.json and
+      samples_<split>.json.
     decodings: {name: SamplerConfig or BeamConfig} to evaluate with.
     eval_period: steps; 0: only at the end.
     checkpoint_period: steps; one more is saved at the end; 0: only that.
@@ -297,6 +298,9 @@ def train(
       # The teacher's own test metrics are those of its own run.
       evaluation = evaluations[final_eval_dataset.split]
       values, _ = evaluation(state.params, with_teacher=False)
+      evaluate.write_samples(
+        run_dir, final_eval_dataset.split, evaluation.samples(state.params)
+      )
       evaluate.write_results(
         run_dir,
         final_eval_dataset.split,

@@ -340,6 +340,77 @@ def test_any_of_several_references_is_right():
   assert (tokens != targets).any(axis=1).sum() == several
 
 
+# --- Texts of tokens --------------------------------------------------------
+
+
+def byte_ids(text):
+  return [*seqio.ByteVocabulary().encode(text), 1]
+
+
+def test_a_letter_of_several_bytes_comes_with_the_last(validation):
+  pieces = validation.pieces(byte_ids('añ b€'))
+
+  assert pieces == ['a', '', 'ñ', ' ', 'b', '', '', '€', '']
+
+
+def test_what_one_more_byte_adds(validation):
+  before = byte_ids('añ')[:2]  # the first byte of two
+
+  assert validation.piece_after(before, byte_ids('añ')[2]) == 'ñ'
+  assert validation.piece_after(before[:1], before[1]) == '\\xc3'
+  assert validation.piece_after(before[:1], byte_ids('b')[0]) == 'b'
+  assert validation.piece_after(before[:1], 1) == ''
+  assert validation.piece_after(before[:1], 2) == '<2>'  # unknown, no byte
+
+
+@pytest.fixture(scope='module')
+def in_pieces(letters, tmp_path_factory):
+  """A split whose vocabulary is of SentencePiece, with bytes for the rest."""
+  path = tmp_path_factory.mktemp('pieces') / 'pieces.model'
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['the cat and the dog and the end'] * 99),
+    model_writer=model,
+    model_type='bpe',
+    byte_fallback=True,
+    vocab_size=300,
+    hard_vocab_limit=False,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  path.write_bytes(model.getvalue())
+  return data.EvalDataset(
+    data.DatasetConfig(
+      letters,
+      LENGTHS,
+      batch_size=4,
+      split='validation',
+      vocabulary=data.sentencepiece_vocabulary(path, extra_ids=0),
+    )
+  )
+
+
+@pytest.mark.parametrize('text', ['the cat and the dog', 'cat € dog ñ', ''])
+def test_pieces_joined_are_the_text(in_pieces, text):
+  ids = [*in_pieces.vocabulary.encode(text), 1]
+
+  pieces = in_pieces.pieces(ids)
+
+  assert ''.join(pieces) == in_pieces.decode([ids])[0] == text
+  assert len(pieces) == len(ids)
+  assert pieces[-1] == ''
+
+
+def test_pieces_keep_the_spaces_before_words(in_pieces):
+  ids = in_pieces.vocabulary.encode('the cat')
+
+  assert in_pieces.pieces(ids) == ['the', ' cat']
+  assert in_pieces.piece_after(ids[:1], ids[1]) == ' cat'
+
+
 # --- What is refused --------------------------------------------------------
 
 

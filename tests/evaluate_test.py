@@ -10,12 +10,14 @@ from gkd_jax import (
   beam_search,
   data,
   evaluate,
+  objectives,
   partitioning,
   sampler,
 )
 from gkd_jax.batch import mask_unused_ids
 from gkd_jax.model import T5, T5Config
 from tests import conftest, references, tiny
+from tests.train_test import names_of_compiled
 
 NUM_IDS = 259  # of the byte vocabulary; the embeddings have 264 rows
 STUDENT = T5(T5Config(264, 12, 2, 4, 10, 1, 1))
@@ -311,6 +313,149 @@ def test_what_a_metric_says_beside_numbers_is_noted_with_the_results(
   path = tmp_path / 'results' / 'eval_validation.json'
   assert json.loads(path.read_text())['greedy/error_of'] == 'whole words'
   assert '\ngreedy/error_of whole words\n' in capsys.readouterr().err
+
+
+# --- Samples, token by token --------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def samples(with_teacher, student_params):
+  return with_teacher.samples(student_params)
+
+
+def test_samples_show_what_everybody_wrote(
+  samples, dataset, greedy, teacher_params
+):
+  by_teacher = write_all(
+    dataset, make_write(sampler.GREEDY, TEACHER), teacher_params
+  )
+
+  assert samples['decoding'] == 'greedy'
+  assert [
+    (e['input'], e['reference'], e['teacher'], e['student'])
+    for e in samples['examples']
+  ] == [
+    (x['inputs'], x['targets'], teacher, student)
+    for x, teacher, student in zip(
+      dataset.examples(),
+      dataset.decode(by_teacher),
+      dataset.decode(greedy),
+      strict=True,
+    )
+  ]
+
+
+def test_tokens_joined_are_the_output(samples):
+  for example in samples['examples']:
+    texts = [token['text'] for token in example['tokens']]
+    assert ''.join(texts) == example['student']
+  assert any(example['student'] for example in samples['examples'])
+
+
+def test_tokens_go_up_to_the_end_of_the_output(samples, greedy):
+  for example, row in zip(samples['examples'], greedy, strict=True):
+    ids = [token['id'] for token in example['tokens']]
+    assert ids == row[: len(ids)].tolist()
+    assert samples['eos_id'] not in ids[:-1]
+    assert ids[-1] == samples['eos_id'] or len(ids) == len(row)
+
+
+def test_the_numbers_of_tokens_are_those_of_the_float64_reference(
+  samples, examples, greedy, student_params, teacher_params
+):
+  inputs = examples.encoder_input_tokens
+  student = logits_of(STUDENT, student_params, inputs, greedy)
+  teacher = logits_of(TEACHER, teacher_params, inputs, greedy)
+  kl = references.reverse_kl(teacher_logits=teacher, student_logits=student)
+  q, p = (np.exp(references.log_softmax(x)) for x in (student, teacher))
+
+  for i, example in enumerate(samples['examples']):
+    for t, token in enumerate(example['tokens']):
+      favourite = teacher[i, t].argmax()
+      want = {
+        'kl': kl[i, t],
+        'student_probability': q[i, t, greedy[i, t]],
+        'teacher_probability': p[i, t, greedy[i, t]],
+        'teacher_id_probability': p[i, t, favourite],
+      }
+      assert token['teacher_id'] == favourite
+      for name, value in want.items():
+        # float32 logits of size 10; rounded to 6 digits behind the point.
+        assert token[name] == pytest.approx(value, rel=1e-4, abs=2e-6), name
+
+
+def test_what_the_teacher_prefers_is_said_in_text(samples, dataset):
+  disagreements = 0
+  for example in samples['examples']:
+    ids = [token['id'] for token in example['tokens']]
+    for t, token in enumerate(example['tokens']):
+      if token['teacher_id'] == token['id']:
+        assert token['teacher_text'] == token['text']
+        continue
+      disagreements += 1
+      assert token['teacher_text'] == dataset.piece_after(
+        ids[:t], token['teacher_id']
+      )
+  assert disagreements > 10  # models of random parameters seldom agree
+
+
+def test_tokens_do_not_depend_on_the_size_of_the_batches(
+  samples, config, student_params, teacher_params
+):
+  larger = evaluate.Evaluation(
+    data.dataclasses.replace(config, batch_size=20),  # 16 rows are enough
+    STUDENT,
+    TEACHER,
+    teacher_params,
+    GREEDY,
+    **forget_ids(DECODING),
+  )
+
+  again = larger.samples(student_params)
+
+  assert len(again['examples']) == 10
+  for one, other in zip(samples['examples'], again['examples'], strict=True):
+    assert one['student'] == other['student']
+    assert one['teacher'] == other['teacher']
+    for a, b in zip(one['tokens'], other['tokens'], strict=True):
+      assert a['kl'] == pytest.approx(b['kl'], rel=1e-4, abs=2e-6)
+
+
+def test_without_a_teacher_samples_compile_nothing_new(config, student_params):
+  alone = evaluate.Evaluation(
+    config, STUDENT, None, None, GREEDY, **forget_ids(DECODING)
+  )
+  alone(student_params)
+
+  with names_of_compiled() as compiled:
+    samples = alone.samples(student_params)
+
+  assert compiled == []
+  assert len(samples['examples']) == 10
+  assert all(
+    example.keys() == {'input', 'reference', 'student'}
+    for example in samples['examples']
+  )
+
+
+def test_logits_exist_for_one_place_at_a_time(
+  student_params, teacher_params, examples, greedy, monkeypatch
+):
+  shapes = []
+
+  def comparable_logits(student_logits, teacher_logits, num_ids):
+    shapes.append((student_logits.shape, teacher_logits.shape))
+    return kept(student_logits, teacher_logits, num_ids)
+
+  kept = objectives.comparable_logits
+  monkeypatch.setattr(objectives, 'comparable_logits', comparable_logits)
+  compare = evaluate.make_disagreement(
+    STUDENT, TEACHER, num_ids=NUM_IDS, mesh=DECODING['mesh']
+  )
+  values = compare(student_params, teacher_params, examples, greedy)
+
+  assert values['kl'].shape == greedy.shape == (10, 7)
+  assert set(shapes) == {((10, 264), (10, 264))}
 
 
 # --- How it is shown and kept -------------------------------------------------

@@ -14,9 +14,10 @@ LAYERS = (
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies', 'rewards'},
   {'step', 'checkpoint', 'metrics', 'interop', 'json_lines'},
-  {'pretrained', 'predictions', 'jobs'},
+  {'pretrained', 'predictions', 'jobs'}
+  | {'tables', 'runs', 'sections', 'figures', 'page'},
   {'data', 'evaluate', 'infer', 'tasks'},
-  {'train', 'compare', 'sweep', 'export', 't5x_bridge'},
+  {'train', 'compare', 'sweep', 'report', 'export', 't5x_bridge'},
   {'main'},
 )
 SAME_LAYER = {
@@ -29,6 +30,12 @@ SAME_LAYER = {
   ('evaluate', 'data'),
   ('infer', 'data'),
   ('infer', 'evaluate'),
+  ('sections', 'runs'),
+  ('sections', 'tables'),
+  ('figures', 'runs'),
+  ('figures', 'sections'),
+  ('figures', 'tables'),
+  ('page', 'figures'),
 }
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

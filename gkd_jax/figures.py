@@ -1,0 +1,806 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of `report` and `compare`: what they show, and how it is drawn.
+
+`bars`, `curves`, `heat_map` and the like take a section and return a `Figure`,
+or one line on what the runs lack for it. A figure is plain data; `draw` makes a
+matplotlib figure of it. matplotlib is imported when something is drawn.
+"""
+
+import dataclasses
+import io
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gkd_jax import runs as runs_lib
+from gkd_jax import sections, tables
+from gkd_jax.sections import Group, Section
+from gkd_jax.tables import Mean
+
+# Told apart with all common kinds of colour blindness, on light and on dark
+# ground (after Paul Tol's 'vibrant'); shapes tell the same.
+_COLORS = (
+  '#0077bb',
+  '#ee7733',
+  '#009988',
+  '#cc3311',
+  '#33aadd',
+  '#ee3377',
+  '#8877bb',
+  '#998800',
+)
+_MARKERS = 'os^DvPX*'
+_MAX_CURVES = len(_MARKERS)
+# Of text and lines. In a page it becomes the page's own text colour.
+_INK = '#1b1f24'
+_STYLE = {
+  'axes.edgecolor': _INK,
+  'axes.labelcolor': _INK,
+  'axes.spines.right': False,
+  'axes.spines.top': False,
+  'axes.titlesize': 'medium',
+  'font.size': 10,
+  'legend.frameon': False,
+  'savefig.facecolor': 'white',
+  'svg.fonttype': 'none',  # text stays text
+  'svg.hashsalt': 'gkd_jax',  # the same file each time
+  'text.color': _INK,
+  'xtick.color': _INK,
+  'ytick.color': _INK,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A level to compare with: a teacher's, an initial student's."""
+
+  name: str
+  mean: Mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """Bars of one metric.
+
+  Attributes:
+    label: of the metric's axis.
+    bars: {name: mean, or None where it was not measured}.
+    base: where bars begin, the initial student's level; None: at 0.
+    lines: levels to compare with.
+  """
+
+  label: str
+  bars: Mapping[str, Mean | None]
+  base: Line | None = None
+  lines: Sequence[Line] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+  """Panels side by side, whose bars have the same names."""
+
+  panels: Sequence[Panel]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One point of a series; what it is called, if that is not clear."""
+
+  x: Mean
+  y: Mean
+  name: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+  """Series of points, joined by lines.
+
+  Attributes:
+    x_label: and unit.
+    y_label: and unit.
+    series: {name: points, in their order}.
+    lines: horizontal levels.
+    x_ticks: {place: text}; None: as usual.
+    log_x: whether x is logarithmic.
+  """
+
+  x_label: str
+  y_label: str
+  series: Mapping[str, Sequence[Point]]
+  lines: Sequence[Line] = ()
+  x_ticks: Mapping[float, str] | None = None
+  log_x: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+  """Means by row and column; None where there is no run.
+
+  Attributes:
+    label: of the metric.
+    x_label: of the columns.
+    columns: their names.
+    rows: {name: means, one a column}.
+    mode: 'min' or 'max', which is better and so brighter; None: not known.
+  """
+
+  label: str
+  x_label: str
+  columns: Sequence[str]
+  rows: Mapping[str, Sequence[Mean | None]]
+  mode: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A figure with its words.
+
+  Attributes:
+    name: of its file, without an ending.
+    title: what it shows, in a few words.
+    caption: the same in sentences.
+    data: what is drawn.
+  """
+
+  name: str
+  title: str
+  caption: str
+  data: Bars | Plot | HeatMap
+
+
+# --- What they show -----------------------------------------------------------
+
+
+def all_of(section: Section) -> tuple[list[Figure], list[str]]:
+  """Returns the figures that the runs have enough for, and why not the rest."""
+  found, left_out = [], []
+  for make in (
+    method_bars,
+    heat_maps,
+    data_efficiency,
+    quality_and_diversity,
+    reward_trade_off,
+    curves,
+  ):
+    made = make(section)
+    if isinstance(made, str):
+      left_out.append(made)
+    else:
+      found += made
+  return found, left_out
+
+
+def method_bars(section: Section) -> list[Figure] | str:
+  """Returns each method's main metric, with the teacher's line."""
+  methods = _on_most_examples(section)
+  name = section.metric.rpartition('/')[2]
+  panels = []
+  for decoding in section.decodings():
+    if tables.temperature_of(decoding) not in (None, 1.0):
+      continue  # these are shown against diversity
+    metric = f'{decoding}/{name}'
+    bars = {group.name: group.means.get(metric) for group in methods}
+    if not any(bars.values()):
+      continue
+    base, lines = _levels(section, metric)
+    panels.append(Panel(tables.axis_label(metric), bars, base, lines))
+  if not panels:
+    return 'Method bars: no method has been trained.'
+  begin = ' Bars begin at the initial student.' if panels[0].base else ''
+  less = ''
+  if len(methods) < len(section.methods):
+    less = ' Runs on fewer training examples are not here.'
+  return [
+    Figure(
+      'methods',
+      'Methods',
+      f'{tables.metric_label(name)} of each method at the end of training, on '
+      f'{section.split}{_direction(section)}.{begin}{_errors(methods)}{less}',
+      Bars(panels[:2]),
+    )
+  ]
+
+
+def _on_most_examples(section: Section) -> list[Group]:
+  """Returns the methods, less their runs on a part of the training data."""
+  vary = ('TRAIN_NUM_EXAMPLES', *section.tuned)
+  together = sections.strata(section.methods, vary, lambda g: g.method)
+  most = {max(groups, key=_num_examples).name for groups in together.values()}
+  return [group for group in section.methods if group.name in most]
+
+
+def _num_examples(group: Group) -> float:
+  return group.settings.get('TRAIN_NUM_EXAMPLES') or math.inf
+
+
+def heat_maps(section: Section) -> list[Figure] | str:
+  """Returns the main metric by lambda and divergence."""
+  eligible = [
+    group
+    for group in section.methods
+    if runs_lib.divergence(group.settings)
+    and runs_lib.student_data_fraction(group.settings) is not None
+    and runs_lib.alpha(group.settings) is None
+    and not group.settings.get('LIKELIHOOD_WEIGHT')
+  ]
+  vary = ('STUDENT_DATA_FRACTION', 'DIVERGENCE', 'BETA', *section.tuned)
+  found, seen = [], set()
+  for name, groups in sections.strata(eligible, vary, lambda g: '').items():
+    cells = {
+      (
+        runs_lib.divergence(group.settings),
+        runs_lib.student_data_fraction(group.settings),
+      ): group
+      for group in groups
+    }
+    rows = sorted({row for row, _ in cells}, key=sections.divergence_order)
+    columns = sorted({column for _, column in cells})
+    seen |= cells.keys()
+    # Two cells that share neither row nor column are no comparison.
+    if len(rows) < 2 or len(columns) < 2 or len(cells) < 3:
+      continue
+    within = f' ({name.strip(", ")})' if name else ''
+    found.append(
+      Figure(
+        f'lambda_divergence{len(found) + 1 if found else ""}',
+        f'Student data and divergence{within}',
+        f'{tables.axis_label(section.metric)} by the share λ of outputs that '
+        'the student writes (0: the dataset, 1: on-policy) and the divergence'
+        f'{_direction(section, "; brighter is better")}.{_errors(groups)}',
+        HeatMap(
+          tables.axis_label(section.metric),
+          'λ, share of outputs written by the student',
+          [f'{column:g}' for column in columns],
+          {
+            row: [
+              cells[row, column].means[section.metric]
+              if (row, column) in cells
+              else None
+              for column in columns
+            ]
+            for row in rows
+          },
+          section.mode,
+        ),
+      )
+    )
+  if found:
+    return found
+  rows = sorted({row for row, _ in seen}, key=sections.divergence_order)
+  columns = ', '.join(f'{x:g}' for x in sorted({column for _, column in seen}))
+  return (
+    'λ × divergence: needs two λ and two divergences, all else equal; there '
+    f'are λ = {columns or "none"}; {", ".join(rows) or "no divergence"}.'
+  )
+
+
+def data_efficiency(section: Section) -> list[Figure] | str:
+  """Returns the main metric by the number of training examples."""
+  vary = ('TRAIN_NUM_EXAMPLES', *section.tuned)
+  series = {}
+  for name, groups in sections.strata(
+    section.methods, vary, lambda g: g.method
+  ).items():
+    by_number = {g.settings.get('TRAIN_NUM_EXAMPLES'): g for g in groups}
+    if len(by_number) > 1:
+      series[name] = by_number
+  if not series:
+    return (
+      'Data efficiency: needs a method trained on two or more numbers of '
+      'examples (TRAIN_NUM_EXAMPLES).'
+    )
+  numbers = sorted({n for by in series.values() for n in by if n is not None})
+  ticks = {float(n): f'{n:,}' for n in numbers}
+  # How many all are, no run says: one step beyond the largest number.
+  of_all = numbers[-1] * (numbers[-1] / numbers[0]) ** (
+    1 / max(1, len(numbers) - 1)
+  )
+  of_all = max(of_all, 2.0 * numbers[-1])
+  if any(None in by for by in series.values()):
+    ticks[of_all] = 'all'
+  base, lines = _levels(section, section.metric)
+  return [
+    Figure(
+      'data_efficiency',
+      'Data efficiency',
+      f'{tables.axis_label(section.metric)} by the number of training examples'
+      f'{_direction(section)}; "all" is the whole training split, not to scale.'
+      f'{_errors([g for by in series.values() for g in by.values()])}',
+      Plot(
+        'training examples',
+        tables.axis_label(section.metric),
+        {
+          name: [
+            Point(_exact(of_all if n is None else n), g.means[section.metric])
+            for n, g in sorted(by.items(), key=lambda item: item[0] or math.inf)
+          ]
+          for name, by in series.items()
+        },
+        [*([base] if base else []), *lines],
+        ticks,
+        log_x=True,
+      ),
+    )
+  ]
+
+
+def quality_and_diversity(section: Section) -> list[Figure] | str:
+  """Returns the main metric against Self-BLEU, over sampling temperatures."""
+  name = section.metric.rpartition('/')[2]
+  series = {}
+  for group in section.groups:
+    points = {}
+    for decoding in section.decodings():
+      temperature = tables.temperature_of(decoding)
+      both = [group.means.get(f'{decoding}/{m}') for m in ('self_bleu', name)]
+      if temperature is not None and None not in both:
+        points[temperature] = Point(*both, f'T={temperature:g}')
+    if len(points) > 1:
+      series[group.name] = [points[t] for t in sorted(points)]
+  if not series:
+    return (
+      'Quality and diversity: needs a run evaluated at two or more sampling '
+      'temperatures, with Self-BLEU ("sampled_0.5/self_bleu").'
+    )
+  return [
+    Figure(
+      'quality_diversity',
+      'Quality and diversity',
+      f'{tables.metric_label(name)} of sampled outputs{_direction(section)}, '
+      'against Self-BLEU between the outputs for one input: 100 is always the '
+      'same output, 0 all different. Along a line the evaluation temperature T '
+      f'changes.{_errors([g for g in section.groups if g.name in series])}',
+      Plot(
+        'Self-BLEU (less is more diverse)',
+        f'{tables.metric_label(name)}, sampled',
+        series,
+      ),
+    )
+  ]
+
+
+def reward_trade_off(section: Section) -> list[Figure] | str:
+  """Returns the main metric against the reward, over alpha of Eq. 5."""
+  eligible = [
+    g for g in section.methods if runs_lib.alpha(g.settings) is not None
+  ]
+  weights = ('ALPHA', 'DIVERGENCE_WEIGHT', 'REWARD_WEIGHT', *section.tuned)
+  with_divergence = [g for g in eligible if runs_lib.divergence(g.settings)]
+  series = {}
+  for name, groups in sections.strata(
+    with_divergence, weights, lambda g: re.sub(' α=[^,]*', '', g.method)
+  ).items():
+    # At alpha = 0 the divergence is a setting that changes nothing.
+    vary = (*weights, 'DIVERGENCE', 'BETA')
+    alone = [
+      g
+      for g in eligible
+      if g not in with_divergence
+      and sections.rest(g, vary) == sections.rest(groups[0], vary)
+    ]
+    by_alpha = {runs_lib.alpha(g.settings): g for g in (*alone, *groups)}
+    if len(by_alpha) > 1:
+      series[name] = [by_alpha[alpha] for alpha in sorted(by_alpha)]
+  if not series:
+    return 'Reward and distillation: needs RL+GKD runs of two or more ALPHA.'
+  used = [g for groups in series.values() for g in groups]
+  metric, label = _reward_metric(section, used)
+  base, _ = _levels(section, section.metric)  # the teacher is far off
+  return [
+    Figure(
+      'reward_trade_off',
+      'Reward and distillation',
+      f'{tables.axis_label(section.metric)}{_direction(section)} against '
+      f'{label}, for each weight α of the distillation (paper, Eq. 5): at '
+      f'α = 1 there is no reward, at 0 nothing else.{_errors(used)}',
+      Plot(
+        label,
+        tables.axis_label(section.metric),
+        {
+          name: [
+            Point(
+              g.means[metric],
+              g.means[section.metric],
+              f'α={runs_lib.alpha(g.settings):g}',
+            )
+            for g in groups
+          ]
+          for name, groups in series.items()
+        },
+        [base] if base else [],
+      ),
+    )
+  ]
+
+
+def _reward_metric(
+  section: Section, groups: Sequence[Group]
+) -> tuple[str, str]:
+  """Returns what stands for the reward, and its label."""
+  decoding = section.metric.rpartition('/')[0]
+  choices = {
+    f'{decoding}/reward': 'reward',
+    f'{decoding}/entailment': 'entailment',
+    runs_lib.REWARD: 'reward of its samples, end of training',
+    sections.KL: 'KL(student‖teacher), nats per token',
+  }
+  for metric, label in choices.items():
+    if all(metric in group.means for group in groups):
+      return metric, label
+  return section.metric, tables.axis_label(section.metric)
+
+
+def curves(section: Section) -> list[Figure] | str:
+  """Returns the main metric on the validation split, during training."""
+  series = {}
+  methods = _on_most_examples(section)
+  for group in methods:
+    points = _curve(section, group)
+    if len(points) > 1:
+      series[group.name] = points
+  if not series:
+    return (
+      'During training: needs a method that was evaluated twice or more '
+      f'while it was trained ("validation/{section.metric}").'
+    )
+  most = ''
+  if len(series) > _MAX_CURVES:
+    most = (
+      f' The {_MAX_CURVES} of {len(series)} methods that are best at the end.'
+    )
+    if section.mode is None:
+      most = f' The first {_MAX_CURVES} of {len(series)} methods.'
+    series = _best_at_the_end(series, section.mode)
+  lines = [
+    Line(group.name, mean)
+    for group in section.of_role('teacher')
+    if (
+      mean := tables.mean(
+        [sections.last_on_validation(run, section.metric) for run in group.runs]
+      )
+    )
+  ]
+  return [
+    Figure(
+      'training',
+      'During training',
+      f'{tables.axis_label(section.metric)} on the validation split'
+      f'{_direction(section)}. Step 0 is the initial student.{most}'
+      f'{_errors([g for g in methods if g.name in series])}',
+      Plot(
+        'steps of the method',
+        f'{tables.axis_label(section.metric)}, validation',
+        series,
+        lines,
+      ),
+    )
+  ]
+
+
+def _best_at_the_end(
+  series: Mapping[str, Sequence[Point]], mode: str | None
+) -> dict[str, Sequence[Point]]:
+  """Returns as many series as can be told apart, in their order."""
+  names = list(series)
+  if mode is not None:
+    names.sort(key=lambda name: series[name][-1].y.value, reverse=mode == 'max')
+  kept = names[:_MAX_CURVES]
+  return {name: series[name] for name in series if name in kept}
+
+
+def _curve(section: Section, group: Group) -> list[Point]:
+  """Returns the means over seeds at the steps that all seeds have."""
+  key = f'validation/{section.metric}'
+  by_seed = []
+  for run in group.runs:
+    at = {line['step']: line[key] for line in run.curve if key in line}
+    for other in section.runs:
+      if other.folder == run.initial:
+        start = sections.last_on_validation(other, section.metric)
+        if start is not None:
+          at[0] = start
+    by_seed.append(at)
+  return mean_curve(by_seed)
+
+
+def mean_curve(by_seed: Sequence[Mapping[int, float]]) -> list[Point]:
+  """Returns the mean at each step that all seeds have: {step: value} each."""
+  steps = set.intersection(*(set(at) for at in by_seed))
+  return [
+    Point(_exact(step), tables.mean([at[step] for at in by_seed]))
+    for step in sorted(steps)
+  ]
+
+
+def _levels(section: Section, metric: str) -> tuple[Line | None, list[Line]]:
+  """Returns the initial student's level, and those of teachers and others."""
+  lines = {
+    role: [
+      Line(group.name, group.means[metric])
+      for group in section.of_role(role)
+      if metric in group.means
+    ]
+    for role in ('initial student', 'teacher')
+  }
+  initial = lines['initial student']
+  if len(initial) == 1:
+    return initial[0], lines['teacher']
+  return None, [*initial, *lines['teacher']]
+
+
+def _direction(section: Section, add: str = '') -> str:
+  words = {'min': ' (lower is better', 'max': ' (higher is better'}
+  return f'{words[section.mode]}{add})' if section.mode else ''
+
+
+def _errors(groups: Sequence[Group]) -> str:
+  counts = sorted({len(g.runs) for g in groups if g.runs})
+  if not counts or counts[-1] == 1:
+    return ' One seed each.'
+  seeds = '–'.join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+  return f' Means over {seeds} seeds; error bars are standard errors.'
+
+
+def _exact(value: float) -> Mean:
+  return Mean(float(value), None, 1)
+
+
+# --- The numbers, as rows -----------------------------------------------------
+
+
+def rows(figure: Figure) -> list[list[str]]:
+  """Returns the numbers of a figure as a table, its head first."""
+  data = figure.data
+  if isinstance(data, Bars):
+    lines = [
+      line
+      for line in (data.panels[0].base, *data.panels[0].lines)
+      if line is not None
+    ]
+    levels = [
+      {
+        line.name: line.mean
+        for line in (panel.base, *panel.lines)
+        if line is not None
+      }
+      for panel in data.panels
+    ]
+    return [
+      ['', *(panel.label for panel in data.panels)],
+      *(
+        [line.name, *(_number(level.get(line.name)) for level in levels)]
+        for line in lines
+      ),
+      *(
+        [name, *(_number(panel.bars[name]) for panel in data.panels)]
+        for name in data.panels[0].bars
+      ),
+    ]
+  if isinstance(data, HeatMap):
+    return [
+      [data.x_label, *data.columns],
+      *([name, *map(_number, means)] for name, means in data.rows.items()),
+    ]
+  return [
+    ['', data.x_label, data.y_label],
+    *(
+      [
+        ' '.join(filter(None, (name, point.name))),
+        (data.x_ticks or {}).get(point.x.value) or _number(point.x),
+        _number(point.y),
+      ]
+      for name, points in data.series.items()
+      for point in points
+    ),
+    *([line.name, '', _number(line.mean)] for line in data.lines),
+  ]
+
+
+def _number(mean: Mean | None) -> str:
+  return tables.format_mean(mean, '{:.4g}')
+
+
+def as_json(figure: Figure) -> dict[str, Any]:
+  """Returns title, caption and data as plain dictionaries and lists."""
+  return dataclasses.asdict(figure) | {'kind': type(figure.data).__name__}
+
+
+# --- How they are drawn -------------------------------------------------------
+
+
+def draw(data: Bars | Plot | HeatMap):
+  """Returns a matplotlib figure."""
+  import matplotlib
+
+  of_kind = {Bars: _draw_bars, HeatMap: _draw_heat_map, Plot: _draw_plot}
+  with matplotlib.rc_context(_STYLE):
+    return of_kind[type(data)](data)
+
+
+def save(drawn, path: pathlib.Path) -> None:
+  """Writes what `draw` returned as a picture; the ending says which kind."""
+  import matplotlib
+
+  with matplotlib.rc_context(_STYLE):
+    drawn.savefig(path, dpi=150)
+
+
+def svg(drawn, prefix: str) -> str:
+  """Returns what `draw` returned as SVG for a page, in its own text colour.
+
+  Args:
+    drawn: the figure.
+    prefix: of the names in the SVG: those of two figures must differ.
+  """
+  import matplotlib
+
+  text = io.StringIO()
+  with matplotlib.rc_context(_STYLE):
+    drawn.savefig(
+      text,
+      format='svg',
+      transparent=True,
+      metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')),
+    )
+  # Less the XML declaration, and the size in points: the page has its own.
+  code = re.sub(r'^.*?(?=<svg)', '', text.getvalue(), flags=re.DOTALL)
+  code = re.sub(r' (?:width|height)="[\d.]+pt"', '', code, count=2)
+  code = code.replace(_INK, 'currentColor')
+  return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', code)
+
+
+def _axes(width: float, height: float, columns: int = 1):
+  from matplotlib.figure import Figure as Canvas
+
+  canvas = Canvas(figsize=(width, height), layout='constrained')
+  return canvas, canvas.subplots(1, columns, sharey=True, squeeze=False)[0]
+
+
+def _draw_bars(data: Bars):
+  names = list(data.panels[0].bars)
+  canvas, all_axes = _axes(7.4, 1.7 + 0.3 * len(names), len(data.panels))
+  for axes, panel in zip(all_axes, data.panels, strict=True):
+    start = panel.base.mean.value if panel.base else 0.0
+    for place, name in enumerate(names):
+      mean = panel.bars[name]
+      if mean is None:
+        continue
+      axes.barh(
+        place,
+        mean.value - start,
+        left=start,
+        height=0.62,
+        color=_COLORS[0],
+        xerr=mean.error,
+        error_kw={'ecolor': _INK, 'elinewidth': 1.2, 'capsize': 3},
+      )
+      # Beyond the bar's end, or the error's.
+      out = -1 if mean.value < start else 1
+      axes.annotate(
+        f'{mean.value:.1f}',
+        (mean.value + out * (mean.error or 0.0), place),
+        xytext=(out * 4, 0),
+        textcoords='offset points',
+        ha='right' if out < 0 else 'left',
+        va='center',
+        fontsize=8,
+      )
+    _draw_levels(axes.axvline, axes.axvspan, (panel.base, *panel.lines))
+    axes.set_xlabel(panel.label)
+    axes.margins(x=0.16)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first is on top
+    axes.grid(axis='x', alpha=0.25)
+    axes.set_axisbelow(True)
+  _legend(canvas, all_axes[0])
+  return canvas
+
+
+def _draw_levels(line, span, levels) -> None:
+  """Draws levels with their standard errors: the first solid, others not."""
+  styles = iter((':', '--', '-.', (0, (3, 1, 1, 1, 1, 1))) * 3)
+  for level in levels:
+    if level is None:
+      continue
+    style = '--' if level.name == 'teacher' else next(styles)
+    line(
+      level.mean.value, color=_INK, linestyle=style, lw=1.3, label=level.name
+    )
+    if level.mean.error:
+      value, error = level.mean.value, level.mean.error
+      span(value - error, value + error, color=_INK, alpha=0.12, lw=0)
+
+
+def _draw_plot(data: Plot):
+  canvas, (axes,) = _axes(6.4, 4.4 + 0.1 * len(data.series))
+  for i, (name, points) in enumerate(data.series.items()):
+    axes.errorbar(
+      [point.x.value for point in points],
+      [point.y.value for point in points],
+      xerr=_error_sizes(point.x for point in points),
+      yerr=_error_sizes(point.y for point in points),
+      color=_COLORS[i % len(_COLORS)],
+      marker=_MARKERS[i % len(_MARKERS)],
+      linestyle='-' if i < len(_COLORS) else '--',
+      markersize=5,
+      lw=1.5,
+      capsize=2,
+      label=name,
+    )
+    for point in points:
+      axes.annotate(
+        point.name,
+        (point.x.value, point.y.value),
+        xytext=(5, 5),
+        textcoords='offset points',
+        fontsize=8,
+      )
+  _draw_levels(axes.axhline, axes.axhspan, data.lines)
+  axes.set(xlabel=data.x_label, ylabel=data.y_label)
+  if data.log_x:
+    axes.set_xscale('log')
+  if data.x_ticks:
+    axes.set_xticks(list(data.x_ticks), list(data.x_ticks.values()))
+    axes.minorticks_off()
+  axes.margins(0.08)
+  axes.grid(alpha=0.25)
+  _legend(canvas, axes)
+  return canvas
+
+
+def _error_sizes(means) -> list[float] | None:
+  sizes = [mean.error or 0.0 for mean in means]
+  return sizes if any(sizes) else None
+
+
+def _draw_heat_map(data: HeatMap):
+  import matplotlib
+
+  canvas, (axes,) = _axes(
+    2.2 + 1.0 * len(data.columns), 1.3 + 0.55 * len(data.rows)
+  )
+  values = [
+    [math.nan if mean is None else mean.value for mean in row]
+    for row in data.rows.values()
+  ]
+  colors = matplotlib.colormaps[
+    'cividis_r' if data.mode == 'min' else 'cividis'
+  ]
+  image = axes.imshow(values, cmap=colors, aspect='auto')
+  for y, row in enumerate(data.rows.values()):
+    for x, mean in enumerate(row):
+      if mean is None:
+        axes.text(x, y, '–', ha='center', va='center')
+        continue
+      red, green, blue, _ = colors(image.norm(mean.value))
+      is_light = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
+      axes.text(
+        x,
+        y,
+        tables.format_mean(mean, '{:.1f}'),
+        ha='center',
+        va='center',
+        fontsize=9,
+        color='#000000' if is_light else '#ffffff',
+      )
+  axes.set_xticks(range(len(data.columns)), data.columns)
+  axes.set_yticks(range(len(data.rows)), list(data.rows))
+  axes.set_xlabel(data.x_label)
+  axes.tick_params(length=0)
+  axes.spines[:].set_visible(False)
+  canvas.colorbar(image, ax=axes, label=data.label).outline.set_visible(False)
+  return canvas
+
+
+def _legend(canvas, axes) -> None:
+  handles, labels = axes.get_legend_handles_labels()
+  if labels:
+    canvas.legend(
+      handles,
+      labels,
+      loc='outside lower center',
+      ncols=2 if len(labels) > 3 else len(labels),
+      fontsize=9,
+    )

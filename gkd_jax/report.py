@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathers finished runs into the paper's tables and figures.
+
+`report.md` with the figures beside it, `report.json` for programs, and
+`report.html`: one page that needs nothing else, with sample outputs token by
+token.
+"""
+
+import json
+import os
+import pathlib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gkd_jax import figures, page, sections, tables
+from gkd_jax import metrics as metrics_lib
+from gkd_jax import runs as runs_lib
+from gkd_jax.runs import Run
+from gkd_jax.sections import Group, Section
+from gkd_jax.tables import Column
+
+_MAX_METRICS = 4  # of a task, in the table; the others are in report.json
+
+
+def report(
+  runs: str | Sequence[str],
+  output_dir: str | None = None,
+  title: str | None = None,
+  metric: str | None = None,
+  mode: str | None = None,
+  tuned: Sequence[str] = ('LEARNING_RATE',),
+) -> None:
+  """Writes the report of all finished runs that a glob names.
+
+  Args:
+    runs: see `runs.find`.
+    output_dir: made if it is not there; None: `report`, beside the runs.
+    title: of the report; None: made from the tasks' names.
+    metric: see `sections.make`.
+    mode: see `sections.make`.
+    tuned: see `sections.make`.
+
+  Raises:
+    ValueError: nothing is matched, no run is done, or no run has the metric.
+  """
+  if mode not in (None, 'min', 'max'):
+    raise ValueError(f"MODE must be 'min', 'max' or None, got {mode!r}.")
+  found, unused = runs_lib.find(runs)
+  all_sections = sections.make(found, metric, mode, tuned)
+  if title is None:
+    tasks = dict.fromkeys(section.task for section in all_sections)
+    title = f'Distillation on {", ".join(tasks)}'
+  folder = pathlib.Path(output_dir) if output_dir else _beside(found)
+  folder.mkdir(parents=True, exist_ok=True)
+  parts = [_part(section, len(all_sections) > 1) for section in all_sections]
+  for part in parts:
+    for shown in part.figures:
+      figures.save(shown.drawn, folder / f'{shown.file}.png')
+  not_used = [f'{_shown(path)}: {why}.' for path, why in unused]
+  content = {
+    'report.json': json.dumps(
+      {
+        'title': title,
+        'sections': [
+          _as_json(section, part)
+          for section, part in zip(all_sections, parts, strict=True)
+        ],
+        'not_used': not_used,
+      },
+      indent=2,
+      allow_nan=False,
+    )
+    + '\n',
+    'report.md': _markdown(title, parts, not_used),
+    'report.html': page.render(title, parts, not_used),
+  }
+  for name, text in content.items():
+    metrics_lib.write_whole(folder / name, text)
+  for part in parts:
+    print(f'\n{part.heading or title}\n\n{tables.markdown(part.table)}\n')
+    for line in part.left_out:
+      print(f'Left out: {line}')
+  for line in not_used:
+    print(f'Not used: {line}')
+  print(f'Report:   {folder / "report.md"}')
+  print(f'Results:  {folder / "report.json"}')
+  print(f'Page:     {folder / "report.html"}')
+
+
+def _beside(found: Sequence[Run]) -> pathlib.Path:
+  common = pathlib.Path(os.path.commonpath([run.folder for run in found]))
+  return (common.parent if len(found) == 1 else common) / 'report'
+
+
+# --- What is said of a section ------------------------------------------------
+
+
+def _part(section: Section, one_of_several: bool) -> page.Part:
+  """Returns all that the report shows of a section."""
+  prefix = f'{section.task}_{section.split}_' if one_of_several else ''
+  of_section, left_out = figures.all_of(section)
+  columns = _columns(section)
+  named = [(group.name, group.means) for group in section.groups]
+  methods = [(group.name, group.means) for group in section.methods]
+  names = [name for name, _ in named]
+  return page.Part(
+    heading=f'{section.task}, {section.split} split' if one_of_several else '',
+    summary=_summary(section),
+    table=tables.cells(columns, named),
+    best={
+      (names.index(name), i)
+      for i, column in enumerate(columns)
+      if (name := tables.best(column, methods)) is not None
+    },
+    notes=_notes(section, columns),
+    also_run=tables.cells(
+      columns, [(group.name, group.means) for group in section.also_run]
+    )
+    if section.also_run
+    else [],
+    figures=[
+      page.Shown(figure, f'{prefix}{figure.name}', figures.draw(figure.data))
+      for figure in of_section
+    ],
+    left_out=left_out,
+    samples=_samples(section),
+    runs=[
+      ['experiment', 'seed', 'folder', 'command'],
+      *(
+        [group.name, '' if run.seed is None else str(run.seed)]
+        + [_shown(run.folder), _command(run)]
+        for group in (*section.groups, *section.also_run)
+        for run in group.runs
+      ),
+    ],
+  )
+
+
+def _columns(section: Section) -> list[Column]:
+  """Returns the columns of the main table: the main metric's first."""
+  base = section.metric.rpartition('/')[2]
+  decodings = [
+    decoding
+    for decoding in section.decodings()
+    if tables.temperature_of(decoding) in (None, 1.0)
+  ]
+  measured = {*_measured(section)}
+  columns = []
+  for name in _task_metrics(section)[:_MAX_METRICS]:
+    for decoding in decodings:
+      metric = f'{decoding}/{name}'
+      if metric not in measured:
+        continue
+      better = section.mode if name == base else tables.better(name)
+      means = [g.means[metric] for g in section.groups if metric in g.means]
+      small = all(abs(mean.value) < 2.0 for mean in means)
+      form = '{:.4f}' if small else '{:.2f}'
+      columns.append(Column(tables.head(metric), metric, form, better=better))
+  columns += [
+    Column('gap closed %', 'gap_closed', '{:.1f}', 100.0, better='max'),
+    Column('KL(student‖teacher)', sections.KL, '{:.4f}', better='min'),
+    Column('steps', 'step', '{:.0f}', with_error=False),
+    Column('seconds', 'train_seconds', '{:.0f}', with_error=False),
+  ]
+  return [column for column in columns if column.metric in measured]
+
+
+def _measured(section: Section) -> dict[str, None]:
+  """Returns the names of all that some group has, in their order."""
+  groups = (*section.groups, *section.also_run)
+  return {name: None for group in groups for name in group.means}
+
+
+def _task_metrics(section: Section) -> list[str]:
+  """Returns the task's metrics, the main one first."""
+  decoding, _, main = section.metric.rpartition('/')
+  names = {main: None}
+  for name in _measured(section):
+    prefix, _, base = name.rpartition('/')
+    if prefix == decoding and base != 'self_bleu':
+      names[base] = None
+  return list(names)
+
+
+def _summary(section: Section) -> list[str]:
+  """Returns what was compared, and what came out, in sentences."""
+  num_runs = len(section.runs)
+  label = tables.axis_label(section.metric)
+  which = {'min': ', lower is better', 'max': ', higher is better', None: ''}
+  seeds = sorted({len(group.runs) for group in section.methods})
+  sentences = [
+    f'{num_runs} {"run" if num_runs == 1 else "runs"} of {section.task}, '
+    f'measured on its {section.split} split.',
+    f'Main metric: {label}{which[section.mode]}.',
+  ]
+  if seeds and seeds[-1] > 1:
+    span = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[-1]}'
+    sentences.append(f'Means ± standard errors over {span} seeds.')
+  elif seeds:
+    sentences.append('One seed each: small differences are noise.')
+  column = Column(label, section.metric, '{:.2f}', 1.0, better=section.mode)
+  name = tables.best(column, [(g.name, g.means) for g in section.methods])
+  if name is not None:
+    group = next(g for g in section.methods if g.name == name)
+    mean = tables.format_mean(group.means[section.metric], '{:.2f}')
+    best = f'Best mean: {name}, {mean}'
+    if gap := group.means.get('gap_closed'):
+      best += (
+        f'; it closes {tables.format_mean(gap, "{:.1f}", 100.0)} % of the gap '
+        'between the initial student and the teacher'
+      )
+    sentences.append(f'{best}.')
+  return sentences
+
+
+def _notes(section: Section, columns: Sequence[Column]) -> list[str]:
+  """Returns what the table's columns mean, as far as they are there."""
+  there = {column.metric for column in columns}
+  notes = []
+  if any(column.head.endswith('at T=1') for column in columns):
+    notes.append('At T=1: outputs are sampled at temperature 1; else greedy.')
+  if 'gap_closed' in there:
+    notes.append(
+      'Gap closed: (initial student - after) / (initial student - teacher) on '
+      f'{tables.axis_label(section.metric)}; each run against its own.'
+    )
+  if sections.KL in there:
+    notes.append(
+      'KL(student‖teacher): nats per token on outputs that the student sampled '
+      "itself, mean over an output's tokens, then over outputs."
+    )
+  if 'train_seconds' in there:
+    notes.append(
+      'Seconds: of training steps, without compilation and evaluation.'
+    )
+  if more := _task_metrics(section)[_MAX_METRICS:]:
+    notes.append(f'In report.json alone: {", ".join(more)}.')
+  return [*notes, *section.notes]
+
+
+def _samples(section: Section) -> list[tuple[str, Mapping[str, Any]]]:
+  """Returns (name, samples) of each group that has them, of its first seed."""
+  found = []
+  for group in section.groups:
+    for run in sorted(group.runs, key=lambda run: run.seed or 0):
+      samples = run.samples.get((section.task, section.split))
+      if samples and any('tokens' in e for e in samples['examples']):
+        found.append((group.name, samples))
+        break
+  return found
+
+
+def _shown(folder: pathlib.Path) -> str:
+  """Returns a path as it is from here, if it is below."""
+  here = pathlib.Path.cwd()
+  return str(folder.relative_to(here) if here in folder.parents else folder)
+
+
+def _command(run: Run) -> str:
+  """Returns the command that the run was started with, if it is known."""
+  path = run.folder / 'versions.json'
+  if not path.is_file():
+    return ''
+  _, *arguments = json.loads(path.read_text()).get('command', [''])
+  return shlex.join(('python', '-m', 'gkd_jax.main', *arguments))
+
+
+# --- For programs, and in Markdown --------------------------------------------
+
+
+def _as_json(section: Section, part: page.Part) -> dict[str, Any]:
+  def of_group(group: Group):
+    return {
+      'name': group.name,
+      'role': group.role,
+      'method': group.method,
+      'runs': [
+        {
+          'folder': str(run.folder),
+          'seed': run.seed,
+          'values': dict(section.values(run)),
+        }
+        for run in group.runs
+      ],
+      'means': {
+        name: {
+          'mean': mean.value,
+          'standard_error': mean.error,
+          'runs': mean.count,
+        }
+        for name, mean in group.means.items()
+      },
+      'settings': {
+        name: value
+        for name, value in group.settings.items()
+        if runs_lib.is_macro(name)
+      },
+    }
+
+  return {
+    'task': section.task,
+    'split': section.split,
+    'metric': section.metric,
+    'mode': section.mode,
+    'groups': [of_group(group) for group in section.groups],
+    'also_run': [of_group(group) for group in section.also_run],
+    'notes': part.notes,
+    'figures': [figures.as_json(shown.figure) for shown in part.figures],
+    'left_out': part.left_out,
+  }
+
+
+def _markdown(
+  title: str, parts: Sequence[page.Part], not_used: Sequence[str]
+) -> str:
+  blocks = [f'# {title}']
+  for part in parts:
+    if part.heading:
+      blocks.append(f'## {part.heading}')
+    blocks.append(' '.join(part.summary))
+    rows = [
+      part.table[0],
+      *(
+        [
+          f'**{cell}**' if cell and (y, x - 1) in part.best else cell
+          for x, cell in enumerate(row)
+        ]
+        for y, row in enumerate(part.table[1:])
+      ),
+    ]
+    blocks += [tables.markdown(rows), ' '.join(part.notes)]
+    if part.also_run:
+      blocks += ['Also run:', tables.markdown(part.also_run)]
+    for shown in part.figures:
+      figure = shown.figure
+      blocks += [
+        f'### {figure.title}',
+        f'![{figure.title}]({shown.file}.png)',
+        figure.caption,
+      ]
+    if part.left_out:
+      blocks.append('Left out:')
+      blocks.append('\n'.join(f'- {line}' for line in part.left_out))
+    if part.samples:
+      blocks.append(
+        'Sample outputs, token by token: [report.html](report.html).'
+      )
+    blocks.append('### Runs')
+    blocks.append(tables.markdown([row[:3] for row in part.runs]))
+  if not_used:
+    blocks += ['Not used:', '\n'.join(f'- {line}' for line in not_used)]
+  return '\n\n'.join(filter(None, blocks)) + '\n'

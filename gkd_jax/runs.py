@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished runs as they lie on disk: settings, results, who began from whom.
+
+A run's folder says all of it: config.gin (the settings that were read),
+eval_<split>.json, samples_<split>.json and metrics.jsonl. An evaluation written
+elsewhere (--run_mode=eval) belongs to the run whose checkpoint it names.
+"""
+
+import ast
+import dataclasses
+import functools
+import glob
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gkd_jax import metrics as metrics_lib
+
+# What changes neither what is learnt nor what is measured at the end.
+FREE = (
+  'BEST_METRIC',
+  'BEST_MODE',
+  'CHECKPOINT_PERIOD',
+  'EVALUATOR_NUM_EXAMPLES',
+  'EVAL_BATCH_SIZE',
+  'EVAL_PERIOD',
+  'LOG_PERIOD',
+  'MESH_DATA',
+  'MESH_MODEL',
+  'MODEL_DIR',
+  'NUM_MICROBATCHES',
+  'RANDOM_SEED',
+  'REMAT',
+  'USE_CACHED_TASKS',
+)
+_INITIAL = 'INITIAL_CHECKPOINT_PATH'
+_TEACHER = 'TEACHER_CHECKPOINT_PATH'
+_EVALUATION = re.compile(r'eval_\w+\.json')
+
+REWARD = 'train/reward'  # of the student's own outputs, while it learns
+
+# What was measured: (task, split).
+Where = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """A run that is done, or a checkpoint of others that was evaluated.
+
+  Attributes:
+    folder: of the run, or of the checkpoint.
+    settings: {macro or parameter: value} of config.gin; references to functions
+      are texts such as '@divergences.forward_kl'. Empty without a config.gin.
+    results: {(task, split): {name: number}}.
+    samples: {(task, split): what samples_<split>.json holds}.
+    curve: lines of metrics.jsonl that have validation metrics.
+    teacher: folder of its teacher's run or checkpoint, or of one that it was
+      only compared with.
+    initial: folder of what it started from.
+  """
+
+  folder: pathlib.Path
+  settings: Mapping[str, Any]
+  results: Mapping[Where, Mapping[str, float]]
+  samples: Mapping[Where, Mapping[str, Any]]
+  curve: Sequence[Mapping[str, float]] = ()
+  teacher: pathlib.Path | None = None
+  initial: pathlib.Path | None = None
+
+  @property
+  def seed(self) -> int | None:
+    return self.settings.get('RANDOM_SEED')
+
+  @property
+  def task(self) -> str:
+    return self.settings.get('MIXTURE_OR_TASK_NAME', 'unknown task')
+
+
+# --- Finding them -------------------------------------------------------------
+
+
+def find(
+  patterns: str | Sequence[str],
+) -> tuple[list[Run], list[tuple[pathlib.Path, str]]]:
+  """Reads the runs that a glob names.
+
+  Args:
+    patterns: one or several globs, `**` included. A folder that is matched and
+      is no run itself stands for all runs below it.
+
+  Returns:
+    The runs, by folder; and the folders that were left out, with the reason.
+
+  Raises:
+    ValueError: nothing was matched, or no run is done.
+  """
+  if isinstance(patterns, str):
+    patterns = (patterns,)
+  folders = sorted({f for pattern in patterns for f in _matched(pattern)})
+  if not folders:
+    raise ValueError(
+      f'RUNS matches no run folder: {", ".join(map(repr, patterns))} (from '
+      f'{pathlib.Path.cwd()}). Name folders that hold a config.gin, or folders '
+      'above them; quote the glob, so that the shell leaves it alone.'
+    )
+  loose = [f for f in folders if not (f / 'config.gin').is_file()]
+  runs, left_out = {}, []
+  for folder in folders:
+    if folder not in loose:
+      run = _read(folder)
+      if run.results:
+        runs[folder] = run
+      else:
+        left_out.append((folder, _why_unfinished(run)))
+  # Evaluations apart from the run whose checkpoint they are of.
+  for folder in loose:
+    try:
+      run = _run_of_evaluation(folder, runs)
+      runs[run.folder] = _with_evaluation(run, folder)
+    except _NotUsed as e:
+      left_out.append((folder, str(e)))
+  if not any(run.results for run in runs.values()):
+    reasons = '\n  '.join(f'{folder}: {why}' for folder, why in left_out)
+    raise ValueError(f'RUNS: none of these runs is done.\n  {reasons}')
+  return [runs[folder] for folder in sorted(runs)], left_out
+
+
+def _matched(pattern: str) -> Iterator[pathlib.Path]:
+  """Yields the folders of runs and of evaluations."""
+  for top in glob.glob(os.path.expanduser(pattern), recursive=True):
+    for folder, below, files in os.walk(top):
+      # Of many files; none is of interest here.
+      below[:] = [name for name in below if not name.startswith('checkpoint_')]
+      if 'config.gin' in files or any(_EVALUATION.fullmatch(f) for f in files):
+        yield pathlib.Path(folder).resolve()
+
+
+class _NotUsed(Exception):
+  """Why an evaluation tells nothing about the runs."""
+
+
+def _run_of_evaluation(
+  folder: pathlib.Path, runs: Mapping[pathlib.Path, Run]
+) -> Run:
+  """Returns the run that an evaluation is of, or one that is nothing else."""
+  for values in _json_files(folder, 'eval').values():
+    checkpoint = pathlib.Path(values.get('checkpoint', ''))
+    of = _without_step(checkpoint)
+    if of not in runs:  # the runs may have been moved since
+      of = next((f for f in runs if folder.is_relative_to(f)), of)
+    if of not in runs and 'task' not in values:
+      raise _NotUsed('its eval_<split>.json does not say of which task it is')
+    run = runs.get(of, Run(of, {}, {}, {}))
+    own = {r['step'] for r in run.results.values() if 'step' in r}
+    step = re.fullmatch(r'checkpoint_(\d+)', checkpoint.name)
+    if own and step and int(step[1]) not in own:
+      raise _NotUsed(f'is of {checkpoint.name}, not of the end of the run')
+    return run
+  raise AssertionError(folder)
+
+
+def _read(folder: pathlib.Path) -> Run:
+  settings = read_settings((folder / 'config.gin').read_text())
+  lines = metrics_lib.read(folder)
+  run = Run(
+    folder,
+    settings,
+    {},
+    {},
+    tuple(
+      line
+      for line in lines
+      if any(name.startswith('validation/') for name in line)
+    ),
+    _resolve(folder, settings, _TEACHER),
+    _resolve(folder, settings, _INITIAL),
+  )
+  run = _with_evaluation(run, folder)
+  steps = settings.get('TRAIN_STEPS')
+  if not run.results and run.curve and run.curve[-1]['step'] == steps:
+    # Nothing is evaluated after training: what was at its last step.
+    values = {
+      name.removeprefix('validation/'): value
+      for name, value in run.curve[-1].items()
+      if name.startswith('validation/')
+    }
+    where = (run.task, settings.get('EVAL_SPLIT', 'validation'))
+    run = dataclasses.replace(run, results={where: {'step': steps, **values}})
+  rewards = [line[REWARD] for line in lines if REWARD in line]
+  if rewards:  # of what it wrote in the last tenth of its training
+    last = rewards[-max(1, len(rewards) // 10) :]
+    of_training = {REWARD: sum(last) / len(last)}
+    results = {key: of_training | run.results[key] for key in run.results}
+    run = dataclasses.replace(run, results=results)
+  return run
+
+
+def _why_unfinished(run: Run) -> str:
+  steps = run.curve[-1]['step'] if run.curve else 0
+  return (
+    f'not done: evaluated last after step {steps} of '
+    f'{run.settings.get("TRAIN_STEPS", "?")}; no eval_<split>.json'
+  )
+
+
+def _with_evaluation(run: Run, folder: pathlib.Path) -> Run:
+  """Adds what an evaluation wrote; what is known already stays."""
+  samples = _json_files(folder, 'samples')
+  results, all_samples = dict(run.results), dict(run.samples)
+  teacher = run.teacher
+  for split, values in _json_files(folder, 'eval').items():
+    where = (values.get('task', run.task), split)
+    numbers = {
+      name: value
+      for name, value in values.items()
+      if isinstance(value, int | float) and math.isfinite(value)
+    }
+    results[where] = numbers | results.get(where, {})
+    if split in samples:
+      known = all_samples.get(where, {'examples': []})['examples']
+      if not any('tokens' in example for example in known):
+        all_samples[where] = samples[split]
+    if teacher is None and 'teacher_checkpoint' in values:
+      teacher = _without_step(pathlib.Path(values['teacher_checkpoint']))
+  return dataclasses.replace(
+    run, results=results, samples=all_samples, teacher=teacher
+  )
+
+
+def _json_files(folder: pathlib.Path, kind: str) -> dict[str, dict[str, Any]]:
+  """Returns {split: content} of <kind>_<split>.json."""
+  return {
+    path.stem.removeprefix(f'{kind}_'): json.loads(path.read_text())
+    for path in sorted(folder.glob(f'{kind}_*.json'))
+  }
+
+
+# --- Settings -----------------------------------------------------------------
+
+
+def read_settings(config: str) -> dict[str, Any]:
+  """Returns {name: value} of a config.gin; what is no literal stays a text."""
+  settings = {}
+  # A long value begins on the next line, and goes on while lines are indented.
+  statement = re.compile(
+    r'^([\w./]+) = (?:\\\n)?(.+(?:\n[ ].*)*)', re.MULTILINE
+  )
+  for name, text in statement.findall(config):
+    text = text.strip()
+    try:
+      settings[name] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      settings[name] = text
+  for name, value in settings.items():  # a macro may stand for another
+    if is_macro(name) and isinstance(value, str) and value.startswith('%'):
+      settings[name] = settings.get(value[1:], value)
+  return settings
+
+
+def is_macro(name: str) -> bool:
+  """Whether a setting is a macro, not a parameter of some function."""
+  return name.isupper() and '.' not in name
+
+
+def _resolve(
+  folder: pathlib.Path, settings: Mapping[str, Any], name: str
+) -> pathlib.Path | None:
+  """Returns the folder that a setting of a run names, wherever it is now.
+
+  A path may be relative to where the run was started, and the runs may have
+  been moved since: beside this run is looked first.
+  """
+  path = settings.get(name)
+  if path is None:
+    return None
+  path = _without_step(pathlib.Path(path))
+  candidates = [path]
+  own = pathlib.Path(settings.get('MODEL_DIR', ''))
+  if own.is_absolute() == path.is_absolute():
+    candidates.insert(0, folder / os.path.relpath(path, own))
+  found = [c.resolve() for c in candidates if c.exists()]
+  return found[0] if found else path
+
+
+def _without_step(path: pathlib.Path) -> pathlib.Path:
+  """Returns the run's folder for one of its checkpoints."""
+  return path.parent if re.fullmatch(r'checkpoint_\d+', path.name) else path
+
+
+def kind(run: Run) -> frozenset[tuple[str, str]]:
+  """Returns what makes a run the same experiment as another, but for its seed.
+
+  These are its settings, and those of the runs that it began from. Of a model
+  that is no run it is the path, in which the seed's number stands for any.
+  """
+  return _kind(run.folder, run.settings)
+
+
+def _kind(folder, settings) -> frozenset[tuple[str, str]]:
+  parts = {
+    (name, repr(_any_seed(value, settings)))
+    for name, value in settings.items()
+    if value is not None and name not in (*FREE, _INITIAL, _TEACHER)
+  }
+  for name in (_INITIAL, _TEACHER):
+    if origin := _resolve(folder, settings, name):
+      parts.add((name, repr(_kind_of_folder(origin, settings))))
+  if not settings:
+    parts.add(('folder', str(folder)))
+  return frozenset(parts)
+
+
+def _kind_of_folder(folder: pathlib.Path, settings: Mapping[str, Any]):
+  path = folder / 'config.gin'
+  if path.is_file():
+    return sorted(_kind(folder, _read_file(path)))
+  return _any_seed(str(folder), settings)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_file(path: pathlib.Path) -> dict[str, Any]:
+  return read_settings(path.read_text())
+
+
+def _any_seed(value: Any, settings: Mapping[str, Any]) -> Any:
+  """Returns a path with the run's seed replaced; other values as they are."""
+  seed = settings.get('RANDOM_SEED')
+  if not isinstance(value, str) or '/' not in value or value.startswith('@'):
+    return value
+  return re.sub(rf'(?<![\d.]){seed}(?![\d]|\.\d)', '*', value)
+
+
+# --- What a run did -----------------------------------------------------------
+
+
+def student_data_fraction(settings: Mapping[str, Any]) -> float | None:
+  """Returns lambda; None where the teacher writes while the student learns."""
+  fraction = settings.get('STUDENT_DATA_FRACTION')
+  policy = str(settings.get('POLICY'))
+  if 'mixture' in policy and fraction is not None:
+    return float(fraction)
+  if 'teacher' in policy:
+    return None
+  return 1.0 if 'student' in policy else 0.0
+
+
+def divergence(settings: Mapping[str, Any]) -> str | None:
+  """Returns the divergence's name, e.g. 'JSD(0.9)'; None if there is none."""
+  reference = settings.get('DIVERGENCE')
+  if reference is None or not settings.get('DIVERGENCE_WEIGHT', 1.0):
+    return None
+  name = reference.strip('@()').rpartition('.')[2]
+  if name == 'generalized_jsd':
+    return f'JSD({settings.get("BETA")})'
+  words = name.split('_')
+  return ' '.join('KL' if word == 'kl' else word for word in words)
+
+
+def alpha(settings: Mapping[str, Any]) -> float | None:
+  """Returns alpha of the paper's Eq. 5; None where there is no reward."""
+  reward_weight = settings.get('REWARD_WEIGHT')
+  if settings.get('ALPHA') is not None:
+    return float(settings['ALPHA'])
+  if not isinstance(reward_weight, int | float) or not reward_weight:
+    return None
+  divergence_weight = settings.get('DIVERGENCE_WEIGHT', 1.0)
+  return divergence_weight / (divergence_weight + reward_weight)
+
+
+def method(run: Run) -> str:
+  """Returns the name of a run's method, as the paper calls it."""
+  settings = run.settings
+  if not settings:
+    return run.folder.name
+  fraction, of = student_data_fraction(settings), divergence(settings)
+  weight = alpha(settings)
+  if weight is not None:
+    if of is None or weight == 0.0:
+      return 'RL'
+    # The paper's RLEF*: kept close to what it was, not to a teacher.
+    own = run.initial is not None and run.teacher == run.initial
+    return f'{"RLEF*" if own else "RL+GKD"} α={weight:g}, {of}'
+  by_teacher = settings.get('TRAIN_ON_PREDICTIONS') or fraction is None
+  if of is None:
+    return 'SeqKD' if by_teacher else 'SFT'
+  if fraction in (0.0, None):
+    name = 'supervised KD' if of == 'forward KL' else f'supervised KD, {of}'
+    if by_teacher:
+      name += " on the teacher's outputs"
+  elif fraction == 1.0:
+    name = f'on-policy GKD, {of}'
+  else:
+    paper = {'forward KL': 'ImitKD', 'total variation': 'f-distill'}
+    name = f'GKD λ={fraction:g}, {of}'
+    if fraction == 0.5:
+      name = paper.get(of, name)
+  if likelihood := settings.get('LIKELIHOOD_WEIGHT'):
+    name += f' + {likelihood:g} likelihood'
+  return name

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of one task and split: groups of seeds, their means, who is whose.
+
+A group is an experiment: runs that differ in their seed alone. Its name is that
+of its method, and says more where several groups have the same.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gkd_jax import runs as runs_lib
+from gkd_jax import tables
+from gkd_jax.runs import Run
+
+ROLES = ('teacher', 'initial student', 'method')
+KL = 'on_student_outputs/reverse_kl'  # KL(student || teacher)
+# Where the model's width differs, these do, too.
+_OF_WIDTH = ('NUM_HEADS', 'HEAD_DIM', 'MLP_DIM')
+_DIVERGENCES = ('forward KL', 'JSD', 'reverse KL', 'total variation')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+  """Runs that differ in their seed alone.
+
+  Attributes:
+    name: no other group of the section has it.
+    role: one of ROLES, to the other runs of the section.
+    method: what it is called in the paper.
+    runs: one a seed. None: a teacher known from others' evaluations alone.
+    means: {metric: mean over the runs}; 'gap_closed' among them, the share of
+      the distance between a run's initial student and its teacher.
+  """
+
+  name: str
+  role: str
+  method: str
+  runs: tuple[Run, ...]
+  means: Mapping[str, tables.Mean]
+
+  @property
+  def settings(self) -> Mapping[str, Any]:
+    return self.runs[0].settings if self.runs else {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Section:
+  """All that was measured on one split of one task.
+
+  Attributes:
+    task: its name.
+    split: of the task.
+    metric: the main one, e.g. 'greedy/wer'.
+    mode: 'min' or 'max', which is better; None: not known.
+    groups: teachers, initial students, methods, in the order of the tables.
+    also_run: methods whose tuned settings are not the best on validation.
+    notes: what a reader must know of how the groups came about.
+    tuned: macros in which groups of `also_run` differ from one of `groups`.
+  """
+
+  task: str
+  split: str
+  metric: str
+  mode: str | None
+  groups: tuple[Group, ...]
+  also_run: tuple[Group, ...] = ()
+  notes: tuple[str, ...] = ()
+  tuned: tuple[str, ...] = ()
+
+  @property
+  def methods(self) -> list[Group]:
+    return self.of_role('method')
+
+  def of_role(self, role: str) -> list[Group]:
+    return [group for group in self.groups if group.role == role]
+
+  def values(self, run: Run) -> Mapping[str, float]:
+    """Returns what was measured of a run, here."""
+    return run.results.get((self.task, self.split), {})
+
+  def reference(self, run: Run, role: str, metric: str) -> float | None:
+    """Returns a metric of a run's own teacher or initial student, if known."""
+    folder = run.teacher if role == 'teacher' else run.initial
+    if folder is None:
+      return None
+    for other in self.runs:
+      if other.folder == folder and metric in self.values(other):
+        return self.values(other)[metric]
+    if role == 'teacher':  # it may have been measured beside a student of its
+      for other in self.runs:
+        if other.teacher == folder:
+          if (value := self.values(other).get(f'teacher/{metric}')) is not None:
+            return value
+    return None
+
+  @property
+  def runs(self) -> list[Run]:
+    groups = (*self.groups, *self.also_run)
+    return [run for group in groups for run in group.runs]
+
+  def decodings(self) -> list[str]:
+    """Returns the decodings that have the main metric, the main one first."""
+    main, _, base = self.metric.rpartition('/')
+    there = {
+      name.rpartition('/')[0]: None
+      for group in self.groups
+      for name in group.means
+      if name.rpartition('/')[2] == base and not name.startswith('teacher/')
+    }
+    return sorted(there, key=lambda name: (name != main, name))
+
+
+# --- From runs to sections ----------------------------------------------------
+
+
+def make(
+  all_runs: Sequence[Run],
+  metric: str | None = None,
+  mode: str | None = None,
+  tuned: Sequence[str] = ('LEARNING_RATE',),
+) -> list[Section]:
+  """Sorts runs into sections and groups.
+
+  Args:
+    all_runs: that are done.
+    metric: the main one, e.g. 'greedy/wer' or 'wer'; None: BEST_METRIC of the
+      runs, or the first.
+    mode: 'min' or 'max'; None: BEST_MODE of the runs, or what is usual for a
+      metric of this name.
+    tuned: macros. Of groups that differ in these alone, the one that is best on
+      the validation split stands for all.
+
+  Raises:
+    ValueError: no run has the metric.
+  """
+  where = {key: None for run in all_runs for key in run.results}
+  measured = {
+    name.rpartition('/')[2] if '/' not in (metric or '') else name
+    for run in all_runs
+    for values in run.results.values()
+    for name in values
+  }
+  if metric is not None and metric not in measured:
+    raise ValueError(
+      f'METRIC {metric!r} was measured in none of the runs. They have: '
+      f'{", ".join(sorted(measured))}.'
+    )
+  return [
+    _section(
+      [run for run in all_runs if key in run.results], key, metric, mode, tuned
+    )
+    for key in sorted(where)
+  ]
+
+
+def _section(runs, where, metric, mode, tuned) -> Section:
+  task, split = where
+  metric, mode = _main_metric(runs, where, metric, mode)
+  section = Section(task, split, metric, mode, ())
+  runs, notes = _without_repeats(runs)
+  by_folder = _roles(runs)
+  by_kind = collections.defaultdict(list)
+  for run in runs:
+    by_kind[runs_lib.kind(run)].append(run)
+  # Groups that differ in tuned settings alone share a name, at first.
+  shared = collections.defaultdict(list)
+  for kind, of_kind in by_kind.items():
+    # What one seed is to others, all of them are.
+    role = min((by_folder[run.folder] for run in of_kind), key=ROLES.index)
+    rest = frozenset(part for part in kind if part[0] not in tuned)
+    shared[role, rest].append(tuple(of_kind))
+  names = unique_names(
+    [
+      (runs_lib.method(kinds[0][0]) if role == 'method' else role, kinds[0][0])
+      for (role, _), kinds in shared.items()
+    ],
+    ignore=tuned,
+  )
+  groups, also_run, tuned_is_known = [], [], True
+  for name, ((role, _), kinds) in zip(names, shared.items(), strict=True):
+    best = _best_on_validation(kinds, metric, mode)
+    if len(kinds) > 1:
+      longer = unique_names([(name, kind[0]) for kind in kinds])
+      if best is None:
+        tuned_is_known = False
+        notes.append(
+          f'{name}: {len(kinds)} settings of {", ".join(tuned)}, and no '
+          'validation metric to choose by: all are shown.'
+        )
+      else:
+        words = longer[kinds.index(best)].removeprefix(f'{name}, ')
+        notes.append(
+          f'{name}: {words} is the best of {len(kinds)} on the validation '
+          'split, and stands here for all.'
+        )
+    for i, kind in enumerate(kinds):
+      is_best = kind is best or len(kinds) == 1
+      group = Group(
+        name if is_best else longer[i],
+        role,
+        runs_lib.method(kind[0]),
+        kind,
+        {},
+      )
+      (groups if is_best or best is None else also_run).append(group)
+  groups.sort(key=_order)
+  also_run.sort(key=_order)
+  section = dataclasses.replace(section, groups=(*groups, *also_run))
+  groups, also_run = (
+    tuple(
+      dataclasses.replace(group, means=_means(section, group)) for group in some
+    )
+    for some in (groups, also_run)
+  )
+  if not any(group.role == 'teacher' for group in groups):
+    groups = (*_teacher_from_students(section), *groups)
+  return dataclasses.replace(
+    section,
+    groups=groups,
+    also_run=also_run,
+    notes=tuple(notes),
+    tuned=tuple(tuned) if tuned_is_known else (),
+  )
+
+
+def _main_metric(runs, where, metric, mode) -> tuple[str, str | None]:
+  """Returns the main metric of a section, and which way it is better."""
+  names = {
+    name: None
+    for run in runs
+    for name in run.results[where]
+    if '/' in name and not name.startswith('teacher/')
+  }
+  votes = collections.Counter(
+    (run.settings.get('BEST_METRIC'), run.settings.get('BEST_MODE'))
+    for run in runs
+    if run.settings.get('BEST_METRIC') in names
+  )
+  best, best_mode = votes.most_common(1)[0][0] if votes else (None, None)
+  if metric is None:
+    metric = best or next(iter(names))
+  elif metric not in names:  # 'wer': greedy, or the first decoding that has it
+    having = [n for n in names if n.rpartition('/')[2] == metric]
+    if not having:  # measured on another task alone
+      metric = best or next(iter(names))
+    else:
+      metric = next((n for n in having if n.startswith('greedy/')), having[0])
+  base = metric.rpartition('/')[2]
+  if mode is None:
+    is_best = best is not None and best.rpartition('/')[2] == base
+    mode = best_mode if is_best else tables.better(base)
+  return metric, mode
+
+
+def _without_repeats(runs) -> tuple[list[Run], list[str]]:
+  """Drops runs that repeat another, seeds and all: they are no new evidence."""
+  seen, kept, notes = {}, [], []
+  for run in runs:
+    key = (runs_lib.kind(run), run.seed, run.initial, run.teacher)
+    if run.settings and key in seen:
+      notes.append(f'{run.folder} repeats {seen[key]}, and is not counted.')
+      continue
+    seen[key] = run.folder
+    kept.append(run)
+  return kept, notes
+
+
+def _roles(runs: Sequence[Run]) -> dict[Any, str]:
+  """Returns {folder: role}. Whoever starts from a student is a method."""
+  teachers = {run.teacher for run in runs}
+  started_from = {
+    run.initial
+    for run in runs
+    if run.folder not in teachers or run.teacher is not None
+  } - {None}
+  roles = {}
+  for run in runs:
+    roles[run.folder] = 'method'
+    if run.folder in started_from and run.initial not in started_from:
+      roles[run.folder] = 'initial student'
+    elif run.folder in teachers:
+      roles[run.folder] = 'teacher'
+  return roles
+
+
+def _best_on_validation(kinds, metric, mode):
+  """Returns the runs whose last validation metric is best, on average."""
+  if len(kinds) == 1:
+    return kinds[0]
+  scores = [
+    tables.mean([last_on_validation(run, metric) for run in kind])
+    for kind in kinds
+  ]
+  if mode is None or None in scores:
+    return None
+  best = min if mode == 'min' else max
+  return kinds[best(range(len(kinds)), key=lambda i: scores[i].value)]
+
+
+def last_on_validation(run: Run, metric: str) -> float | None:
+  """Returns a metric of the validation split, as it was at the end."""
+  lines = [line for line in run.curve if f'validation/{metric}' in line]
+  return lines[-1][f'validation/{metric}'] if lines else None
+
+
+def _means(section: Section, group: Group) -> dict[str, tables.Mean]:
+  rows = []
+  for run in group.runs:
+    values = section.values(run)
+    rows.append({**values, 'gap_closed': _gap_closed(section, run, group.role)})
+  names = {name: None for row in rows for name in row}
+  means = {name: tables.mean([row.get(name) for row in rows]) for name in names}
+  return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _gap_closed(section: Section, run: Run, role: str) -> float | None:
+  """Returns (initial - after) / (initial - teacher) on the main metric."""
+  after = section.values(run).get(section.metric)
+  initial = section.reference(run, 'initial student', section.metric)
+  teacher = section.reference(run, 'teacher', section.metric)
+  if role != 'method' or None in (after, initial, teacher):
+    return None
+  return (initial - after) / (initial - teacher) if initial != teacher else None
+
+
+def _teacher_from_students(section: Section) -> list[Group]:
+  """Returns teachers that are no run here: measured beside their students."""
+  found = {}
+  for group in section.groups:
+    for run in group.runs:
+      values = {
+        name.removeprefix('teacher/'): value
+        for name, value in section.values(run).items()
+        if name.startswith('teacher/')
+      }
+      if values:
+        found.setdefault(run.teacher, values)
+  return [
+    Group(
+      'teacher' if len(found) == 1 else f'teacher {folder.name}',
+      'teacher',
+      'teacher',
+      (),
+      {name: tables.mean([value]) for name, value in values.items()},
+    )
+    for folder, values in found.items()
+  ]
+
+
+# --- Names and order ----------------------------------------------------------
+
+
+def unique_names(
+  named: Sequence[tuple[str, Run]], ignore: Sequence[str] = ()
+) -> list[str]:
+  """Returns a name for each; equal ones are told apart by their settings.
+
+  Args:
+    named: (name, a run that has the settings).
+    ignore: settings that are not mentioned.
+  """
+  alike = collections.defaultdict(list)
+  for i, (name, _) in enumerate(named):
+    alike[name].append(i)
+  names = [name for name, _ in named]
+  for name, places in alike.items():
+    if len(places) == 1:
+      continue
+    settings = [_said(named[i][1]) for i in places]
+    every = sorted({key for s in settings for key in s} - {*ignore})
+    differ = [
+      key for key in every if len({repr(s.get(key)) for s in settings}) > 1
+    ]
+    if 'EMB_DIM' in differ:
+      differ = [key for key in differ if key not in _OF_WIDTH]
+    count = collections.Counter()
+    for i, s in zip(places, settings, strict=True):
+      words = [_say(key, s.get(key)) for key in differ[:3]]
+      names[i] = ', '.join([name, *filter(None, words)])
+      count[names[i]] += 1
+      if count[names[i]] > 1:
+        names[i] += f' #{count[names[i]]}'
+  return names
+
+
+def _said(run: Run) -> dict[str, Any]:
+  """Returns the macros of a run, less those that are no setting."""
+  free = {*runs_lib.FREE, 'INITIAL_CHECKPOINT_PATH', 'TEACHER_CHECKPOINT_PATH'}
+  settings = {
+    name: value
+    for name, value in run.settings.items()
+    if runs_lib.is_macro(name) and name not in free
+  }
+  settings['from'] = run.initial and run.initial.name
+  settings['teacher'] = run.teacher and run.teacher.name
+  if not run.settings:
+    settings['folder'] = str(run.folder)
+  return settings
+
+
+def _say(name: str, value: Any) -> str:
+  """Returns a setting in words."""
+  if name == 'TRAIN_NUM_EXAMPLES':
+    return 'all examples' if value is None else f'{value:,} examples'
+  if name == 'from' and value is None:
+    return 'from scratch'
+  if value is None:
+    return ''
+  forms = {
+    'BATCH_SIZE': 'batches of {}',
+    'EMB_DIM': 'width {}',
+    'LEARNING_RATE': 'learning rate {:g}',
+    'SAMPLING_TEMPERATURE': 'sampled at T={:g}',
+    'SIZE': '{}',
+    'TEACHER_TEMPERATURE': 'teacher at T={:g}',
+    'TRAIN_STEPS': '{:,} steps',
+    'folder': '{}',
+    'from': 'from {}',
+    'teacher': 'teacher {}',
+  }
+  return forms.get(name, f'{name}={{}}').format(value)
+
+
+def divergence_order(name: str) -> tuple[int, str]:
+  """Sorts divergences as the paper does; JSD by its beta."""
+  kind = name.partition('(')[0]
+  place = _DIVERGENCES.index(kind) if kind in _DIVERGENCES else 9
+  return place, name
+
+
+def _order(group: Group) -> tuple:
+  """The order of the tables: by role, policy, divergence, and amounts."""
+  settings = group.settings
+  divergence = runs_lib.divergence(settings)
+  fraction = runs_lib.student_data_fraction(settings)
+  alpha = runs_lib.alpha(settings)
+  return (
+    ROLES.index(group.role),
+    alpha is not None,
+    divergence is not None,
+    group.method == 'SeqKD',
+    fraction or 0.0,
+    divergence_order(divergence or ''),
+    alpha or 0.0,
+    settings.get('TRAIN_NUM_EXAMPLES') or math.inf,
+    group.name,
+  )
+
+
+# --- Groups that differ in some settings alone --------------------------------
+
+
+def strata(
+  groups: Sequence[Group], vary: Sequence[str], name: Callable[[Group], str]
+) -> dict[str, list[Group]]:
+  """Puts groups together that differ in some settings alone.
+
+  Args:
+    groups: to sort.
+    vary: macros that may differ.
+    name: of what groups that belong together have in common.
+
+  Returns:
+    {name, told apart by their other settings: groups}.
+  """
+  together = collections.defaultdict(list)
+  for group in groups:
+    together[name(group), rest(group, vary)].append(group)
+  names = unique_names(
+    [(name, some[0].runs[0]) for (name, _), some in together.items()],
+    ignore=vary,
+  )
+  return dict(zip(names, together.values(), strict=True))
+
+
+def rest(group: Group, vary: Sequence[str]) -> frozenset[tuple[str, str]]:
+  """Returns all settings of a group but some macros, and what those decide."""
+  of_divergence = 'DIVERGENCE' in vary
+  return frozenset(
+    (name, value)
+    for name, value in runs_lib.kind(group.runs[0])
+    if name not in vary
+    and not (of_divergence and name.startswith('divergences.'))
+  )

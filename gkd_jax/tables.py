@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means over seeds, and tables of them, for `compare` and `report`."""
+
+import dataclasses
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+# Tasks' metrics by their usual names. The first two are in percent.
+_ERRORS = ('wer', 'per', 'cer', 'error')
+_SHARES_RIGHT = ('accuracy', 'exact_match')
+_SCORES = ('bleu', 'chrf', 'f1', 'reward', 'entailment')
+
+
+class Mean(NamedTuple):
+  """A mean over seeds.
+
+  Attributes:
+    value: the mean.
+    error: its standard error, from the sample's standard deviation; None of a
+      single value.
+    count: how many values.
+  """
+
+  value: float
+  error: float | None
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column of a table of results.
+
+  Attributes:
+    head: what is written above it, with its unit.
+    metric: whose means stand in it.
+    form: of a number.
+    scale: numbers are multiplied by it.
+    with_error: whether the standard error is written, too.
+    better: 'min' or 'max', which is better; None: neither, or not known.
+  """
+
+  head: str
+  metric: str
+  form: str = '{:.2f}'
+  scale: float = 1.0
+  with_error: bool = True
+  better: str | None = None
+
+
+def mean(values: Sequence[float | None]) -> Mean | None:
+  """Returns the mean of what one metric was in each run.
+
+  A run that lacks it leaves no mean: one over other runs than its neighbours in
+  the table would mislead.
+  """
+  if not values or None in values:
+    return None
+  error = None
+  if len(values) > 1:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+  return Mean(statistics.fmean(values), error, len(values))
+
+
+def format_mean(mean: Mean | None, form: str, scale: float = 1.0) -> str:
+  """Returns '12.3 ± 0.4', or '12.3' without an error, or '' without a mean."""
+  if mean is None:
+    return ''
+  text = form.format(mean.value * scale)
+  if mean.error is not None:
+    text += f' ± {form.format(mean.error * scale)}'
+  return text
+
+
+def cells(
+  columns: Sequence[Column],
+  named: Sequence[tuple[str, Mapping[str, Mean | None]]],
+) -> list[list[str]]:
+  """Returns the rows of a table: the head, then a name and its means each."""
+  rows = [['method', *(column.head for column in columns)]]
+  for name, means in named:
+    row = [name]
+    for column in columns:
+      mean = means.get(column.metric)
+      if mean is not None and not column.with_error:
+        mean = mean._replace(error=None)
+      row.append(format_mean(mean, column.form, column.scale))
+    rows.append(row)
+  return rows
+
+
+def best(
+  column: Column, named: Sequence[tuple[str, Mapping[str, Mean]]]
+) -> str | None:
+  """Returns the name whose mean is best in a column, if one alone is."""
+  values = {
+    name: means[column.metric].value
+    for name, means in named
+    if column.metric in means
+  }
+  if column.better is None or len(values) < 2:
+    return None
+  top = (min if column.better == 'min' else max)(values.values())
+  names = [name for name, value in values.items() if value == top]
+  return names[0] if len(names) == 1 else None
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+  """Returns a table in Markdown, its columns aligned; the head is first."""
+  cells = [[cell.replace('|', '\\|') for cell in row] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = [
+    '| '
+    + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+    + ' |'
+    for row in cells
+  ]
+  lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
+  return '\n'.join(lines)
+
+
+def metric_label(name: str) -> str:
+  """Returns how a task's metric is called in a head: 'WER %', 'ROUGE-2'."""
+  short = name.removeprefix('rouge')
+  label = f'ROUGE-{short}' if short != name else name
+  if name in ('wer', 'per', 'cer', 'bleu', 'f1'):
+    label = name.upper()
+  return f'{label} %' if name in (*_ERRORS, *_SHARES_RIGHT) else label
+
+
+def head(metric: str) -> str:
+  """Returns a column's head: 'WER %' for greedy/wer, 'WER % at T=1' sampled."""
+  decoding, _, name = metric.rpartition('/')
+  if decoding == 'greedy':
+    return metric_label(name)
+  if (temperature := temperature_of(decoding)) is not None:
+    return f'{metric_label(name)} at T={temperature:g}'
+  return f'{metric_label(name)}, {decoding.replace("_", " ")}'
+
+
+def axis_label(metric: str) -> str:
+  """Returns what an axis says: 'WER %, greedy', 'WER %, sampled at T=1'."""
+  decoding, _, name = metric.rpartition('/')
+  if (temperature := temperature_of(decoding)) is not None:
+    decoding = f'sampled at T={temperature:g}'
+  return f'{metric_label(name)}, {decoding.replace("_", " ")}'
+
+
+def temperature_of(decoding: str) -> float | None:
+  """Returns the temperature that a decoding's name says: sampled_0.5."""
+  match = re.fullmatch(r'sampled(?:_([\d.]+))?', decoding)
+  return float(match[1] or 1.0) if match else None
+
+
+def better(name: str) -> str | None:
+  """Returns 'min' or 'max', which is better for a task's metric, if known."""
+  if name in _ERRORS:
+    return 'min'
+  known = name in (*_SHARES_RIGHT, *_SCORES) or name.startswith('rouge')
+  return 'max' if known else None
