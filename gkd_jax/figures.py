@@ -175,32 +175,55 @@ def all_of(section: Section) -> tuple[list[Figure], list[str]]:
 def method_bars(section: Section) -> list[Figure] | str:
   """Returns each method's main metric, with the teacher's line."""
   methods = _on_most_examples(section)
-  name = section.metric.rpartition('/')[2]
-  panels = []
-  for decoding in section.decodings():
-    if tables.temperature_of(decoding) not in (None, 1.0):
-      continue  # these are shown against diversity
-    metric = f'{decoding}/{name}'
-    bars = {group.name: group.means.get(metric) for group in methods}
-    if not any(bars.values()):
-      continue
-    base, lines = _levels(section, metric)
-    panels.append(Panel(tables.axis_label(metric), bars, base, lines))
-  if not panels:
-    return 'Method bars: no method has been trained.'
-  begin = ' Bars begin at the initial student.' if panels[0].base else ''
   less = ''
   if len(methods) < len(section.methods):
     less = ' Runs on fewer training examples are not here.'
-  return [
-    Figure(
-      'methods',
-      'Methods',
-      f'{tables.metric_label(name)} of each method at the end of training, on '
-      f'{section.split}{_direction(section)}.{begin}{_errors(methods)}{less}',
-      Bars(panels[:2]),
+  name = section.metric.rpartition('/')[2]
+  found = []
+  for origin, of_origin in _by_origin(section, methods).items():
+    panels = []
+    for decoding in section.decodings():
+      if tables.temperature_of(decoding) not in (None, 1.0):
+        continue  # these are shown against diversity
+      metric = f'{decoding}/{name}'
+      bars = {group.name: group.means.get(metric) for group in of_origin}
+      if any(bars.values()):
+        base, lines = _levels(section, metric, of_origin)
+        panels.append(Panel(tables.axis_label(metric), bars, base, lines))
+    begin = ' Bars begin at the initial student.' if panels[0].base else ''
+    found.append(
+      Figure(
+        _numbered('methods', found),
+        f'Methods{origin}',
+        f'{tables.metric_label(name)} of each method at the end of training, '
+        f'on {section.split}{_direction(section)}.{begin}'
+        f'{_errors(of_origin)}{less}',
+        Bars(panels[:2]),
+      )
     )
-  ]
+  return found or 'Method bars: no method has been trained.'
+
+
+def _by_origin(
+  section: Section, groups: Sequence[Group]
+) -> dict[str, list[Group]]:
+  """Divides methods by the initial student, if there are several.
+
+  Returns:
+    {words for a title: methods}; the words are empty if there is one only.
+  """
+  owner = {run.folder: g.name for g in section.groups for run in g.runs}
+  divided: dict[str, list[Group]] = {}
+  for group in groups:
+    name = owner.get(group.runs[0].initial, '')
+    divided.setdefault(f' from {name}' if name else '', []).append(group)
+  if len(divided) - ('' in divided) < 2:
+    return {'': list(groups)} if groups else {}
+  return divided
+
+
+def _numbered(name: str, found: Sequence[Figure]) -> str:
+  return f'{name}{len(found) + 1}' if found else name
 
 
 def _on_most_examples(section: Section) -> list[Group]:
@@ -244,7 +267,7 @@ def heat_maps(section: Section) -> list[Figure] | str:
     within = f' ({name.strip(", ")})' if name else ''
     found.append(
       Figure(
-        f'lambda_divergence{len(found) + 1 if found else ""}',
+        _numbered('lambda_divergence', found),
         f'Student data and divergence{within}',
         f'{tables.axis_label(section.metric)} by the share λ of outputs that '
         'the student writes (0: the dataset, 1: on-policy) and the divergence'
@@ -300,14 +323,15 @@ def data_efficiency(section: Section) -> list[Figure] | str:
   of_all = max(of_all, 2.0 * numbers[-1])
   if any(None in by for by in series.values()):
     ticks[of_all] = 'all'
-  base, lines = _levels(section, section.metric)
+  used = [g for by in series.values() for g in by.values()]
+  base, lines = _levels(section, section.metric, used)
   return [
     Figure(
       'data_efficiency',
       'Data efficiency',
       f'{tables.axis_label(section.metric)} by the number of training examples'
       f'{_direction(section)}; "all" is the whole training split, not to scale.'
-      f'{_errors([g for by in series.values() for g in by.values()])}',
+      f'{_errors(used)}',
       Plot(
         'training examples',
         tables.axis_label(section.metric),
@@ -387,7 +411,7 @@ def reward_trade_off(section: Section) -> list[Figure] | str:
     return 'Reward and distillation: needs RL+GKD runs of two or more ALPHA.'
   used = [g for groups in series.values() for g in groups]
   metric, label = _reward_metric(section, used)
-  base, _ = _levels(section, section.metric)  # the teacher is far off
+  base, _ = _levels(section, section.metric, used)  # the teacher is far off
   return [
     Figure(
       'reward_trade_off',
@@ -434,49 +458,52 @@ def _reward_metric(
 
 def curves(section: Section) -> list[Figure] | str:
   """Returns the main metric on the validation split, during training."""
-  series = {}
   methods = _on_most_examples(section)
-  for group in methods:
-    points = _curve(section, group)
-    if len(points) > 1:
-      series[group.name] = points
-  if not series:
-    return (
-      'During training: needs a method that was evaluated twice or more '
-      f'while it was trained ("validation/{section.metric}").'
-    )
-  most = ''
-  if len(series) > _MAX_CURVES:
-    most = (
-      f' The {_MAX_CURVES} of {len(series)} methods that are best at the end.'
-    )
-    if section.mode is None:
-      most = f' The first {_MAX_CURVES} of {len(series)} methods.'
-    series = _best_at_the_end(series, section.mode)
-  lines = [
-    Line(group.name, mean)
-    for group in section.of_role('teacher')
-    if (
-      mean := tables.mean(
-        [sections.last_on_validation(run, section.metric) for run in group.runs]
+  found = []
+  for origin, of_origin in _by_origin(section, methods).items():
+    series = {group.name: _curve(section, group) for group in of_origin}
+    series = {name: points for name, points in series.items() if points[1:]}
+    if not series:
+      continue
+    most = ''
+    if len(series) > _MAX_CURVES:
+      which = f'{_MAX_CURVES} of {len(series)} methods'
+      most = f' The {which} that are best at the end.'
+      if section.mode is None:
+        most = f' The first {which}.'
+      series = _best_at_the_end(series, section.mode)
+    shown = [group for group in of_origin if group.name in series]
+    lines = [
+      Line(group.name, mean)
+      for group in _of_role(section, 'teacher', shown)
+      if (
+        mean := tables.mean(
+          [
+            sections.last_on_validation(run, section.metric)
+            for run in group.runs
+          ]
+        )
+      )
+    ]
+    found.append(
+      Figure(
+        _numbered('training', found),
+        f'During training{origin}',
+        f'{tables.axis_label(section.metric)} on the validation split'
+        f'{_direction(section)}. Step 0 is the initial student.{most}'
+        f'{_errors(shown)}',
+        Plot(
+          'steps of the method',
+          f'{tables.axis_label(section.metric)}, validation',
+          series,
+          lines,
+        ),
       )
     )
-  ]
-  return [
-    Figure(
-      'training',
-      'During training',
-      f'{tables.axis_label(section.metric)} on the validation split'
-      f'{_direction(section)}. Step 0 is the initial student.{most}'
-      f'{_errors([g for g in methods if g.name in series])}',
-      Plot(
-        'steps of the method',
-        f'{tables.axis_label(section.metric)}, validation',
-        series,
-        lines,
-      ),
-    )
-  ]
+  return found or (
+    'During training: needs a method that was evaluated twice or more '
+    f'while it was trained ("validation/{section.metric}").'
+  )
 
 
 def _best_at_the_end(
@@ -514,20 +541,43 @@ def mean_curve(by_seed: Sequence[Mapping[int, float]]) -> list[Point]:
   ]
 
 
-def _levels(section: Section, metric: str) -> tuple[Line | None, list[Line]]:
-  """Returns the initial student's level, and those of teachers and others."""
-  lines = {
-    role: [
+def _levels(
+  section: Section, metric: str, methods: Sequence[Group]
+) -> tuple[Line | None, list[Line]]:
+  """Returns the level of the methods' initial student, and other levels.
+
+  The first is None if there are several initial students; they are among the
+  others then, as the teachers are.
+  """
+  initial, teachers = (
+    [
       Line(group.name, group.means[metric])
-      for group in section.of_role(role)
+      for group in _of_role(section, role, methods)
       if metric in group.means
     ]
     for role in ('initial student', 'teacher')
-  }
-  initial = lines['initial student']
+  )
   if len(initial) == 1:
-    return initial[0], lines['teacher']
-  return None, [*initial, *lines['teacher']]
+    return initial[0], teachers
+  return None, [*initial, *teachers]
+
+
+def _of_role(
+  section: Section, role: str, methods: Sequence[Group]
+) -> list[Group]:
+  """Returns the initial students or teachers of some methods."""
+  named = {
+    run.teacher if role == 'teacher' else run.initial
+    for group in methods
+    for run in group.runs
+  }
+  groups = section.of_role(role)
+  theirs = [
+    group
+    for group in groups
+    if not group.runs or any(run.folder in named for run in group.runs)
+  ]
+  return theirs or groups
 
 
 def _direction(section: Section, add: str = '') -> str:

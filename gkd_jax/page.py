@@ -241,11 +241,16 @@ def _example(
 
 
 def _text(text: str) -> str:
-  """Returns a text as it is, folded where it is long."""
+  """Returns a text as it is, folded where it is long.
+
+  Of a long one the end is shown, too: in a prompt with examples the question
+  stands there.
+  """
   if len(text) <= _LONG:
     return f'<span class="text">{escape(text)}</span>'
+  short = f'{text[: _LONG // 4]} … {text[-_LONG * 3 // 4 :]}'
   return (
-    f'<details class="text"><summary>{escape(text[:_LONG])} …</summary>'
+    f'<details class="text"><summary>{escape(short)}</summary>'
     f'{escape(text)}</details>'
   )
 

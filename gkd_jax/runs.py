@@ -291,6 +291,7 @@ def _without_step(path: pathlib.Path) -> pathlib.Path:
   return path.parent if re.fullmatch(r'checkpoint_\d+', path.name) else path
 
 
+@functools.lru_cache(maxsize=4096)
 def kind(run: Run) -> frozenset[tuple[str, str]]:
   """Returns what makes a run the same experiment as another, but for its seed.
 

@@ -80,6 +80,58 @@ def test_a_method_without_a_decoding_has_no_bar_there(tmp_path):
   figures.draw(figure.data)
 
 
+def test_each_initial_student_has_its_own_bars(tmp_path):
+  wer = {
+    'teacher': 20.0,
+    'initial': (SFT | {'EMB_DIM': 16}, [60.0, 62.0]),
+    'imitkd': (gkd(0.5) | {'EMB_DIM': 16}, [54.0, 55.0]),
+  }
+  run_folders.study(tmp_path / 'small', wer)
+  for seed in (0, 1):
+    student = run_folders.write(
+      tmp_path / f'base_{seed}',
+      {'greedy/wer': 40.0},
+      RANDOM_SEED=seed,
+      EMB_DIM=32,
+      **SFT,
+    )
+    run_folders.write(
+      tmp_path / f'base_{seed}_imitkd',
+      {'greedy/wer': 35.0},
+      RANDOM_SEED=seed,
+      EMB_DIM=32,
+      INITIAL_CHECKPOINT_PATH=student,
+      TEACHER_CHECKPOINT_PATH=tmp_path / 'small' / 'teacher',
+      **gkd(0.5),
+    )
+
+  small, base = figures.method_bars(section_of(tmp_path))
+
+  assert small.title == 'Methods from initial student, width 16'
+  assert base.title == 'Methods from initial student, width 32'
+  assert small.name != base.name
+  for figure, level, bar in ((small, 61.0, 54.5), (base, 40.0, 35.0)):
+    panel = figure.data.panels[0]
+    assert panel.base.mean.value == level
+    assert [mean.value for mean in panel.bars.values()] == [bar]
+    assert [line.mean.value for line in panel.lines] == [20.0]
+
+
+def test_runs_on_a_part_of_the_data_have_no_bar(tmp_path):
+  for number in (None, 100):
+    run_folders.write(
+      tmp_path / f'run_{number}',
+      {'greedy/wer': 50.0},
+      TRAIN_NUM_EXAMPLES=number,
+      **gkd(0.5),
+    )
+
+  (figure,) = figures.method_bars(section_of(tmp_path))
+
+  assert list(figure.data.panels[0].bars) == ['ImitKD, all examples']
+  assert 'fewer training examples are not here' in figure.caption
+
+
 def test_without_a_method_there_are_no_bars(tmp_path):
   section = study(tmp_path, INITIAL)
   section = dataclasses.replace(section, groups=section.of_role('teacher'))
@@ -330,6 +382,23 @@ def test_curves_have_the_steps_of_all_seeds():
     (0.0, mean_of(1.0, 3.0)),
     (9.0, mean_of(4.0, 8.0)),
   ]
+
+
+def test_of_many_methods_the_best_are_shown(tmp_path):
+  for i in range(11):
+    run_folders.write(
+      tmp_path / str(i),
+      {'greedy/wer': 50.0},
+      {500: 70.0, 1000: 60.0 - i},
+      TRAIN_STEPS=1000 + i,
+      **SFT,
+    )
+
+  (figure,) = figures.curves(section_of(tmp_path))
+
+  assert 'The 8 of 11 methods that are best at the end.' in figure.caption
+  at_the_end = [points[-1].y.value for points in figure.data.series.values()]
+  assert at_the_end == [57.0 - i for i in range(8)]
 
 
 def test_a_curve_needs_two_points(tmp_path):

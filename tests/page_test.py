@@ -305,13 +305,15 @@ def test_too_many_tokens_are_left_in_their_files():
 
 
 def test_a_long_input_is_folded_and_whole():
-  text = 'word & ' * 200
+  text = f'example & {"word " * 300}<question>?'
 
   tree = Tree(page._text(text))
 
   assert tree.tags[0][0] == 'details'
   assert tree.texts[-1][1] == text
   assert len(tree.texts[0][1]) < len(text) / 2
+  assert tree.texts[0][1].startswith('example &')
+  assert tree.texts[0][1].endswith('<question>?')
   assert Tree(page._text('short')).all('details') == []
 
 
