@@ -255,6 +255,8 @@ def _job(folder, name, common, point, axes, stages) -> jobs_lib.Job:
     )
   macro, result = _MODES[mode]
   result = merged.pop('result', result)
+  if macro in merged:
+    raise ValueError(f'{name}: {macro} is not to be set; it is a folder here.')
   needs: dict[str, None] = {}
 
   def fill(value):
@@ -290,10 +292,16 @@ def _fill(
     if name not in stages:
       raise ValueError(
         f'{match[0]} in {text!r} stands for nothing here. There are: '
-        f'{", ".join((*point, *stages))}. (Before the grid, there are the axes '
-        'of for_each, and what comes earlier.)'
+        f'{", ".join((*point, *stages)) or "none"}. (A run before the grid has '
+        'the axes of its for_each, and what comes before it.)'
       )
     stage = stages[name]
+    own_axes = re.findall(r'\{(\w+)\}', stage.path)
+    if missing := [axis for axis in own_axes if axis not in point]:
+      raise ValueError(
+        f'{match[0]} in {text!r}: there is one for each {", ".join(missing)}. '
+        'What uses it needs this in its for_each.'
+      )
     if stage.job is not None:
       needs[_fill(stage.job, point, {})] = None
     return _fill(stage.path, point, {})

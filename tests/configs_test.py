@@ -95,28 +95,55 @@ def build(run_main, tmp_path):
   return build
 
 
-@all_files([p for p in CONFIGS if mode_of(documented_command(p)) != 'compare'])
+def configs_of(*modes):
+  return all_files(
+    [p for p in CONFIGS if mode_of(documented_command(p)) in modes]
+  )
+
+
+@configs_of('train', 'eval', 'infer')
 def test_the_command_in_the_header_builds_all_parts(path, build):
   build(documented_command(path))
 
 
-@all_files([p for p in CONFIGS if mode_of(documented_command(p)) == 'compare'])
-def test_all_runs_of_a_comparison_build_all_their_parts(
-  path, build, run_main, tmp_path, monkeypatch
-):
+@pytest.fixture
+def jobs_of(run_main, tmp_path, monkeypatch):
+  """Returns the runs that a command would start, and starts none."""
+
   class Stop(Exception):
     pass
 
-  jobs = []
+  def jobs_of(arguments):
+    kept = []
 
-  def keep_and_stop(of_comparison, *rest, **settings):
-    jobs.extend(of_comparison)
-    raise Stop
+    def keep_and_stop(jobs, *rest, **settings):
+      kept.extend(jobs)
+      raise Stop
 
-  monkeypatch.setattr(jobs_lib, 'run', keep_and_stop)
-  with pytest.raises(Stop):
-    run_main(*documented_command(path), f'--gin.MODEL_DIR={tmp_path}')
+    monkeypatch.setattr(jobs_lib, 'run', keep_and_stop)
+    with pytest.raises(Stop):
+      run_main(
+        *(re.sub(r'=models/byt5\S*', f'={BYT5}', a) for a in arguments),
+        f'--gin.MODEL_DIR={tmp_path}',
+      )
+    return kept
+
+  return jobs_of
+
+
+@configs_of('compare')
+def test_all_runs_of_a_comparison_build_all_their_parts(path, build, jobs_of):
+  jobs = jobs_of(documented_command(path))
 
   assert len(jobs) >= 4  # teacher, student, its evaluation, and a method
+  for job in jobs:
+    build(job.arguments)
+
+
+@configs_of('sweep')
+def test_all_points_of_a_sweep_build_all_their_parts(path, build, jobs_of):
+  jobs = jobs_of([*documented_command(path), '--gin.SEEDS=(0,)'])
+
+  assert len(jobs) >= 6
   for job in jobs:
     build(job.arguments)

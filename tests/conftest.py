@@ -133,6 +133,44 @@ def save_model(
   checkpoints.close()
 
 
+def write_predictions(path, rows, config, split='train'):
+  """Writes what infer writes, for rows of (input ids, output ids).
+
+  Returns:
+    The dataset of them.
+  """
+  from gkd_jax import data, predictions
+
+  vocabulary = data.get_vocabulary(config)
+  writer = predictions.Writer(
+    path,
+    {
+      'checkpoint': 'teacher',
+      'task': config.mixture_or_task_name,
+      'split': split,
+      'vocabulary': data.describe_vocabulary(vocabulary),
+      'task_feature_lengths': config.task_feature_lengths,
+      'decoding': 'sampled',
+    },
+    batch_size=8,
+  )
+  writer.append(
+    [
+      [
+        {
+          'inputs': data.decode(vocabulary, inputs),
+          'prediction': data.decode(vocabulary, outputs),
+          'input_ids': inputs,
+          'prediction_ids': outputs,
+        }
+      ]
+      for inputs, outputs in rows
+    ]
+  )
+  writer.close()
+  return dataclasses.replace(config, predictions=str(path))
+
+
 @pytest.fixture(scope='session')
 def letters() -> str:
   """The name of a task of short words; its split 'empty' is empty."""

@@ -232,6 +232,215 @@ def test_a_position_of_another_number_of_hosts_is_refused(
     one_of_two.restore(tmp_path)
 
 
+# --- Training on what a model wrote -------------------------------------------
+
+
+def random_rows(num_rows, num_ids, seed=0):
+  """Different rows of any ids, most of which no text has."""
+  rng = np.random.default_rng(seed)
+  return [
+    (
+      [2 + i, *rng.integers(2, num_ids, rng.integers(0, 4)).tolist(), 1],
+      rng.integers(2, num_ids, rng.integers(0, 7)).tolist() + [1],
+    )
+    for i in range(num_rows)
+  ]
+
+
+@pytest.fixture(scope='module')
+def written(train_config, tmp_path_factory):
+  """40 rows of bytes that are no UTF-8, for the most part."""
+  path = tmp_path_factory.mktemp('written') / 'predictions_train.jsonl'
+  return conftest.write_predictions(path, random_rows(40, 259), train_config)
+
+
+def pairs(batches):
+  """(ids of inputs, ids of targets) of each row, without padding."""
+  return [
+    (x[x > 0].tolist(), y[w > 0].tolist())
+    for batch in batches
+    for x, y, w in zip(*batch, strict=True)
+  ]
+
+
+def test_a_student_is_trained_on_the_very_ids_the_teacher_wrote(written):
+  ordered = dataclasses.replace(written, shuffle=False)
+
+  rows = pairs(take(data.TrainIterator(ordered, seed=0), 5))
+
+  assert rows == random_rows(40, 259)
+  text = seqio.ByteVocabulary()  # the texts would not have done
+  assert any(text.encode(text.decode(y))[: len(y)] != y for _, y in rows)
+
+
+def test_with_any_vocabulary(sentencepiece_models, letters, tmp_path):
+  vocabulary = data.sentencepiece_vocabulary(sentencepiece_models[0])
+  config = data.DatasetConfig(
+    letters, LENGTHS, batch_size=4, shuffle=False, vocabulary=vocabulary
+  )
+  # Pieces in an order in which no encoder cuts, spaces, unknown pieces.
+  rows = random_rows(4, vocabulary.vocab_size, seed=1)
+  written = conftest.write_predictions(tmp_path / 'x.jsonl', rows, config)
+
+  assert pairs([next(data.TrainIterator(written, seed=0))]) == rows
+
+
+def test_each_of_several_predictions_is_an_example(train_config, tmp_path):
+  rows = [([5, 1], [6 + i, 1]) for i in range(8)]
+  written = conftest.write_predictions(tmp_path / 'x.jsonl', rows, train_config)
+  ordered = dataclasses.replace(written, shuffle=False)
+
+  assert pairs(take(data.TrainIterator(ordered, seed=0), 1)) == rows
+
+
+def test_predictions_are_shuffled_by_the_seed(written):
+  first, again, other = (
+    pairs(take(data.TrainIterator(written, seed=seed), 5)) for seed in (1, 1, 2)
+  )
+
+  assert first == again
+  assert first != other
+  assert first != random_rows(40, 259)
+
+
+def test_predictions_for_one_input_come_far_apart(train_config, tmp_path):
+  rows = [([5, 1], [6, 1])] * 2000 + [([7, 1], [8, 1])] * 2000
+  written = conftest.write_predictions(tmp_path / 'x.jsonl', rows, train_config)
+
+  batch = pairs(take(data.TrainIterator(written, seed=0), 4))
+
+  # seqio's buffer of 1000 alone would give the first 1032 of the file.
+  assert {tuple(x) for x, _ in batch} == {(5, 1), (7, 1)}
+
+
+def test_hosts_share_predictions(written):
+  shards = [
+    data.TrainIterator(written, seed=0, shard=i, num_shards=2) for i in range(2)
+  ]
+
+  first, second = (
+    {str(pair) for pair in pairs(take(shard, 60))} for shard in shards
+  )
+
+  assert not first & second
+  assert first | second == {str(pair) for pair in random_rows(40, 259)}
+
+
+def test_the_position_in_predictions_is_saved(written, tmp_path):
+  saved = data.TrainIterator(written, seed=0)
+  take(saved, 3)
+  time.sleep(0.2)
+  saved.save(tmp_path)
+
+  restored = data.TrainIterator(written, seed=0)
+  restored.restore(tmp_path)
+
+  assert_equal(take(restored, 8), take(saved, 8))
+
+
+def test_the_first_predictions_alone_can_be_taken(written):
+  few = dataclasses.replace(written, num_examples=8)
+
+  rows = pairs(take(data.TrainIterator(few, seed=0), 12))
+
+  assert {str(row) for row in rows} == {
+    str(r) for r in random_rows(40, 259)[:8]
+  }
+
+
+def test_predictions_that_are_written_again_are_read_again(
+  train_config, tmp_path
+):
+  path = tmp_path / 'x.jsonl'
+  for rows in (random_rows(8, 259), random_rows(8, 259, seed=1)):
+    path.unlink(missing_ok=True)
+    written = conftest.write_predictions(path, rows, train_config)
+    ordered = dataclasses.replace(written, shuffle=False)
+    assert pairs([next(data.TrainIterator(ordered, seed=0))]) == rows
+
+
+def test_the_task_keeps_its_other_splits(written):
+  validation = dataclasses.replace(
+    written, split='validation', predictions=None, shuffle=False
+  )
+
+  assert len(data.EvalDataset(validation)) == 10
+
+
+@pytest.mark.parametrize(
+  ['changes', 'said'],
+  [
+    (
+      {'vocabulary': seqio.ByteVocabulary(100)},
+      "vocabulary 'ByteVocabulary 25",
+    ),
+    ({'mixture_or_task_name': 'cmudict_g2p'}, "for task 'letters'; this run"),
+    ({'predictions': 'nowhere/*.jsonl'}, 'there is no file nowhere'),
+  ],
+)
+def test_predictions_of_no_use_are_refused_before_training(
+  written, changes, said
+):
+  with pytest.raises(ValueError, match=f'TRAIN_ON_PREDICTIONS: .*{said}'):
+    data.get_vocabulary(dataclasses.replace(written, **changes))
+
+
+# --- Inputs for a model that writes -------------------------------------------
+
+
+def test_inputs_are_read_in_batches_of_one_shape(letters):
+  config = data.DatasetConfig(letters, LENGTHS, batch_size=4, split='test')
+
+  rows, inputs, examples = zip(
+    *data.InferenceDataset(config).batches(), strict=True
+  )
+
+  assert [x.tolist() for x in rows] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  assert [x.shape for x in inputs] == [(4, 6), (4, 6)]
+  assert not inputs[1][3].any()  # 7 examples: the last row is filled up
+  told = [example for part in examples for example in part]
+  assert [x['inputs'] for x in told] == conftest.letter_words('test')
+  for example, row in zip(told, np.concatenate(inputs), strict=False):
+    assert example['input_ids'] == row[row > 0].tolist()
+
+
+def test_reading_can_begin_anywhere(letters):
+  config = data.DatasetConfig(letters, LENGTHS, batch_size=4, split='train')
+  dataset = data.InferenceDataset(config)
+
+  late = list(dataset.batches(8))
+
+  for x, y in zip(late, list(dataset.batches())[2:], strict=True):
+    np.testing.assert_array_equal(x[0], y[0])
+    np.testing.assert_array_equal(x[1], y[1])
+    assert x[2] == y[2]
+
+
+def test_rows_are_those_that_are_evaluated(validation, letters):
+  config = data.DatasetConfig(letters, LENGTHS, 4, split='validation')
+
+  for (rows, batch), (same_rows, inputs, _) in zip(
+    validation.batches(), data.InferenceDataset(config).batches(), strict=True
+  ):
+    np.testing.assert_array_equal(rows, same_rows)
+    np.testing.assert_array_equal(batch.encoder_input_tokens, inputs)
+
+
+@pytest.mark.parametrize('num_examples', [None, 96])
+def test_the_number_of_inputs_is_known_where_the_task_tells(num_examples):
+  config = data.DatasetConfig(
+    'cmudict_g2p', LENGTHS, 4, split='validation', num_examples=num_examples
+  )
+
+  assert data.InferenceDataset(config).size() == (num_examples or 3444)
+
+
+def test_the_number_of_inputs_is_not_made_up(letters):
+  config = data.DatasetConfig(letters, LENGTHS, 4, split='validation')
+
+  assert data.InferenceDataset(config).size() is None
+
+
 # --- Evaluation -------------------------------------------------------------
 
 

@@ -20,9 +20,11 @@ from gkd_jax import (
   checkpoint,
   data,
   divergences,
+  infer,
   metrics,
   objectives,
   policies,
+  sampler,
 )
 from gkd_jax.model import T5Config
 from tests import conftest
@@ -339,6 +341,51 @@ def test_the_student_starts_from_the_checkpoint_it_is_given(
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_a_student_is_trained_on_what_its_teacher_wrote(
+  train_letters, teacher, tmp_path, monkeypatch
+):
+  """SeqKD: the teacher writes, the student gets the very same ids."""
+  infer.infer(
+    str(teacher),
+    str(tmp_path / 'outputs'),
+    train_letters.dataset('train', shuffle=False),
+    sampler.ANCESTRAL,
+    num_samples=2,
+  )
+  path = tmp_path / 'outputs' / 'predictions_train.jsonl'
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  batches = []
+  next_batch = data.TrainIterator.__next__
+
+  def watch(iterator):
+    batches.append(next_batch(iterator))
+    return batches[-1]
+
+  monkeypatch.setattr(data.TrainIterator, '__next__', watch)
+  said = train_letters(
+    tmp_path / 'run',
+    train_dataset=train_letters.dataset('train', predictions=str(path)),
+    total_steps=60,
+  )
+
+  num_empty, num_unended = (
+    sum(f(line['prediction_ids']) for line in lines)
+    for f in (lambda ids: ids == [1], lambda ids: ids[-1] != 1)
+  )
+  assert (
+    f'Trains on 96 predictions, {num_empty} of them empty and {num_unended} '
+    f'not ended: {teacher}/checkpoint_0 with SamplerConfig(temperature=1.0'
+  ) in said
+  trained_on = {
+    (tuple(x[x > 0].tolist()), tuple(y[w > 0].tolist()))
+    for batch in batches
+    for x, y, w in zip(*batch, strict=True)
+  }
+  assert trained_on == {
+    (tuple(line['input_ids']), tuple(line['prediction_ids'])) for line in lines
+  }
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
   train_letters, tmp_path
 ):
@@ -429,6 +476,43 @@ def test_an_empty_split_is_refused(refused, train_letters, dataset):
   message = refused(**{dataset: train_letters.dataset('empty')})
 
   assert message == "Split 'empty' of task 'letters' is empty."
+
+
+def test_a_teachers_outputs_for_what_is_evaluated_are_refused(
+  refused, train_letters, tmp_path
+):
+  written = conftest.write_predictions(
+    tmp_path / 'predictions_test.jsonl',
+    [([5, 1], [6, 1])],
+    train_letters.dataset('train'),
+    split='test',
+  )
+
+  message = refused(
+    train_dataset=written, final_eval_dataset=train_letters.dataset('test')
+  )
+
+  assert "was written for the split 'test', on which this run is eva" in message
+
+
+def test_predictions_of_another_task_are_refused(
+  refused, train_letters, tmp_path
+):
+  written = conftest.write_predictions(
+    tmp_path / 'predictions_train.jsonl',
+    [([5, 1], [6, 1])],
+    dataclasses.replace(
+      train_letters.dataset('train'), mixture_or_task_name='arithmetic_cot'
+    ),
+  )
+
+  message = refused(
+    train_dataset=train_letters.dataset(
+      'train', predictions=written.predictions
+    )
+  )
+
+  assert "written for task 'arithmetic_cot'; this run has 'letters'" in message
 
 
 def test_a_checkpoint_path_where_nothing_is(refused, tmp_path):
