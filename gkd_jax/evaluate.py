@@ -487,7 +487,7 @@ class Evaluation:
   ) -> list[str]:
     """Returns what the teacher writes for some rows, or wrote already."""
     if self._of_teacher is not None:
-      _, texts = self._of_teacher
+      _, texts, _ = self._of_teacher
       return texts[decoding][row_ids_B[0] : row_ids_B[-1] + 1]
     write = self._teacher_writes[decoding]
     return self._dataset.decode(write(self._teacher_params, row_ids_B, batch))

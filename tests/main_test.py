@@ -387,11 +387,11 @@ def test_a_list_may_hold_references(run_main, tmp_path):
   shown = run_main(
     STUDENT,
     '--gin.MODEL_DIR=x',
-    "--gin.train.train.decodings={'best': @greedy/sampler.SamplerConfig()}",
+    "--gin.DECODINGS={'best': @greedy/sampler.SamplerConfig()}",
     '--dry_run',
   )
 
-  assert "decodings = {'best': @greedy/sampler.SamplerConfig()}" in shown.out
+  assert "DECODINGS = {'best': @greedy/sampler.SamplerConfig()}" in shown.out
 
 
 def test_a_flag_may_name_what_no_file_of_the_experiment_names(run_main):
