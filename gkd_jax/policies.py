@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from gkd_jax import sampler
 from gkd_jax.batch import Batch, Outputs, mask_unused_ids
+from gkd_jax.calculator import Calculator
 
 
 class Written(NamedTuple):
@@ -153,6 +154,7 @@ def rollout(
   max_decode_len: int,
   num_ids: int,
   encoded: jax.Array | None = None,
+  calculator: Calculator | None = None,
 ) -> sampler.Rollout:
   """Lets a model write one output for each input; no gradient.
 
@@ -166,6 +168,7 @@ def rollout(
     max_decode_len: T.
     num_ids: size of the tokenizer's vocabulary.
     encoded: [B, S, D] the encoder's output, where it is known already.
+    calculator: writes results, if `config` asks for one.
 
   Returns:
     A `sampler.Rollout` of shapes [B, T].
@@ -194,4 +197,5 @@ def rollout(
     config,
     row_ids_B=row_ids_B,
     max_decode_len=max_decode_len,
+    calculator=calculator,
   )

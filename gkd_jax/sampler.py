@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
+from gkd_jax.calculator import Calculator, Queue
 
 Cache = Any
 DecodeStep = Callable[[Cache, jax.Array], tuple[jax.Array, Cache]]
@@ -32,11 +33,14 @@ class SamplerConfig:
     top_k: keep only the k most probable tokens; 0 keeps all.
     top_p: keep only the smallest set of most probable tokens that has at least
       this probability; 1 keeps all.
+    calculator: results are computed, not drawn; see `calculator`. For outputs
+      that are evaluated or kept, not for those a student is trained on.
   """
 
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  calculator: bool = False
 
   def __post_init__(self):
     if self.temperature < 0.0:
@@ -65,7 +69,7 @@ class Rollout(NamedTuple):
   weights: jax.Array  # [B, T] float32, 1 up to and including EOS, then 0
   # [B, T] float32 nats: log-probability of each token under the distribution
   # it was drawn from (temperature, top-k and top-p applied; so 0 if greedy).
-  # 0 where the weight is 0.
+  # 0 where the weight is 0, and where a calculator wrote the token.
   log_probs: jax.Array
 
 
@@ -75,6 +79,7 @@ class _Loop(NamedTuple):
   alive_B: jax.Array
   rollout: Rollout
   cache: Cache
+  queue: Queue | None  # None: no calculator
 
 
 def sample(
@@ -85,6 +90,7 @@ def sample(
   *,
   row_ids_B: jax.Array,
   max_decode_len: int,
+  calculator: Calculator | None = None,
 ) -> Rollout:
   """Draws one output a row; ends as soon as every row has ended.
 
@@ -97,10 +103,19 @@ def sample(
       on the key, the row's number and the position alone: not on the device
       that makes them, nor on the other rows of a microbatch.
     max_decode_len: T, at most; a row that has not ended by then has no EOS.
+    calculator: writes results, if `config` asks for one.
 
   Returns:
     A `Rollout`.
+
+  Raises:
+    ValueError: `config` asks for a calculator, and there is none.
   """
+  if config.calculator and calculator is None:
+    raise ValueError(
+      'SamplerConfig.calculator is set, but this sampler was given none. Only '
+      'evaluation and inference have one.'
+    )
   batch_size = row_ids_B.shape[0]
   row_rngs = jax.vmap(lambda row: jax.random.fold_in(rng, row))(row_ids_B)
 
@@ -117,6 +132,12 @@ def sample(
       log_p_BV = jax.nn.log_softmax(logits_BV)
       drawn_B = _draw(uniform_B, jnp.exp(log_p_BV))
       log_prob_B = jnp.take_along_axis(log_p_BV, drawn_B[:, None], 1)[:, 0]
+    queue = s.queue
+    if queue is not None:
+      drawn_B, is_forced_B, queue = calculator.correct(
+        queue, s.rollout.tokens, s.step, drawn_B, s.alive_B
+      )
+      log_prob_B = jnp.where(is_forced_B, 0.0, log_prob_B)
 
     # Weights come from `alive_B`, never from `token != 0`: whether a token
     # counts is what happened, not what it looks like.
@@ -131,7 +152,7 @@ def sample(
       ),
     )
     alive_B = s.alive_B & (token_B != EOS_ID)
-    return _Loop(s.step + 1, token_B, alive_B, rollout, cache)
+    return _Loop(s.step + 1, token_B, alive_B, rollout, cache, queue)
 
   def keep_going(s: _Loop) -> jax.Array:
     return (s.step < max_decode_len) & jnp.any(s.alive_B)
@@ -147,6 +168,7 @@ def sample(
       log_probs=jnp.zeros(shape, jnp.float32),
     ),
     cache=cache,
+    queue=calculator.start(batch_size) if config.calculator else None,
   )
   return jax.lax.while_loop(keep_going, body, start).rollout
 

@@ -91,7 +91,8 @@ def make_train_step(
 
   Raises:
     ValueError: the likelihood of outputs that the student writes would be
-      maximised, or the reward's gradient would not be that of its expectation.
+      maximised, a calculator would write part of them, or the reward's gradient
+      would not be that of its expectation.
   """
   loss_sums = make_loss_sums(
     student=student,
@@ -174,6 +175,9 @@ def make_loss_sums(
     student_sampler,
     has_reward=reward is not None,
     dropout_rate=student.config.dropout_rate,
+  )
+  check_samplers(
+    student_sampler=student_sampler, teacher_sampler=teacher_sampler
   )
 
   def loss_sums(
@@ -320,6 +324,18 @@ def check_reward(
       'what it learns with dropout would not be the distribution that wrote. '
       'To learn from a reward set DROPOUT_RATE = 0.0.'
     )
+
+
+def check_samplers(**samplers: sampler.SamplerConfig) -> None:
+  """Raises ValueError if one of them has a calculator."""
+  for name, config in samplers.items():
+    if config.calculator:
+      raise ValueError(
+        f'{name}.calculator is set, but what the calculator writes is not '
+        'drawn from the model: the student would be trained on outputs that '
+        "are neither its own nor the teacher's. Leave it unset there; "
+        'CALCULATOR = True is for evaluation.'
+      )
 
 
 def unembed(model) -> objectives.Unembed:

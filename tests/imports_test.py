@@ -10,7 +10,7 @@ from tests import conftest
 # Who may import whom: a module the ones of the layers before its own, and of
 # its own layer those in SAME_LAYER. WORKSPACE.md says why.
 LAYERS = (
-  {'batch', 'divergences', 'partitioning'},
+  {'batch', 'divergences', 'diversity', 'partitioning', 'calculator'},
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies', 'rewards'},
   {'step', 'checkpoint', 'metrics', 'interop', 'json_lines'},
@@ -22,6 +22,7 @@ LAYERS = (
 )
 SAME_LAYER = {
   ('divergences', 'batch'),
+  ('calculator', 'batch'),
   ('beam_search', 'sampler'),
   ('checkpoint', 'step'),
   ('interop', 'interop'),
@@ -144,7 +145,14 @@ def loaded():
 
 @pytest.mark.parametrize(
   'package',
-  ['tensorflow', 'seqio', 'tensorflow_datasets', 'gin', 'matplotlib'],
+  [
+    'tensorflow',
+    'seqio',
+    'tensorflow_datasets',
+    'gin',
+    'matplotlib',
+    'sacrebleu',
+  ],
 )
 def test_importing_the_package_does_not_load(package, loaded):
   assert 'gkd_jax.train' in loaded and 'jax' in loaded

@@ -539,5 +539,13 @@ def test_likelihood_of_the_students_own_outputs_is_refused(
     make_step(policy, objective=objective)
 
 
+@pytest.mark.parametrize('name', ['student_sampler', 'teacher_sampler'])
+def test_training_outputs_that_a_calculator_writes_in_are_refused(name):
+  config = sampler.SamplerConfig(calculator=True)
+
+  with pytest.raises(ValueError, match=f'{name}.calculator is set'):
+    make_step(student(), **{name: config})
+
+
 def test_likelihood_of_the_teachers_outputs_is_allowed():
   make_step(teacher(), objective=Objective(JSD, likelihood_weight=0.5))

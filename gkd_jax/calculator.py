@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A calculator at decoding time: after `48/2=` the model's number is replaced.
+
+When a model that has written an expression and `=` begins a number, the right
+result is written in its place. Models of this kind reason well before they
+calculate well; GSM8K is scored with such a calculator. Two forms are read:
+
+- plain text: `Natalia sold 48/2 = `. The expression is the longest end of the
+  line that is one. It needs an operator, and nothing before it may belong to
+  it: `3 apples * 4 =` and `x + 5 + 3 =` are left to the model.
+- GSM8K's annotations: `<<48/2=`. The expression is all that follows `<<`, a
+  bare number too; `>>` is written after the result.
+
+It is the number that sets it off, not the `=`: what comes in between (` `, `$`,
+or `<<` where annotations follow the plain form) stays the model's. A result is
+exact or there is none: whatever cannot be read, is too long, divides by zero,
+or has no finite decimal form (`10/3`) leaves the model its own tokens. The
+number after `=` is taken for the result, which it is not in `2*3 + 4 = 6 + 4`.
+
+Source: the calculator of GSM8K, Cobbe et al. (2021), arXiv:2110.14168. Theirs
+is Python's `eval`; this one is a parser with limits, in exact arithmetic.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax.batch import EOS_ID, PAD_ID
+
+_MAX_EXPRESSION = 120  # characters; also bounds the parser's recursion
+_MAX_DIGITS = 15  # of a number that is read, and of a result
+_MAX_DECIMALS = 12  # of a result
+_MAX_FORCED = 24  # tokens; a result has at most 15 digits, sign, commas, `>>`
+_WINDOW = 128  # tokens that the host sees
+_MAX_PART = 16_384  # elements of int32: 64 KiB
+
+_NUMBER = (
+  r'[$€£]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?'
+  r'|\.[0-9]+)%?'
+)
+_TOKEN = re.compile(
+  rf'[ \t]*(?:(?P<number>{_NUMBER})'
+  r'|(?P<times>\*|(?<![A-Za-z])[xX](?![A-Za-z]))'
+  r'|(?P<divide>//?)'
+  r'|(?P<sign>[-+])'
+  r'|(?P<bracket>[()])'
+  r'|(?P<other>.))',
+  re.DOTALL,
+)
+_ASCII = str.maketrans({'−': '-', '–': '-', '×': '*', '÷': '/'})
+
+# What stands before an expression of which we see the end only: an operator
+# (`apples * 4 + 2`), something glued to it (`x5 + 3`, `6:00+48`), or a number
+# (`1 1/2 * 60`, `80 000 * 2`).
+_MORE_BEFORE = re.compile(
+  r'(?:[-+*/^√]|(?<![A-Za-z])[xX])[ \t(]*$'
+  r'|[\w.,$€£!)%]$|[0-9]:$|[0-9](?: and)?[ \t]+$'
+)
+# But a number right after `=` is a result: `38-57=-19 -19-10=`.
+_RESULT = re.compile(rf'[ \t]*-?{_NUMBER}[ \t]+')
+# `2000 / 2/3`: whoever writes it so means a fraction.
+_FRACTION_BY_SPACING = re.compile(r'/[ \t]+[0-9.,]+/')
+
+
+def compute(text: str) -> str | None:
+  """Returns what a calculator writes after a text and `=`.
+
+  Numbers may have `$`, thousands commas and `%` (a hundredth); operators are
+  + - * x × / ÷, // (rounded down), brackets and a sign before a number. There
+  are no powers, and a text of any length takes some milliseconds at most.
+
+  Args:
+    text: all that stands before the `=`.
+
+  Returns:
+    The result, e.g. '24' (or '24>>', where the expression follows `<<`), in
+    the notation of the expression: with thousands commas if it has any, in
+    percent if all its numbers are (`40%/10%` is 4, though), or if it ends in
+    `* 100%`. None: nothing is to be computed.
+  """
+  window = text[-_MAX_EXPRESSION:].translate(_ASCII)
+  annotation = re.search('<<([^<>=\n]*)$', window)
+  try:
+    if annotation:
+      tokens = _tokens(annotation[1])
+      value, end = _sum(tokens, 0)
+      return _format(value) + '>>' if end == len(tokens) else None
+    return _compute_plain(window, is_cut=len(text) > len(window))
+  except (_NoExpression, _NoResult, ZeroDivisionError):
+    return None
+
+
+class _NoExpression(Exception):
+  """Not of the grammar."""
+
+
+class _NoResult(Exception):
+  """Beyond the limits."""
+
+
+class _Token(NamedTuple):
+  kind: str
+  text: str
+  start: int
+  end: int
+
+
+_END = _Token('end', '', -1, -1)
+
+
+def _compute_plain(window: str, *, is_cut: bool) -> str | None:
+  """Returns the result of the longest expression that a text ends with."""
+  begin = max(window.rfind('\n'), window.rfind('=')) + 1
+  line = window[begin:]
+  tokens = _tokens(line)
+  others = [i for i, token in enumerate(tokens) if token.kind == 'other']
+  for first in range(others[-1] + 1 if others else 0, len(tokens)):
+    try:
+      value, end = _sum(tokens, first)
+    except _NoExpression:
+      continue
+    if end == len(tokens) and tokens[first].text != '+':
+      break
+  else:
+    return None
+  tokens = tokens[first:]
+  before, expression = line[: tokens[0].start], line[tokens[0].start :]
+  numbers = [token.text for token in tokens if token.kind == 'number']
+  is_after_result = window[:begin].endswith('=') and _RESULT.fullmatch(before)
+  if (
+    len(numbers) == 1
+    or (is_cut and begin == 0 and not before)
+    or (_MORE_BEFORE.search(before) and not is_after_result)
+    or (expression[0] == '-' and before.rstrip().endswith((')', '%')))
+    or _FRACTION_BY_SPACING.search(expression)
+  ):
+    return None
+  in_percent = [number for number in numbers if number.endswith('%')]
+  if (in_percent == numbers and '/' not in expression) or (
+    in_percent == ['100%'] == numbers[-1:] and tokens[-2].kind == 'times'
+  ):
+    return _format(100 * value) + '%'
+  return _format(value, commas=any(',' in number for number in numbers))
+
+
+def _tokens(text: str) -> list[_Token]:
+  return [
+    _Token(kind, match[kind], *match.span(kind))
+    for match in _TOKEN.finditer(text.rstrip())
+    if (kind := match.lastgroup)
+  ]
+
+
+# The grammar. Each returns the value of what begins at tokens[i], and where it
+# ends:  sum = product {(+|-) product};  product = factor {(*|x|/|//) factor};
+#        factor = [+|-] (number | '(' sum ')').
+
+
+def _at(tokens: list[_Token], i: int) -> _Token:
+  return tokens[i] if i < len(tokens) else _END
+
+
+def _sum(tokens: list[_Token], i: int) -> tuple[Fraction, int]:
+  value, i = _product(tokens, i)
+  while _at(tokens, i).kind == 'sign':
+    sign, after = tokens[i], _at(tokens, i + 1)
+    # ` -19`, a space before it and none after, begins the next expression.
+    if sign.text == '-' and tokens[i - 1].end < sign.start == after.start - 1:
+      break
+    term, i = _product(tokens, i + 1)
+    value = value + term if sign.text == '+' else value - term
+  return value, i
+
+
+def _product(tokens: list[_Token], i: int) -> tuple[Fraction, int]:
+  value, i = _factor(tokens, i)
+  while _at(tokens, i).kind in ('times', 'divide'):
+    operator = tokens[i].text
+    # In `6x-240` the x is no operator.
+    if operator in 'xX' and _at(tokens, i + 1).kind == 'sign':
+      raise _NoExpression
+    factor, i = _factor(tokens, i + 1)
+    if operator == '/':
+      value /= factor
+    elif operator == '//':
+      value = Fraction(value // factor)
+    else:
+      value *= factor
+  return value, i
+
+
+def _factor(tokens: list[_Token], i: int) -> tuple[Fraction, int]:
+  token = _at(tokens, i)
+  if token.kind == 'sign':
+    if _at(tokens, i + 1).start != token.end:
+      raise _NoExpression
+    value, i = _unsigned(tokens, i + 1)
+    return (-value if token.text == '-' else value), i
+  return _unsigned(tokens, i)
+
+
+def _unsigned(tokens: list[_Token], i: int) -> tuple[Fraction, int]:
+  token = _at(tokens, i)
+  if token.kind == 'number':
+    return _value(token.text), i + 1
+  if token.text != '(':
+    raise _NoExpression
+  value, i = _sum(tokens, i + 1)
+  if _at(tokens, i).text != ')':
+    raise _NoExpression
+  return value, i + 1
+
+
+def _value(number: str) -> Fraction:
+  digits = number.strip('$€£%').replace(',', '').rstrip('.')
+  # `0900` is a time of day, and `000` a part of `80 000`.
+  if len(digits) > _MAX_DIGITS or re.match('0[0-9]', digits):
+    raise _NoResult
+  return Fraction(digits) / (100 if number.endswith('%') else 1)
+
+
+def _format(value: Fraction, *, commas: bool = False) -> str:
+  """Writes a number in full, without trailing zeros."""
+  for decimals in range(_MAX_DECIMALS + 1):
+    scaled = abs(value) * 10**decimals
+    if scaled.denominator == 1:
+      break
+  else:
+    raise _NoResult
+  digits = str(scaled.numerator).zfill(decimals + 1)
+  if len(digits) > _MAX_DIGITS:
+    raise _NoResult
+  point = len(digits) - decimals
+  whole = f'{int(digits[:point]):,}' if commas else digits[:point]
+  sign, dot = '-' * (value < 0), '.' * (decimals > 0)
+  return sign + whole + dot + digits[point:]
+
+
+# --- In the sampling loop -----------------------------------------------------
+
+# What a token can be to the calculator.
+_OTHER, _EQUALS, _BETWEEN, _NUMBER_BEGINS, _EQUALS_AND_NUMBER = range(5)
+_FILLER = '[ \t$€£]*'
+_BEGIN = r'(?:[-−–]?\.?[0-9]|[-−–]$)'
+_KINDS = (
+  (_EQUALS, re.compile(f'={_FILLER}$')),
+  (_EQUALS_AND_NUMBER, re.compile(f'={_FILLER}{_BEGIN}')),
+  (_NUMBER_BEGINS, re.compile(f'^{_FILLER}{_BEGIN}')),
+  (_BETWEEN, re.compile(f'^{_FILLER}$')),
+)
+_FROM_EQUALS_TO_NUMBER = re.compile(f'{_FILLER}(?={_BEGIN})')
+
+
+class Queue(NamedTuple):
+  """What the sampling loop keeps for the calculator from step to step."""
+
+  after_equals_B: jax.Array  # [B] bool: a number would follow `=`
+  tokens_BF: jax.Array  # [B, F] int32, still to be written; then pad
+
+
+class Calculator:
+  """Replaces numbers while they are written; see the top of this module.
+
+  Whether a token ends with `=` or begins a number is looked up in a table on
+  the device. The host is asked in those steps alone in which some row begins
+  a number after `=`; it sees texts, computes, and returns tokens. What it
+  returns for a row depends on this row alone.
+  """
+
+  def __init__(self, vocabulary):
+    """Reads a vocabulary of seqio, or what else has these three members.
+
+    Args:
+      vocabulary: with `vocab_size`, `encode(text)` and `decode(ids)`.
+    """
+    self._vocabulary = vocabulary
+    self._kinds_V = np.array(
+      [self._kind(token) for token in range(vocabulary.vocab_size)], np.int8
+    )
+
+  def _kind(self, token: int) -> int:
+    # After another token: SentencePiece drops the first one's leading space.
+    anchor = list(self._vocabulary.encode('='))
+    text = self._vocabulary.decode([*anchor, token])
+    text = text[len(self._vocabulary.decode(anchor)) :]
+    return next((k for k, regex in _KINDS if regex.search(text)), _OTHER)
+
+  def start(self, batch_size: int) -> Queue:
+    """Returns the queue before the first token."""
+    return Queue(
+      jnp.zeros(batch_size, bool),
+      jnp.full((batch_size, _MAX_FORCED), PAD_ID, jnp.int32),
+    )
+
+  def correct(
+    self,
+    queue: Queue,
+    tokens_BT: jax.Array,
+    step: jax.Array,
+    drawn_B: jax.Array,
+    alive_B: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, Queue]:
+    """Replaces what was drawn, where a number follows an expression and `=`.
+
+    Args:
+      queue: of the step before.
+      tokens_BT: [B, T] int32, of which `step` are written.
+      step: [] int32.
+      drawn_B: [B] int32, what each row would write next.
+      alive_B: [B] bool, rows that have not ended.
+
+    Returns:
+      What each row writes, [B] int32; whether it was forced to, [B] bool; and
+      the queue.
+    """
+    kind_B = jnp.asarray(self._kinds_V)[drawn_B]
+    begins_number_B = (kind_B == _EQUALS_AND_NUMBER) | (
+      queue.after_equals_B & (kind_B == _NUMBER_BEGINS)
+    )
+    was_forced_B = queue.tokens_BF[:, 0] != PAD_ID
+    asks_B = begins_number_B & alive_B & ~was_forced_B
+    tokens_BF = jax.lax.cond(
+      jnp.any(asks_B),
+      lambda: self._ask(queue.tokens_BF, tokens_BT, step, drawn_B, asks_B),
+      lambda: queue.tokens_BF,
+    )
+    is_forced_B = tokens_BF[:, 0] != PAD_ID
+    after_equals_B = ~is_forced_B & (
+      (kind_B == _EQUALS) | (queue.after_equals_B & (kind_B == _BETWEEN))
+    )
+    return (
+      jnp.where(is_forced_B, tokens_BF[:, 0], drawn_B),
+      is_forced_B,
+      Queue(
+        after_equals_B,
+        jnp.pad(tokens_BF[:, 1:], ((0, 0), (0, 1)), constant_values=PAD_ID),
+      ),
+    )
+
+  def _ask(self, tokens_BF, tokens_BT, step, drawn_B, asks_B):
+    """Returns what is to be written, with the answers for rows that ask."""
+    batch_size, length = tokens_BT.shape
+    window = min(length, _WINDOW)
+    tokens_BW = jax.lax.dynamic_slice_in_dim(
+      tokens_BT, jnp.maximum(step - window, 0), window, axis=1
+    )
+    # In parts, because XLA's CPU copies an array of more than 100 KiB on
+    # another thread; while all those wait for this device, it would be forever.
+    width = max(1, _MAX_PART // batch_size)
+    parts = [tokens_BW[:, i : i + width] for i in range(0, window, width)]
+    answers_BF = jax.pure_callback(
+      self._answers,
+      jax.ShapeDtypeStruct(tokens_BF.shape, tokens_BF.dtype),
+      step,
+      drawn_B,
+      asks_B,
+      *parts,
+    )
+    return jnp.where(asks_B[:, None], answers_BF, tokens_BF)
+
+  def _answers(self, step, drawn_B, asks_B, *parts):
+    """Returns the tokens to write, [B, F] int32; on the host."""
+    tokens_BW = np.concatenate([np.asarray(part) for part in parts], axis=1)
+    num_written = min(int(step), tokens_BW.shape[1])
+    drawn_B = np.asarray(drawn_B)
+    answers_BF = np.full((len(drawn_B), _MAX_FORCED), PAD_ID, np.int32)
+    for row in np.flatnonzero(np.asarray(asks_B)):
+      answer = self.replace(
+        tokens_BW[row, :num_written].tolist(),
+        int(drawn_B[row]),
+        is_cut=num_written < int(step),
+      )
+      answers_BF[row, : len(answer)] = answer
+    return answers_BF
+
+  def replace(
+    self, written: list[int], drawn: int, *, is_cut: bool = False
+  ) -> list[int]:
+    """Returns the tokens that take the place of a drawn one; [] if none do.
+
+    Their text is that of the drawn one up to its number, and the result.
+
+    Args:
+      written: ids before it.
+      drawn: the id.
+      is_cut: whether there were more before these.
+    """
+    before = self._vocabulary.decode(written)
+    after = self._vocabulary.decode([*written, drawn])
+    equals = after.rfind('=')
+    lead = _FROM_EQUALS_TO_NUMBER.match(after, equals + 1)
+    if (
+      equals < 0
+      or lead is None
+      or lead.end() < len(before)
+      or not after.startswith(before)
+    ):
+      return []
+    # Nothing that begins where the text was cut is an expression.
+    result = compute('^' * is_cut + after[:equals])
+    if result is None:
+      return []
+    return self._encode(
+      written, before, after[len(before) : lead.end()] + result
+    )
+
+  def _encode(self, written: list[int], before: str, text: str) -> list[int]:
+    """Returns ids that add `text` to what is written; [] if there are none."""
+    encode = self._vocabulary.encode
+    # A text's ids depend on what it follows: SentencePiece begins a text with a
+    # space, and may join letters. Most often it follows `=`.
+    for anchor in ('=', '$', 'a'):
+      head, ids = list(encode(anchor)), list(encode(anchor + text))
+      added = ids[len(head) :]
+      if (
+        ids[: len(head)] == head
+        and len(added) <= _MAX_FORCED
+        and not {PAD_ID, EOS_ID} & {*added}
+        and self._vocabulary.decode([*written, *added]) == before + text
+      ):
+        return added
+    return []
