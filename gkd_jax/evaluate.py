@@ -5,11 +5,13 @@ Task metrics on what a model writes (greedy, sampled, by beam search), and the
 divergences between the two on the dataset's outputs and on the student's own.
 """
 
+import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from gkd_jax import (
   beam_search,
   data,
   divergences,
+  diversity,
   objectives,
   partitioning,
   policies,
@@ -30,6 +33,7 @@ from gkd_jax import (
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import step as step_lib
 from gkd_jax.batch import EOS_ID, Batch, Outputs, mask_unused_ids
+from gkd_jax.calculator import Calculator
 from gkd_jax.model import T5
 
 Params = Any
@@ -43,57 +47,25 @@ _DIVERGENCES = {
   'total_variation': divergences.total_variation,
 }
 _SCORED_ON = ('on_dataset_outputs', 'on_student_outputs')
-NUM_SAMPLES = 16  # examples of samples_<split>.json
+_NUM_SHOWN = 16  # examples of samples_<split>.json
 
 
 def make_write(
   model: T5,
   decoding: Decoding,
   *,
+  num_outputs: int = 1,
   max_decode_len: int,
   num_ids: int,
   seed: int,
   mesh: Mesh,
-) -> Callable[[Params, np.ndarray, Batch], np.ndarray]:
-  """Returns (params, row numbers [B], batch) -> tokens [B, T], compiled once.
-
-  Args:
-    model: that writes.
-    decoding: a SamplerConfig, or a BeamConfig, of which the best is taken.
-    max_decode_len: T.
-    num_ids: size of the tokenizer's vocabulary.
-    seed: of sampling; the same rows get the same draws each time.
-    mesh: rows are spread over its data axis.
-  """
-  write = make_write_several(
-    model,
-    decoding,
-    num_outputs=1,
-    max_decode_len=max_decode_len,
-    num_ids=num_ids,
-    seed=seed,
-    mesh=mesh,
-  )
-  return lambda params, row_ids_B, batch: write(
-    params, row_ids_B, batch.encoder_input_tokens
-  )[:, 0]
-
-
-def make_write_several(
-  model: T5,
-  decoding: Decoding,
-  *,
-  num_outputs: int,
-  max_decode_len: int,
-  num_ids: int,
-  seed: int,
-  mesh: Mesh,
+  vocabulary: Any = None,
 ) -> Callable[[Params, np.ndarray, np.ndarray], np.ndarray]:
   """Returns (params, row numbers [B], inputs [B, S]) -> tokens [B, n, T].
 
-  Compiled once. Samples differ in their draws; the first one is what
-  `make_write` writes. Of a beam they are the best hypotheses, best first; one
-  that was not found is all padding (of those kept fewer ended in time).
+  Compiled once. Samples differ in their draws; the first is the same whatever n
+  is. Of a beam they are the best hypotheses, best first; one that was not found
+  is all padding (of those kept fewer ended in time).
 
   Args:
     model: that writes.
@@ -103,6 +75,7 @@ def make_write_several(
     num_ids: size of the tokenizer's vocabulary.
     seed: of sampling; the same rows get the same draws each time.
     mesh: rows are spread over its data axis.
+    vocabulary: the tokenizer's; read where the decoding has a calculator.
 
   Raises:
     ValueError: it cannot write so many different ones.
@@ -120,6 +93,9 @@ def make_write_several(
       f'NUM_SAMPLES is {num_outputs}, but greedy decoding writes the same each '
       'time. Set TEMPERATURE above 0, or search with a beam.'
     )
+  calculator = None
+  if not is_beam and decoding.calculator and vocabulary is not None:
+    calculator = Calculator(vocabulary)
 
   def sample(params, key, row_ids_B, inputs):
     return policies.rollout(
@@ -131,6 +107,7 @@ def make_write_several(
       row_ids_B=row_ids_B,
       max_decode_len=max_decode_len,
       num_ids=num_ids,
+      calculator=calculator,
     ).tokens
 
   def beam(params, inputs):
@@ -305,28 +282,42 @@ def make_disagreement(
 
 
 def task_metrics(
-  writes: Mapping[str, Callable[[Params, np.ndarray, Batch], np.ndarray]],
+  writes: Mapping[str, Callable[..., np.ndarray]],
   params: Params,
   dataset: data.EvalDataset,
+  *,
+  self_bleu_tokenize: str = diversity.WORDS,
 ) -> tuple[dict[str, float], dict[str, list[str]], dict[str, Any]]:
   """Lets a model write with each decoding, and applies the task's metrics.
 
   Args:
-    writes: {decoding: what `make_write` returned}.
+    writes: {decoding: (params, row numbers [B], batch) -> tokens [B, n, T]}.
     params: of the model.
     dataset: split with its metrics.
+    self_bleu_tokenize: see `diversity.self_bleu`.
 
   Returns:
-    {'<decoding>/<metric>': value}, {decoding: texts written}, and
-    {'<decoding>/<name>': note}: what the metrics say that is no number.
+    {'<decoding>/<metric>': value}, means over the outputs for an input, with
+    '<decoding>/self_bleu' where there are several; {decoding: texts written,
+    the first for each input}; and {'<decoding>/<name>': note}: what the metrics
+    say that is no number.
   """
   values, texts, notes = {}, {}, {}
   for decoding, write in writes.items():
-    tokens = dataset.predict(functools.partial(write, params))
-    texts[decoding] = dataset.decode(tokens)
-    numbers, others = dataset.metrics_and_notes(tokens)
-    values |= {f'{decoding}/{name}': value for name, value in numbers.items()}
-    notes |= {f'{decoding}/{name}': note for name, note in others.items()}
+    written = dataset.predict(functools.partial(write, params)).swapaxes(0, 1)
+    drawn = [dataset.decode(tokens) for tokens in written]
+    texts[decoding] = drawn[0]
+    measured = [dataset.metrics_and_notes(tokens) for tokens in written]
+    for name in measured[0][0]:
+      values[f'{decoding}/{name}'] = statistics.fmean(
+        numbers[name] for numbers, _ in measured
+      )
+    for name, note in measured[0][1].items():
+      notes[f'{decoding}/{name}'] = note
+    if len(drawn) > 1:
+      values[f'{decoding}/self_bleu'] = diversity.self_bleu(
+        zip(*drawn, strict=True), self_bleu_tokenize
+      )
   return values, texts, notes
 
 
@@ -348,6 +339,8 @@ class Evaluation:
     *,
     seed: int,
     mesh: Mesh,
+    num_samples: int = 1,
+    self_bleu_tokenize: str = diversity.WORDS,
   ):
     """Reads the split.
 
@@ -359,8 +352,15 @@ class Evaluation:
       decodings: {name: how outputs are drawn}.
       seed: of sampling.
       mesh: of devices.
+      num_samples: outputs that a decoding which samples draws for each input.
+        Its metrics are means over them, and it gets a 'self_bleu'.
+      self_bleu_tokenize: see `diversity.self_bleu`.
+
+    Raises:
+      ValueError: several outputs are to be drawn, and no decoding samples.
     """
     self.notes: dict[str, Any] = {}
+    self._self_bleu_tokenize = self_bleu_tokenize
     self._dataset = data.EvalDataset(config)
     self._teacher_params = teacher_params
     shape = {
@@ -369,16 +369,23 @@ class Evaluation:
       'mesh': mesh,
     }
 
+    self._num_outputs = _num_outputs(decodings, num_samples)
+
+    def make(model, name):
+      write = make_write(
+        model,
+        decodings[name],
+        num_outputs=self._num_outputs[name],
+        max_decode_len=config.task_feature_lengths['targets'],
+        vocabulary=self._dataset.vocabulary,
+        **shape,
+      )
+      return lambda params, row_ids_B, batch: write(
+        params, row_ids_B, batch.encoder_input_tokens
+      )
+
     def writes(model):
-      return {
-        name: make_write(
-          model,
-          decoding,
-          max_decode_len=config.task_feature_lengths['targets'],
-          **shape,
-        )
-        for name, decoding in decodings.items()
-      }
+      return {name: make(model, name) for name in decodings}
 
     self._student_writes = writes(student)
     self._score = self._of_teacher = None
@@ -390,13 +397,15 @@ class Evaluation:
       )
     # Rows of a batch that are enough for the samples, on every device some.
     spread = mesh.shape['data']
-    self._few = min(config.batch_size, -(-NUM_SAMPLES // spread) * spread)
+    self._few = min(config.batch_size, -(-_NUM_SHOWN // spread) * spread)
 
   def names(self) -> list[str]:
     """Returns the names of what a call measures, without a model's work."""
     metrics = self._dataset.metric_names()
     of_task = [
-      f'{d}/{metric}' for d in self._student_writes for metric in metrics
+      f'{decoding}/{name}'
+      for decoding, num in self._num_outputs.items()
+      for name in (metrics if num == 1 else [*metrics, 'self_bleu'])
     ]
     if self._score is None:
       return of_task
@@ -418,16 +427,14 @@ class Evaluation:
     Returns:
       {name: value}, and a Markdown table of samples.
     """
-    values, texts, self.notes = task_metrics(
-      self._student_writes, params, self._dataset
-    )
+    values, texts, self.notes = self._task_metrics(self._student_writes, params)
     teacher_texts = None
     if self._score is not None:
       values |= self._score(params, self._teacher_params, self._dataset)
       if with_teacher:
         if self._of_teacher is None:
-          self._of_teacher = task_metrics(
-            self._teacher_writes, self._teacher_params, self._dataset
+          self._of_teacher = self._task_metrics(
+            self._teacher_writes, self._teacher_params
           )
         teacher_values, all_texts, _ = self._of_teacher
         values |= {f'teacher/{k}': v for k, v in teacher_values.items()}
@@ -458,7 +465,7 @@ class Evaluation:
     for row_ids_B, batch in self._dataset.batches():
       # The whole batch: that program is compiled.
       tokens = self._student_writes[decoding](params, row_ids_B, batch)
-      tokens = tokens[: self._few]
+      tokens = tokens[: self._few, 0]
       texts = self._dataset.decode(tokens)
       new = [{'student': text} for text in texts]
       if self._score is not None:
@@ -469,7 +476,7 @@ class Evaluation:
           of_row = {name: x[i] for name, x in values.items()}
           new[i] |= {'teacher': text, 'tokens': self._tokens(tokens[i], of_row)}
       written += new
-      if len(written) >= NUM_SAMPLES:
+      if len(written) >= _NUM_SHOWN:
         break
     return {
       'decoding': decoding,
@@ -477,7 +484,7 @@ class Evaluation:
       'examples': [
         {'input': example['inputs'], 'reference': example['targets'], **outputs}
         for example, outputs in zip(
-          self._dataset.examples(NUM_SAMPLES), written, strict=False
+          self._dataset.examples(_NUM_SHOWN), written, strict=False
         )
       ],
     }
@@ -490,7 +497,8 @@ class Evaluation:
       _, texts, _ = self._of_teacher
       return texts[decoding][row_ids_B[0] : row_ids_B[-1] + 1]
     write = self._teacher_writes[decoding]
-    return self._dataset.decode(write(self._teacher_params, row_ids_B, batch))
+    tokens = write(self._teacher_params, row_ids_B, batch)[:, 0]
+    return self._dataset.decode(tokens)
 
   def _tokens(
     self, tokens_T: np.ndarray, values: Mapping[str, np.ndarray]
@@ -516,6 +524,67 @@ class Evaluation:
       )
     return entries
 
+  def _task_metrics(self, writes, params):
+    return task_metrics(
+      writes,
+      params,
+      self._dataset,
+      self_bleu_tokenize=self._self_bleu_tokenize,
+    )
+
+
+def _num_outputs(
+  decodings: Mapping[str, Decoding], num_samples: int
+) -> dict[str, int]:
+  """Returns {decoding: outputs for each input}."""
+  if num_samples < 1:
+    raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_samples}.')
+  num = {
+    name: num_samples if _samples(decoding) else 1
+    for name, decoding in decodings.items()
+  }
+  if num_samples > 1 and max(num.values()) == 1:
+    raise ValueError(
+      f'NUM_SAMPLES is {num_samples}, but no decoding samples: '
+      f'{", ".join(decodings)}. Add one, or set NUM_SAMPLES = 1.'
+    )
+  return num
+
+
+def _samples(decoding: Decoding) -> bool:
+  """Whether its outputs for an input can differ."""
+  is_sampler = isinstance(decoding, sampler.SamplerConfig)
+  return is_sampler and decoding.temperature > 0.0
+
+
+def at_temperatures(
+  decodings: Mapping[str, Decoding], temperatures: Sequence[float]
+) -> dict[str, Decoding]:
+  """Returns the decodings, each that samples at each of the temperatures.
+
+  What is named 'sampled' becomes 'sampled_0.1', 'sampled_0.3' and so on.
+
+  Raises:
+    ValueError: a temperature is not above 0, or there twice.
+  """
+  temperatures = [float(t) for t in temperatures]
+  is_repeated = len({*temperatures}) < len(temperatures)
+  if is_repeated or min(temperatures, default=0.0) <= 0.0:
+    raise ValueError(
+      'EVAL_TEMPERATURES must be different numbers above 0, such as (0.1, '
+      f'0.3, 0.5, 1.0), got {temperatures}. Greedy decoding is there anyway.'
+    )
+  result = {}
+  for name, decoding in decodings.items():
+    if _samples(decoding):
+      result |= {
+        f'{name}_{t}': dataclasses.replace(decoding, temperature=t)
+        for t in temperatures
+      }
+    else:
+      result[name] = decoding
+  return result
+
 
 def evaluate_checkpoint(
   checkpoint_path: str,
@@ -524,6 +593,9 @@ def evaluate_checkpoint(
   decodings: Mapping[str, Decoding],
   teacher_checkpoint_path: str | None = None,
   seed: int = 0,
+  temperatures: Sequence[float] | None = None,
+  num_samples: int = 1,
+  self_bleu_tokenize: str = diversity.WORDS,
 ) -> None:
   """Evaluates a checkpoint: `eval_<split>.json` and `samples_<split>.json`.
 
@@ -534,7 +606,19 @@ def evaluate_checkpoint(
     decodings: {name: SamplerConfig or BeamConfig}.
     teacher_checkpoint_path: adds this teacher and the divergences from it.
     seed: of sampling.
+    temperatures: sample at each of these, see `at_temperatures`; None: as the
+      decodings say.
+    num_samples: outputs that a decoding which samples draws for each input;
+      see `Evaluation`.
+    self_bleu_tokenize: see `diversity.self_bleu`.
+
+  Raises:
+    ValueError: a setting, or the checkpoint, cannot be.
   """
+  if temperatures is not None:
+    decodings = at_temperatures(decodings, temperatures)
+  _num_outputs(decodings, num_samples)  # raises before anything is loaded
+  diversity.check_tokenizer(self_bleu_tokenize)
   vocabulary = data.get_vocabulary(dataset)
   mesh = partitioning.make_mesh()
   load = functools.partial(
@@ -553,7 +637,15 @@ def evaluate_checkpoint(
     teacher, teacher_params, folder = load(teacher_checkpoint_path)
     origin['teacher_checkpoint'] = str(folder)
   evaluation = Evaluation(
-    dataset, student, teacher, teacher_params, decodings, seed=seed, mesh=mesh
+    dataset,
+    student,
+    teacher,
+    teacher_params,
+    decodings,
+    seed=seed,
+    mesh=mesh,
+    num_samples=num_samples,
+    self_bleu_tokenize=self_bleu_tokenize,
   )
   values, table = evaluation(params)
   write_samples(output_dir, dataset.split, evaluation.samples(params))

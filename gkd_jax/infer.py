@@ -60,7 +60,7 @@ def infer(
   source = pretrained.open_checkpoint(checkpoint_path)
   pretrained.check_fits(source, vocabulary, num_ids)
   model = T5(source.config)
-  write = evaluate.make_write_several(
+  write = evaluate.make_write(
     model,
     decoding,
     num_outputs=num_samples,
@@ -68,6 +68,7 @@ def infer(
     num_ids=num_ids,
     seed=seed,
     mesh=mesh,
+    vocabulary=inputs.vocabulary,
   )
   step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
   writer = predictions.Writer(

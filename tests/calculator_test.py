@@ -777,3 +777,143 @@ def test_rows_may_be_spread_over_devices():
   for i, text in zip([*range(20, 120)] * 4, written, strict=True):
     assert text.startswith(f'{i}*7={i * 7}')
     assert text.endswith(f'<<{i}-40={i - 40}>>')
+
+
+# --- A model that cannot calculate --------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def miscalculator(tmp_path_factory, compile_once):
+  """A run's folder; its model knows four problems of arithmetic_cot by heart.
+
+  But for their results: after `=` it was taught to write 7, which begins none.
+  """
+  import optax
+
+  from gkd_jax import checkpoint, data, objectives, policies
+  from gkd_jax import step as step_lib
+  from gkd_jax.batch import Batch
+  from gkd_jax.model import T5, T5Config
+
+  dataset = data.EvalDataset(
+    data.DatasetConfig(
+      'arithmetic_cot',
+      {'inputs': 16, 'targets': 48},
+      batch_size=4,
+      split='validation',
+      num_examples=4,
+    )
+  )
+  ((_, examples),) = dataset.batches()
+  rows = []
+  for inputs, example in zip(
+    examples.encoder_input_tokens, dataset.examples(), strict=True
+  ):
+    text = example['targets'] + '\n'
+    weights = np.ones(48)
+    weights[len(text) :] = 0.0
+    for result in re.finditer('=(-?[0-9]+)', text):
+      assert not result[1].startswith('7')
+      weights[slice(*result.span(1))] = 0.0
+      wrong = np.zeros(48)
+      wrong[result.start(1)] = 1.0
+      rows.append((inputs, text[: result.start(1)] + '7', wrong))
+    rows.append((inputs, text, weights))
+  inputs, texts, weights = zip(*rows, strict=True)
+  batch = Batch(
+    np.stack(inputs),
+    script_of(*texts, length=48),
+    np.stack(weights).astype(np.float32),
+  )
+  config = T5Config(264, 32, 2, 16, 64, 1, 1)
+  model, optimizer = T5(config), optax.adam(3e-3)
+  train_step = tiny.jit(
+    step_lib.make_train_step(
+      student=model,
+      teacher=None,
+      policy=policies.dataset(),
+      objective=objectives.Objective(
+        divergence_weight=0.0, likelihood_weight=1.0
+      ),
+      optimizer=optimizer,
+      student_sampler=sampler.ANCESTRAL,
+      teacher_sampler=sampler.ANCESTRAL,
+      num_ids=259,
+      seed=0,
+    )
+  )
+  state = step_lib.init_state(tiny.params(model, 0), optimizer)
+  for _ in range(500):
+    state, _ = train_step(state, None, batch)
+
+  class NoData:
+    def save(self, directory):
+      pass
+
+  folder = tmp_path_factory.mktemp('miscalculator')
+  checkpoints = checkpoint.Checkpoints(
+    folder, checkpoint.ModelDescription(config, 'ByteVocabulary 259 ids')
+  )
+  checkpoints.save(state, NoData(), train_seconds=0.0)
+  checkpoints.close()
+  return folder
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_calculate_is_right_with_a_calculator(
+  miscalculator, run_main, tmp_path
+):
+  def evaluate(name, *settings):
+    finished = run_main(
+      '--run_mode=eval',
+      '--gin_file=configs/arithmetic_cot/eval.gin',
+      f'--gin.CHECKPOINT_PATH={miscalculator}',
+      f'--gin.EVAL_OUTPUT_DIR={tmp_path / name}',
+      '--gin.EVAL_SPLIT=validation',
+      '--gin.EVALUATOR_NUM_EXAMPLES=4',
+      '--gin.EVAL_BATCH_SIZE=4',
+      '--gin.EVAL_TEMPERATURES=(0.1,)',
+      '--gin.NUM_SAMPLES=2',
+      *settings,
+    )
+    assert finished.code == 0, finished.err
+    return json.loads((tmp_path / name / 'eval_validation.json').read_text())
+
+  without = evaluate('without')
+  with_one = evaluate('with', '--gin.CALCULATOR=True')
+
+  assert without.keys() == with_one.keys()
+  assert {name for name in with_one if name.startswith('sampled')} == {
+    'sampled_0.1/accuracy',
+    'sampled_0.1/steps_correct',
+    'sampled_0.1/self_bleu',
+  }
+  for decoding in ('greedy', 'sampled_0.1'):
+    assert without[f'{decoding}/steps_correct'] < 10.0
+    assert with_one[f'{decoding}/steps_correct'] > 90.0
+  assert without['greedy/accuracy'] < 50.0 < with_one['greedy/accuracy']
+
+
+@pytest.mark.slow
+def test_predictions_are_written_with_a_calculator(
+  miscalculator, run_main, tmp_path
+):
+  from gkd_jax.tasks import arithmetic_cot
+
+  finished = run_main(
+    '--run_mode=infer',
+    '--gin_file=gin/runs/infer.gin',
+    '--gin_file=gin/tasks/arithmetic_cot.gin',
+    f'--gin.CHECKPOINT_PATH={miscalculator}',
+    f'--gin.INFER_OUTPUT_DIR={tmp_path}',
+    '--gin.INFER_SPLIT=validation',
+    '--gin.INFER_NUM_EXAMPLES=4',
+    '--gin.INFER_BATCH_SIZE=4',
+    '--gin.CALCULATOR=True',
+  )
+
+  assert finished.code == 0, finished.err
+  lines = (tmp_path / 'predictions_validation.jsonl').read_text().splitlines()
+  predictions = [json.loads(line)['prediction'] for line in lines]
+  steps = [arithmetic_cot.equations(text) for text in predictions]
+  assert sum(map(sum, steps)) >= 8  # of the 9 that there are

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from gkd_jax import (
   beam_search,
   data,
+  diversity,
   evaluate,
   objectives,
   partitioning,
@@ -57,7 +59,11 @@ def examples(dataset):
 
 
 def make_write(decoding, model=STUDENT):
-  return evaluate.make_write(model, decoding, max_decode_len=7, **DECODING)
+  """Returns (params, row numbers, batch) -> tokens [B, T]."""
+  write = evaluate.make_write(model, decoding, max_decode_len=7, **DECODING)
+  return lambda params, row_ids_B, batch: write(
+    params, row_ids_B, batch.encoder_input_tokens
+  )[:, 0]
 
 
 def write_all(dataset, write, params):
@@ -262,9 +268,9 @@ def test_the_teacher_writes_once_because_it_does_not_change(
   with_teacher(student_params)
   whose = []
 
-  def task_metrics(writes, params, dataset):
+  def task_metrics(writes, params, *rest, **settings):
     whose.append('teacher' if params is teacher_params else 'student')
-    return kept(writes, params, dataset)
+    return kept(writes, params, *rest, **settings)
 
   kept = evaluate.task_metrics
   monkeypatch.setattr(evaluate, 'task_metrics', task_metrics)
@@ -456,6 +462,102 @@ def test_logits_exist_for_one_place_at_a_time(
 
   assert values['kl'].shape == greedy.shape == (10, 7)
   assert set(shapes) == {((10, 264), (10, 264))}
+
+
+# --- Several outputs for one input --------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def several(config):
+  """Three outputs for each input, but one by greedy and beam search."""
+  return evaluate.Evaluation(
+    config,
+    STUDENT,
+    None,
+    None,
+    {
+      'greedy': sampler.GREEDY,
+      'sampled': sampler.ANCESTRAL,
+      'beam': beam_search.BeamConfig(num_beams=2),
+    },
+    **forget_ids(DECODING),
+    num_samples=3,
+    self_bleu_tokenize='char',
+  )
+
+
+@pytest.fixture(scope='module')
+def draws(dataset, student_params):
+  write = evaluate.make_write(
+    STUDENT, sampler.ANCESTRAL, num_outputs=3, max_decode_len=7, **DECODING
+  )
+  written = dataset.predict(
+    lambda row_ids_B, batch: write(
+      student_params, row_ids_B, batch.encoder_input_tokens
+    )
+  )
+  return list(written.swapaxes(0, 1))
+
+
+def test_the_first_draw_is_the_only_one_of_others(draws, sampled):
+  np.testing.assert_array_equal(draws[0], sampled)
+
+
+def test_draws_for_one_input_differ(draws):
+  for a, b in itertools.combinations(draws, 2):
+    assert (a != b).any(axis=1).mean() > 0.9
+
+
+def test_metrics_are_means_over_the_draws(
+  several, student_params, dataset, draws
+):
+  values, _ = several(student_params)
+
+  errors = [dataset.metrics(tokens)['error'] for tokens in draws]
+  assert values['sampled/error'] == pytest.approx(sum(errors) / 3)
+  texts = zip(*map(dataset.decode, draws), strict=True)
+  assert values['sampled/self_bleu'] == diversity.self_bleu(texts, 'char')
+  assert 0.0 < values['sampled/self_bleu'] < 50.0  # it is not trained
+
+
+def test_what_is_drawn_once_has_no_self_bleu(several, student_params):
+  values, _ = several(student_params)
+
+  assert {*values} == {*several.names()}
+  assert {*values} == {
+    'greedy/error',
+    'sampled/error',
+    'sampled/self_bleu',
+    'beam/error',
+  }
+
+
+def test_several_draws_of_nothing_that_samples_are_refused(config):
+  with pytest.raises(ValueError, match='NUM_SAMPLES is 2, but no decoding'):
+    evaluate.Evaluation(
+      config, STUDENT, None, None, GREEDY, **forget_ids(DECODING), num_samples=2
+    )
+
+
+def test_what_samples_does_so_at_each_temperature():
+  decodings = {
+    'greedy': sampler.GREEDY,
+    'sampled': sampler.SamplerConfig(top_p=0.9),
+    'beam': beam_search.BeamConfig(),
+  }
+
+  assert evaluate.at_temperatures(decodings, (0.1, 1)) == {
+    'greedy': sampler.GREEDY,
+    'sampled_0.1': sampler.SamplerConfig(temperature=0.1, top_p=0.9),
+    'sampled_1.0': sampler.SamplerConfig(temperature=1.0, top_p=0.9),
+    'beam': beam_search.BeamConfig(),
+  }
+
+
+@pytest.mark.parametrize('wrong', [(), (0.0, 1.0), (-1.0,), (0.5, 0.5)])
+def test_temperatures_that_cannot_be_are_refused(wrong):
+  with pytest.raises(ValueError, match='EVAL_TEMPERATURES must be different'):
+    evaluate.at_temperatures({'sampled': sampler.ANCESTRAL}, wrong)
 
 
 # --- How it is shown and kept -------------------------------------------------

@@ -130,7 +130,9 @@ def test_the_file_beside_it_says_who_wrote_it_and_how(
     'max_examples': None,
     'vocabulary': 'ByteVocabulary 259 ids',
     'task_feature_lengths': conftest.LENGTHS,
-    'decoding': 'SamplerConfig(temperature=1.0, top_k=0, top_p=1.0)',
+    'decoding': (
+      'SamplerConfig(temperature=1.0, top_k=0, top_p=1.0, calculator=False)'
+    ),
     'num_samples': 1,
     'seed': 0,
     'batch_size': 4,
@@ -320,7 +322,7 @@ def test_a_run_that_is_killed_can_go_on(
   model_dir, dataset, tmp_path, whole, monkeypatch
 ):
   """A real end in the middle: what had been written is there."""
-  make = evaluate.make_write_several
+  make = evaluate.make_write
 
   def make_and_die(*arguments, **settings):
     write = make(*arguments, **settings)
@@ -336,7 +338,7 @@ def test_a_run_that_is_killed_can_go_on(
 
   settings = {'decoding': sampler.ANCESTRAL, 'num_samples': 2}
   with monkeypatch.context() as patch:
-    patch.setattr(evaluate, 'make_write_several', make_and_die)
+    patch.setattr(evaluate, 'make_write', make_and_die)
     with pytest.raises(KeyboardInterrupt):
       infer.infer(str(model_dir), str(tmp_path), dataset, **settings)
   partial = (tmp_path / 'predictions_test.partial').read_bytes()
