@@ -18,6 +18,9 @@ Run modes:
   sweep    run every point of a grid, or print the commands that do
   report   gather finished runs (RUNS, a glob) into tables, figures and a page;
            needs no --gin_file
+  precompile  compile the step of a file for `train` for a TPU slice that is not
+           at hand (--topology), and say whether it fits; reads no files, so
+           settings that name some need not be set
 """
 
 import ast
@@ -44,6 +47,7 @@ _RUN_MODES = {
   'compare': 'gkd_jax.compare.compare',
   'sweep': 'gkd_jax.sweep.sweep',
   'report': 'gkd_jax.report.report',
+  'precompile': 'gkd_jax.precompile.precompile',
 }
 # What is run where no file is named: a mode without an experiment.
 _GIN_FILE_OF_MODE = {
@@ -62,6 +66,12 @@ _GIN_BINDINGS = flags.DEFINE_multi_string(
 )
 _GIN_SEARCH_PATHS = flags.DEFINE_list(
   'gin_search_paths', ['.'], 'Where gin files are looked for; then in gkd_jax.'
+)
+_TOPOLOGY = flags.DEFINE_string(
+  'topology', None, 'Of --run_mode=precompile: a TPU slice, e.g. v5e:4x4.'
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'Of --run_mode=precompile: JSON file for its report.'
 )
 _TFDS_DATA_DIR = flags.DEFINE_string(
   'tfds_data_dir', None, 'Where TFDS keeps its data; its default otherwise.'
@@ -117,10 +127,15 @@ def _run(argv: Sequence[str]) -> None:
       '--gin_file is missing. Name an experiment, e.g. '
       '--gin_file=configs/quickstart.gin.'
     )
+  if mode == 'precompile' and _TOPOLOGY.value is None:
+    raise ValueError('--topology is missing. Name a slice, e.g. v5e:4x4.')
+  for flag in (_TOPOLOGY, _OUTPUT):
+    if mode != 'precompile' and flag.value is not None:
+      raise ValueError(f'--{flag.name} is for --run_mode=precompile.')
   import gin
 
   bindings = [_quote_strings(binding) for binding in _GIN_BINDINGS.value]
-  _parse(gin, files, bindings)
+  _parse(gin, files, bindings, needs_files=mode != 'precompile')
   if _DRY_RUN.value:
     print(gin.config_str())
     return
@@ -131,6 +146,15 @@ def _run(argv: Sequence[str]) -> None:
   _check_mode(gin, mode, files)
   module_name, function_name = _RUN_MODES[mode].rsplit('.', 1)
   function = getattr(importlib.import_module(module_name), function_name)
+  if mode == 'precompile':
+    settings = gin.get_bindings(_RUN_MODES['train'])
+    names = inspect.signature(function).parameters.keys() & settings.keys()
+    function(
+      topology=_TOPOLOGY.value,
+      output=_OUTPUT.value,
+      **{name: settings[name] for name in names},
+    )
+    return
   keywords = {}
   if mode == 'train':
     keywords['config_text'] = lambda: _operative_config(gin, bindings)
@@ -141,12 +165,14 @@ def _run(argv: Sequence[str]) -> None:
 
 def _check_mode(gin, mode: str, files: Sequence[str]) -> None:
   """Raises ValueError if the files that were parsed are for another mode."""
-  selector = '.'.join(_RUN_MODES[mode].split('.')[-2:])
+  # What is compiled is what train would run.
+  configured_as = 'train' if mode == 'precompile' else mode
+  selector = '.'.join(_RUN_MODES[configured_as].split('.')[-2:])
   if f'{selector}.' not in gin.config_str():
     raise ValueError(
       f'{", ".join(files)} does not configure --run_mode={mode}: it '
       f'sets nothing of {selector}. Files for this mode include '
-      f'gin/runs/{mode}.gin.'
+      f'gin/runs/{configured_as}.gin.'
     )
 
 
@@ -163,13 +189,21 @@ def _check_arguments(gin, arguments: Sequence[str]) -> None:
     for name in ('--run_mode', '--gin_file', '--gin_bindings')
   }
   _parse(
-    gin, of['--gin_file'], [_quote_strings(b) for b in of['--gin_bindings']]
+    gin,
+    of['--gin_file'],
+    [_quote_strings(binding) for binding in of['--gin_bindings']],
+    needs_files=True,
   )
   _check_mode(gin, of['--run_mode'][-1], of['--gin_file'])
 
 
-def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
-  """Parses files and bindings; an unknown name is an error, and names one."""
+def _parse(
+  gin, files: Sequence[str], bindings: Sequence[str], needs_files: bool
+) -> None:
+  """Parses files and bindings; an unknown name is an error, and names one.
+
+  Without a need for files, settings that name files need not be set.
+  """
   # gin would also look inside Python packages, and takes folders for some.
   gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
   folders = [*_GIN_SEARCH_PATHS.value, str(_ROOT)]
@@ -191,6 +225,8 @@ def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
     # A flag may name whatever the modules that the files import hold.
     imports = re.findall(r'^(?:from|import) .+', gin.config_str(), re.MULTILINE)
     gin.parse_config([*imports, *bindings])
+    if not needs_files:
+      gin.parse_config(_without_files(gin.config_str()))
     gin.finalize()
   except (
     ValueError,
@@ -212,6 +248,13 @@ def _parse(gin, files: Sequence[str], bindings: Sequence[str]) -> None:
       f'{name} changes nothing: no setting of this experiment reads it.'
       + _nearest(name, used)
     )
+
+
+def _without_files(config: str) -> list[str]:
+  """Returns bindings that leave out files: names, and the vocabulary in one."""
+  named = re.findall(r'^(\w+_(?:DIR|PATH)) = +%gin\.REQUIRED', config, re.M)
+  vocabulary = re.findall(r'^(VOCABULARY) =', config, re.M)
+  return [f'{name} = None' for name in named + vocabulary]
 
 
 def _operative_config(gin, bindings: Sequence[str]) -> str:

@@ -179,6 +179,11 @@ def config_of(path: str, **changes) -> T5Config:
     **changes: fields of T5Config that leave the parameters' meaning as it is,
       e.g. dropout_rate=0.1.
   """
+  if path is None:
+    raise ValueError(
+      "The student's shape is to be that of INITIAL_CHECKPOINT_PATH, which is "
+      'not set. Set it, or give the shape by gin/models/published.gin.'
+    )
   if fixed := set(changes) - {*_FREE_FIELDS}:
     raise ValueError(
       f'The checkpoint {path} says what {", ".join(sorted(fixed))} is; only '

@@ -89,8 +89,10 @@ def build(run_main, tmp_path, small_vocabulary):
     )
 
   def build(arguments):
+    lengths = ('--gin.MAX_DECODE_LEN=1', 'MAX_DECODE_LEN is 1, but TASK_FEAT')
     override, want = {
-      'train': ('--gin.MAX_DECODE_LEN=1', 'MAX_DECODE_LEN is 1, but TASK_FEAT'),
+      'train': lengths,
+      'precompile': lengths,
       'eval': (f'--gin.CHECKPOINT_PATH={nowhere}', f'{nowhere} is not there'),
       'infer': (f'--gin.CHECKPOINT_PATH={nowhere}', f'{nowhere} is not there'),
     }[mode_of(arguments)]
@@ -112,6 +114,13 @@ def configs_of(*modes):
 @configs_of('train', 'eval', 'infer')
 def test_the_command_in_the_header_builds_all_parts(path, build):
   build(documented_command(path))
+
+
+@configs_of('train')
+def test_what_trains_can_be_compiled_for_a_slice_too(path, build):
+  build(
+    [*documented_command(path), '--run_mode=precompile', '--topology=cpu:1']
+  )
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ LAYERS = (
   {'pretrained', 'predictions', 'jobs'}
   | {'tables', 'runs', 'sections', 'figures', 'page'},
   {'data', 'evaluate', 'infer', 'tasks'},
-  {'train', 'compare', 'sweep', 'report', 'export', 't5x_bridge'},
+  {'train', 'precompile', 'compare', 'sweep', 'report', 'export'}
+  | {'t5x_bridge'},
   {'main'},
 )
 SAME_LAYER = {
@@ -37,6 +38,7 @@ SAME_LAYER = {
   ('figures', 'sections'),
   ('figures', 'tables'),
   ('page', 'figures'),
+  ('precompile', 'train'),
 }
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

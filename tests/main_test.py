@@ -655,6 +655,7 @@ def test_a_missing_include_is_refused(refused, tmp_path):
     ([STUDENT, '--gin.TRAIN_STEPS'], "'TRAIN_STEPS' is not of the form NAME"),
     ([STUDENT, 'stray'], "Unexpected arguments ['stray']"),
     ([STUDENT, '--run_mode=eval'], 'does not configure --run_mode=eval'),
+    ([STUDENT, '--run_mode=eval'], 'this mode include gin/runs/eval.gin.'),
   ],
 )
 def test_a_command_line_that_makes_no_sense_is_refused(

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles an experiment's train step for a TPU slice that is not at hand.
+
+Answers, before a slice is rented: does the step compile for it, and does it fit
+into its memory? Nothing is run, and neither data nor parameters are read: the
+compiler, libtpu's own, needs shapes alone.
+
+The program is the one that `train` runs: both go through `train.make_plan` and
+`train.compile_step`. Two things that a run learns from files are taken for
+granted: the vocabulary has as many ids as the models embed, and a teacher whose
+TEACHER_DTYPE is None is float32.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+from gkd_jax import (
+  data,
+  objectives,
+  partitioning,
+  policies,
+  pretrained,
+  sampler,
+  train,
+)
+from gkd_jax import metrics as metrics_lib
+from gkd_jax.batch import Batch
+from gkd_jax.model import T5Config, abstract_params, count_params
+
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+class Chip(NamedTuple):
+  """A TPU generation.
+
+  Attributes:
+    hbm: memory of a chip in GiB, as published.
+    available: GiB of it that libtpu's compiler (0.0.42) leaves to a program.
+    config: how libtpu is to see the chip's cores; None: its default.
+  """
+
+  hbm: float
+  available: float
+  config: str | None = None
+
+
+# Published: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, which call v5p's 96 GiB
+# 95 GB. The two cores of a v4 or v5p chip are one device of JAX.
+CHIPS = {
+  'v4': Chip(32, 30.75, 'megacore'),
+  'v5e': Chip(16, 15.75),
+  'v5p': Chip(96, 95.74, 'megacore'),
+  'v6e': Chip(32, 31.25),
+}
+
+
+def precompile(
+  *,
+  topology: str,
+  output: str | None = None,
+  student: T5Config,
+  train_dataset: data.DatasetConfig,
+  policy: policies.Policy,
+  objective: objectives.Objective,
+  optimizer: Callable[..., optax.GradientTransformation],
+  learning_rate: optax.Schedule,
+  seed: int,
+  teacher: T5Config | None = None,
+  teacher_checkpoint_path: str | None = None,
+  teacher_dtype: str | None = None,
+  max_grad_norm: float | None = None,
+  num_microbatches: int = 1,
+  student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  max_decode_len: int | None = None,
+  mesh: Callable[..., jax.sharding.Mesh] = partitioning.make_mesh,
+) -> dict[str, Any]:
+  """Compiles the train step; prints and returns what it takes of each device.
+
+  Args: those of `train.train`, and
+    topology: see `find_devices`.
+    output: JSON file that gets what is returned; None: none does.
+    teacher: shape of the teacher; None: the one in its checkpoint, of which the
+      description alone is read.
+    mesh: makes the mesh of the devices that it is given.
+
+  Returns:
+    What was compiled, and bytes on each device; see `_report`.
+
+  Raises:
+    ValueError: settings do not fit together, there is no such topology, or
+      libtpu is missing.
+  """
+  # Before JAX looks for devices: a TPU that is here is left alone.
+  jax.config.update('jax_platforms', 'cpu')
+  devices = find_devices(topology)
+  if output is not None:
+    pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
+  device_mesh = mesh(devices=devices)
+  plan = train.make_plan(
+    mesh=device_mesh,
+    student=student,
+    train_dataset=train_dataset,
+    policy=policy,
+    objective=objective,
+    optimizer=optimizer,
+    learning_rate=learning_rate,
+    seed=seed,
+    max_grad_norm=max_grad_norm,
+    num_microbatches=num_microbatches,
+    student_sampler=student_sampler,
+    teacher_sampler=teacher_sampler,
+    max_decode_len=max_decode_len,
+  )
+  pretrained.check_dtype('TEACHER_DTYPE', teacher_dtype)
+  if teacher is None and teacher_checkpoint_path is not None:
+    teacher = pretrained.open_checkpoint(teacher_checkpoint_path).config
+  if teacher is None and plan.needs_teacher:
+    raise ValueError(
+      'This method needs a teacher: set TEACHER, its shape (such as '
+      'gin/models/published_teacher.gin does from TEACHER_SIZE), or '
+      'TEACHER_CHECKPOINT_PATH, which tells it.'
+    )
+  teacher_model = teacher_params = None
+  if teacher is not None:
+    teacher_model = train.make_teacher(teacher, student)
+    teacher_params = _with_dtype(
+      abstract_params(teacher_model, device_mesh), teacher_dtype or 'float32'
+    )
+  num_ids = min(model.vocab_size for model in (student, teacher) if model)
+  batch = abstract_batch(train_dataset, device_mesh)
+
+  metrics_lib.say(
+    f'Compiling the step for {len(devices)} x {devices[0].device_kind}.'
+  )
+  start = time.monotonic()
+  compiled, refusal = _compile(
+    plan.make_train_step(teacher=teacher_model, num_ids=num_ids),
+    plan.state,
+    teacher_params,
+    batch,
+  )
+  compile_seconds = time.monotonic() - start
+  report = {
+    'topology': topology,
+    'device_kind': devices[0].device_kind,
+    'num_devices': len(devices),
+    'mesh': dict(device_mesh.shape),
+    'student': _describe(student, plan.state.params),
+    'teacher': teacher and _describe(teacher, teacher_params),
+    'batch_size': train_dataset.batch_size,
+    'num_microbatches': num_microbatches,
+    'feature_lengths': dict(train_dataset.task_feature_lengths),
+    'num_ids': num_ids,
+    'compile_seconds': round(compile_seconds, 1),
+    **_memory(topology, compiled, refusal, plan, teacher_params, batch),
+    'versions': _versions(),
+  }
+  if output is not None:
+    pathlib.Path(output).write_text(json.dumps(report, indent=2) + '\n')
+  print(format_report(report))
+  return report
+
+
+def find_devices(topology: str) -> Sequence[jax.Device]:
+  """Returns the devices of a slice, none of which need be there.
+
+  Args:
+    topology: generation and chips along each axis: 'v5e:4x4', 'v4:2x2x4'. Or
+      'cpu:8': eight simulated devices; they tell on any machine whether a mesh
+      and its shardings work, but nothing of a TPU's memory.
+
+  Raises:
+    ValueError: there is no such slice, or libtpu is missing.
+  """
+  generation, _, layout = topology.partition(':')
+  if generation == 'cpu' and re.fullmatch('[1-9][0-9]*', layout):
+    return _simulated_devices(int(layout))
+  if generation not in CHIPS or not re.fullmatch(r'\d+(x\d+){1,2}', layout):
+    raise ValueError(
+      f'--topology={topology} is none: it is one of {", ".join(CHIPS)} with '
+      'the chips along each axis, e.g. v5e:4x4 or v4:2x2x4; or cpu:8, eight '
+      'simulated devices.'
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      f'--topology={topology} needs the TPU compiler: pip install -e ".[tpu]" '
+      'in the folder of gkd_jax (libtpu; Linux on x86-64, no TPU needed). '
+      '--topology=cpu:8 does without.'
+    )
+  # libtpu asks where it is, which only a TPU's host knows; and it wants to be
+  # alone on a host, and writes logs.
+  for name, value in {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any will do
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_LOG_DIR': 'disabled',
+  }.items():
+    os.environ.setdefault(name, value)
+  options = {}
+  if CHIPS[generation].config is not None:
+    options['chip_config_name'] = CHIPS[generation].config
+  if layout == '1x1':  # a host's chips are four elsewhere
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  try:
+    return topologies.get_topology_desc(
+      platform='tpu', topology_name=topology, **options
+    ).devices
+  except jax.errors.JaxRuntimeError as e:
+    raise ValueError(f'--topology={topology}: libtpu says {e}') from e
+
+
+def _simulated_devices(number: int) -> Sequence[jax.Device]:
+  try:
+    jax.config.update('jax_num_cpu_devices', number)
+  except RuntimeError:
+    pass  # JAX has started: there are as many as there are
+  devices = jax.devices('cpu')
+  if len(devices) < number:
+    raise ValueError(
+      f'--topology=cpu:{number}: JAX has started with {len(devices)} devices '
+      'already.'
+    )
+  return devices[:number]
+
+
+def abstract_batch(
+  dataset: data.DatasetConfig, mesh: jax.sharding.Mesh
+) -> Batch:
+  """Returns shapes, dtypes and shardings of a global batch."""
+  sharding = partitioning.batch_sharding(mesh)
+
+  def rows(feature, dtype):
+    shape = (dataset.batch_size, dataset.task_feature_lengths[feature])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  return Batch(
+    encoder_input_tokens=rows('inputs', jnp.int32),
+    decoder_target_tokens=rows('targets', jnp.int32),
+    decoder_loss_weights=rows('targets', jnp.float32),
+  )
+
+
+def _with_dtype(params, dtype):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
+  )
+
+
+def _compile(*arguments) -> tuple[jax.stages.Compiled | None, str | None]:
+  """Returns the program; or why the compiler found that it does not fit."""
+  try:
+    return train.compile_step(*arguments), None
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    return None, str(e)
+
+
+def _memory(topology, compiled, refusal, plan, teacher_params, batch):
+  """Returns the part of the report that says what fits.
+
+  memory: bytes on each device; None where they are not known. `total` is what
+    a run has at its height: arguments, temporaries and program; where the
+    compiler refused, what it says that it needs.
+  fits: None for simulated devices, whose memory has no limit.
+  """
+  known = {
+    'student_params': _bytes_on_a_device(plan.state.params),
+    'optimizer_state': _bytes_on_a_device(plan.state.opt_state),
+    'teacher_params': _bytes_on_a_device(teacher_params),
+    'batch': _bytes_on_a_device(batch),
+  }
+  if compiled is None:
+    rest = dict.fromkeys(('padding', 'outputs', 'temporaries', 'program'))
+    total = _needed(refusal)
+  else:
+    stats = compiled.memory_analysis()
+    arguments = sum(known.values())
+    if not plan.needs_teacher:
+      arguments -= known['teacher_params']  # it waits beside, for evaluations
+    rest = {
+      # Of the arguments' layouts. Those that are not read are left out.
+      'padding': max(0, stats.argument_size_in_bytes - arguments),
+      'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
+      'temporaries': stats.temp_size_in_bytes,
+      'program': stats.generated_code_size_in_bytes,
+    }
+    total = sum(known.values()) + sum(rest.values())
+  available = left = fits = None
+  if chip := CHIPS.get(topology.partition(':')[0]):
+    available = int(chip.available * 2**30)
+    left = None if total is None else available - total
+    fits = compiled is not None and left >= 0
+  return {
+    'memory': {**known, **rest, 'total': total, 'available': available},
+    'left': left,
+    'fits': fits,
+    'refusal': refusal,
+  }
+
+
+def _bytes_on_a_device(tree) -> int:
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _needed(refusal: str) -> int | None:
+  """Returns the bytes that a program needs, from the compiler's refusal."""
+  match = re.search(
+    r'\(([\d.]+)([KMGT]?)\) exceeds available HBM|Used ([\d.]+)([KMGT]?) of',
+    refusal,
+  )
+  if match is None:
+    return None
+  number, unit = (x for x in match.groups() if x is not None)
+  return int(float(number) * _UNITS.get(unit, 1))
+
+
+def _describe(config: T5Config, params) -> dict[str, Any]:
+  return {
+    'architecture': pretrained.architecture(config),
+    'num_params': count_params(params),
+    'dtype': jax.tree.leaves(params)[0].dtype.name,
+  }
+
+
+def _versions() -> dict[str, str]:
+  there = {'jax', 'jaxlib'}
+  if importlib.util.find_spec('libtpu') is not None:
+    there.add('libtpu')
+  return {name: importlib.metadata.version(name) for name in sorted(there)}
+
+
+def format_report(report: dict[str, Any]) -> str:
+  """Returns a report of `precompile` as text."""
+  mesh = ' x '.join(f'{name} {size}' for name, size in report['mesh'].items())
+  lines = [
+    f'{report["topology"]}: {report["num_devices"]} x '
+    f'{report["device_kind"]}, mesh {mesh}'
+  ]
+  for role in ('student', 'teacher'):
+    if model := report[role]:
+      lines.append(
+        f'{role}: {model["architecture"]}, {model["num_params"]:,} '
+        f'{model["dtype"]} parameters'
+      )
+  lengths = report['feature_lengths']
+  lines += [
+    f'batch: {report["batch_size"]} in {report["num_microbatches"]} part(s), '
+    f'{lengths["inputs"]} tokens in, {lengths["targets"]} out',
+    f'compiled in {report["compile_seconds"]} s',
+    '',
+    'memory of each device',
+  ]
+  for name, size in report['memory'].items():
+    lines.append(f'  {name.replace("_", " "):20}{_size(size):>12}')
+  lines += ['', _verdict(report)]
+  return '\n'.join(lines)
+
+
+def _verdict(report: dict[str, Any]) -> str:
+  if report['fits'] is None:
+    return (
+      'It compiles. How much memory there is, simulated devices do not say.'
+    )
+  if report['fits']:
+    return f'It fits: {_size(report["left"])} are left on each device.'
+  missing = report['left'] and -report['left']
+  return (
+    f'It does not fit: {_size(missing)} are missing on each device. A larger '
+    'slice or MESH_MODEL, more NUM_MICROBATCHES, REMAT=True, and '
+    'ACTIVATION_DTYPE or TEACHER_DTYPE=bfloat16 take less.'
+    + (f'\nThe compiler: {report["refusal"]}' if report['refusal'] else '')
+  )
+
+
+def _size(num_bytes: int | None) -> str:
+  """Returns e.g. '1.50 GiB'."""
+  if num_bytes is None:
+    return 'not known'
+  for unit in ('GiB', 'MiB'):
+    if num_bytes >= (one := _UNITS[unit[0]]):
+      return f'{num_bytes / one:.2f} {unit}'
+  return f'{num_bytes / 2**10:.2f} KiB'
