@@ -501,12 +501,27 @@ def logical_axes(model: T5) -> Params:
 
 
 def abstract_params(model: T5, mesh: jax.sharding.Mesh) -> Params:
-  """Returns shape, dtype and sharding of each parameter, without making it."""
+  """Returns shape, dtype and sharding of each parameter, without making it.
+
+  Raises:
+    ValueError: the mesh does not divide one of them.
+  """
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  shardings = partitioning.param_shardings(mesh, logical_axes(model))
+  named_shardings = named_params(shardings)
+  for name, x in named_params(shapes).items():
+    try:
+      named_shardings[name].shard_shape(x.shape)
+    except ValueError as e:
+      raise ValueError(
+        f'MESH_MODEL {mesh.shape["model"]} does not divide {name} of shape '
+        f'{x.shape}: it must divide heads, feed-forward width and vocabulary '
+        'of student and teacher.'
+      ) from e
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
-    partitioning.param_shardings(mesh, logical_axes(model)),
+    shardings,
   )
 
 

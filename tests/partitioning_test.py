@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,19 @@ def test_an_abstract_state_is_what_is_made():
   made = step.init_state(tiny.params(t5, 0), optimizer)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
     lambda x: (x.shape, x.dtype), made
+  )
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_refused():
+  mesh = jax.sharding.AbstractMesh((1, 4), ('data', 'model'))
+
+  with pytest.raises(ValueError) as error:
+    model.abstract_params(T5(tiny.config()), mesh)
+
+  assert re.match(
+    r'MESH_MODEL 4 does not divide \w+/relpos_bias/rel_embedding of shape '
+    r'\(2, 32\): ',
+    str(error.value),
   )
 
 
