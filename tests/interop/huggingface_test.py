@@ -18,7 +18,7 @@ import safetensors.numpy
 from etils import epath
 
 from gkd_jax import beam_search, evaluate, partitioning, pretrained, sampler
-from gkd_jax.batch import Batch, mask_unused_ids
+from gkd_jax.batch import mask_unused_ids
 from gkd_jax.interop import huggingface, tensors
 from gkd_jax.model import T5, abstract_params
 from tests import conftest
@@ -61,9 +61,7 @@ def write(model, params, decoding, inputs, length):
     mesh=partitioning.make_mesh(),
   )
   rows = np.arange(len(inputs), dtype=np.int32)
-  nothing = np.zeros((len(inputs), length))
-  batch = Batch(inputs.astype(np.int32), nothing, nothing)
-  return write(params, rows, batch)
+  return write(params, rows, inputs.astype(np.int32))[:, 0]
 
 
 def until_eos(tokens):
