@@ -3,6 +3,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import re
@@ -24,9 +25,10 @@ from gkd_jax import (
   metrics,
   objectives,
   policies,
+  rewards,
   sampler,
 )
-from gkd_jax.model import T5Config
+from gkd_jax.model import T5Config, param_shapes
 from tests import conftest
 
 # How fast it went is not the same twice.
@@ -602,3 +604,185 @@ def test_teacher_and_student_may_fill_their_embeddings_up_differently(
     if 'validation/on_student_outputs/forward_kl' in line
   ]
   assert 0.0 < last['validation/on_student_outputs/forward_kl'] < 10.0
+
+
+# --- Rewards ------------------------------------------------------------------
+
+
+def learning_from(reward, **changes):
+  """Settings of a run that learns from a reward alone."""
+  settings = {
+    'student': dataclasses.replace(STUDENT, dropout_rate=0.0),
+    'policy': policies.student(),
+    'objective': objectives.Objective(divergence_weight=0.0, reward_weight=1.0),
+    'reward': reward,
+  }
+  return settings | changes
+
+
+NLI = functools.partial(
+  rewards.entailment, premise='p:', hypothesis=' h:', entailed='1'
+)
+
+
+@pytest.fixture(scope='module')
+def judge(tmp_path_factory, compile_once):
+  """An entailment model of another shape than the student's."""
+  folder = tmp_path_factory.mktemp('judge')
+  conftest.save_model(folder, T5Config(260, 8, 1, 4, 8, 1, 1))
+  return folder
+
+
+def test_a_model_that_gives_rewards_is_read_and_neither_trained_nor_saved(
+  train_letters, judge, tmp_path
+):
+  before = tree_of(judge)
+
+  with names_of_compiled() as compiled:
+    said = train_letters(
+      tmp_path / 'run',
+      **learning_from(NLI()),
+      reward_checkpoint_path=str(judge),
+      total_steps=3,
+    )
+
+  assert f'parameters, gkd_jax: {judge}/checkpoint_0\n' in said
+  assert 'Reward: T5 1.1 of width 8' in said
+  assert collections.Counter(compiled)['train_step'] == 1
+  lines = metrics.read(tmp_path / 'run')
+  assert len({line['train/reward'] for line in lines}) == 3
+  assert all(0.0 < line['train/reward'] < 1.0 for line in lines)
+  assert all('train/reward_baseline' in line for line in lines)
+  assert tree_of(judge) == before
+  saved = checkpoint.saved_shapes(checkpoint.find(tmp_path / 'run'))
+  assert saved == param_shapes(STUDENT)
+
+
+def shorter_is_better(inputs, outputs, targets):
+  return [-len(text) for text in outputs]
+
+
+def test_a_python_function_of_texts_gives_rewards(train_letters, tmp_path):
+  seen = []
+
+  def reward(inputs, outputs, targets):
+    seen.append((inputs, targets))
+    return shorter_is_better(inputs, outputs, targets)
+
+  train_letters(
+    tmp_path / 'run',
+    **learning_from(rewards.python_function(reward)),
+    total_steps=2,
+  )
+
+  assert len(seen) == 2
+  words = set(conftest.letter_words('train'))
+  for inputs, targets in seen:
+    assert len(inputs) == 8 and set(inputs) <= words
+    assert targets == [word[::-1] for word in inputs]
+  for line in metrics.read(tmp_path / 'run'):
+    assert line['train/reward'] <= 0.0
+    assert line['train/loss'] == pytest.approx(-line['train/reward'])
+
+
+def test_a_python_function_that_fails_ends_the_run_and_is_named(
+  train_letters, tmp_path
+):
+  calls = itertools.count()
+
+  def fails(inputs, outputs, targets):
+    if next(calls) == 1:
+      raise LookupError('no dictionary here')
+    return shorter_is_better(inputs, outputs, targets)
+
+  with pytest.raises(RuntimeError) as error:
+    train_letters(
+      tmp_path / 'run',
+      **learning_from(rewards.python_function(fails)),
+      total_steps=9,
+      checkpoint_period=1,
+    )
+
+  assert 'REWARD: ' in str(error.value)
+  assert '<locals>.fails failed' in str(error.value)
+  assert 'LookupError: no dictionary here' in str(error.value)
+  # What came of it was not saved.
+  wait_for(tmp_path / 'run' / 'checkpoint_1')
+  assert not list((tmp_path / 'run').glob('checkpoint_2*'))
+
+
+def test_a_reward_is_the_mean_over_the_steps_that_have_one(
+  train_letters, tmp_path
+):
+  settings = learning_from(
+    rewards.rouge_l(),
+    policy=policies.mixture(0.5),
+    objective=objectives.Objective(divergence_weight=0.0, reward_weight=1.0),
+    total_steps=8,
+  )
+
+  train_letters(tmp_path / 'each', **settings)
+  train_letters(tmp_path / 'four', **settings, log_period=4)
+
+  each = metrics.read(tmp_path / 'each')
+  for line in each:
+    assert ('train/reward' in line) == (line['train/on_policy'] == 1.0)
+  assert {line['train/on_policy'] for line in each} == {0.0, 1.0}
+  for i, line in enumerate(metrics.read(tmp_path / 'four')):
+    values = [
+      step['train/reward']
+      for step in each[4 * i : 4 * i + 4]
+      if 'train/reward' in step
+    ]
+    assert line['train/reward'] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'text'),
+  [
+    ({'reward': NLI()}, 'set REWARD_CHECKPOINT_PATH to a run'),
+    ({'reward_checkpoint_path': 'x'}, 'no model is asked for a reward'),
+    ({'reward_dtype': 'bfloat16'}, 'but no REWARD_CHECKPOINT_PATH'),
+    ({'num_microbatches': 8}, "'batch_mean'.*BATCH_SIZE 8 in 8 NUM_MICRO"),
+    ({'reward': rewards.exact_match('')}, 'exact_match.marker is'),
+    (
+      {'reward': rewards.Reward(lambda v, m: lambda b, y, p: y.weights)},
+      r'shape \(8,\), but gives \(8, 7\)',
+    ),
+    (
+      {
+        'objective': objectives.Objective(
+          divergence_weight=0.0, likelihood_weight=1.0
+        )
+      },
+      'REWARD_WEIGHT is None',
+    ),
+    ({'reward': None}, 'there is no REWARD'),
+    ({'policy': policies.dataset()}, 'STUDENT_DATA_FRACTION is 0.0'),
+    ({'student': STUDENT}, 'DROPOUT_RATE is 0.1'),
+  ],
+)
+def test_a_reward_that_cannot_be_learnt_from(refused, changes, text):
+  message = refused(**learning_from(rewards.exact_match()) | changes)
+
+  assert re.search(text, message)
+
+
+def test_a_limit_that_would_cut_an_output_that_is_to_be_judged(refused, judge):
+  message = refused(
+    **learning_from(NLI(max_input_len=12)), reward_checkpoint_path=str(judge)
+  )
+
+  assert 'max_input_len is 12, but an output can be 7 tokens' in message
+
+
+def test_a_model_that_gives_rewards_with_another_vocabulary(
+  refused, tmp_path, compile_once
+):
+  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
+
+  message = refused(
+    **learning_from(NLI()), reward_checkpoint_path=str(tmp_path / 'other')
+  )
+
+  assert 'vocabulary: SentencePiece 264 ids in the checkpoint' in message
