@@ -245,8 +245,6 @@ def heat_maps(section: Section) -> list[Figure] | str:
     for group in section.methods
     if runs_lib.divergence(group.settings)
     and runs_lib.student_data_fraction(group.settings) is not None
-    and runs_lib.alpha(group.settings) is None
-    and not group.settings.get('LIKELIHOOD_WEIGHT')
   ]
   vary = ('STUDENT_DATA_FRACTION', 'DIVERGENCE', 'BETA', *section.tuned)
   found, seen = [], set()
@@ -338,7 +336,7 @@ def data_efficiency(section: Section) -> list[Figure] | str:
         {
           name: [
             Point(_exact(of_all if n is None else n), g.means[section.metric])
-            for n, g in sorted(by.items(), key=lambda item: item[0] or math.inf)
+            for n, g in by.items()  # the tables' order: from few to all
           ]
           for name, by in series.items()
         },

@@ -203,6 +203,14 @@ def test_a_heat_map_needs_two_of_each(tmp_path, left, there):
   assert there in why
 
 
+def test_two_cells_that_share_nothing_are_no_heat_map(tmp_path):
+  methods = {name: GRID[name] for name in ('skd', 'on_policy_rkl')}
+
+  why = figures.heat_maps(study(tmp_path, INITIAL | methods))
+
+  assert 'λ = 0, 1; forward KL, reverse KL' in why
+
+
 def test_rewards_and_likelihood_are_no_part_of_the_heat_map(tmp_path):
   wer = GRID | {
     'rl': (gkd(1.0) | {'ALPHA': 0.5}, [40.0, 41.0]),

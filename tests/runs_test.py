@@ -324,8 +324,8 @@ def kinds(tmp_path, first, second):
     # Runs from before a setting was there, and after.
     ({}, {'TRAIN_NUM_EXAMPLES': None}),
     (
+      {'RANDOM_SEED': 0, 'INITIAL_CHECKPOINT_PATH': 'gone/jsd_0.1/seed_0/a'},
       {'RANDOM_SEED': 1, 'INITIAL_CHECKPOINT_PATH': 'gone/jsd_0.1/seed_1/a'},
-      {'RANDOM_SEED': 2, 'INITIAL_CHECKPOINT_PATH': 'gone/jsd_0.1/seed_2/a'},
     ),
   ],
 )

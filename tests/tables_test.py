@@ -63,6 +63,12 @@ def test_the_best_is_the_least_or_the_most():
   assert tables.best(Column('', 'wer'), named) is None
 
 
+def test_of_two_that_are_equal_none_is_the_best():
+  named = [('a', {'wer': Mean(9.0, 0.1, 2)}), ('b', {'wer': Mean(9.0, 2.0, 2)})]
+
+  assert tables.best(Column('', 'wer', better='min'), named) is None
+
+
 def test_one_alone_is_not_the_best():
   named = [('a', {'wer': Mean(9.0, None, 1)})]
 
