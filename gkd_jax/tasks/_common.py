@@ -64,10 +64,12 @@ class TfdsSource(seqio.TfdsDataSource):
     by_hand = ''
     if self._manual:
       by_hand = f' put {self._manual} into {folder}/downloads/manual, and'
+    # Not `tfds build`: TFDS's program needs Apache Beam, this does not.
     raise ValueError(
       f'TFDS has no {name} in {folder}. If it lies elsewhere, say where: '
       f'--tfds_data_dir=FOLDER. To prepare it, on a machine with a network,'
-      f'{by_hand} run `tfds build {name} --data_dir={folder}`.'
+      f'{by_hand} run: python -c "import tensorflow_datasets as tfds; '
+      f"tfds.builder('{name}', data_dir='{folder}').download_and_prepare()\""
     )
 
 

@@ -358,7 +358,7 @@ def test_data_that_tfds_has_not_prepared(tmp_path, config, monkeypatch):
 
   refused(
     config,
-    f'TFDS has no gsm8k:1.0.0 in {tmp_path}.*run `tfds build gsm8k:1.0.0 ',
+    f'TFDS has no gsm8k:1.0.0 in {tmp_path}.*run: python -c ',
     shots_file=shots,
   )
 

@@ -155,14 +155,14 @@ def test_what_is_no_letter(text):
 
 
 def test_accuracy_is_the_mean_over_subjects(dataset):
-  # Right: one of the two questions on the first subject, and 28 of the others.
-  written = ['B', *(['A'] * 28), *(['C'] * 28), '(B)']
+  # Right: one of the two questions on the first subject, and 40 of the others.
+  written = ['B', *(['A'] * 40), *(['C'] * 16), '(B)']
 
   numbers, notes = dataset.metrics_and_notes(
     conftest.as_tokens(dataset.vocabulary, written, 8)
   )
 
-  assert numbers == {'accuracy': pytest.approx((50 + 28 * 100) / 57)}
+  assert numbers == {'accuracy': pytest.approx((50 + 40 * 100) / 57)}
   by_subject = notes['accuracy_by_subject']
   assert len(by_subject) == 57
   assert by_subject[FIRST] == 50.0

@@ -105,3 +105,17 @@ def test_bleu_of_a_hand_worked_example():
 
 def test_empty_predictions_score_nothing():
   assert wmt14_ende.bleu(['ja', 'nein'], ['', ''])['bleu'] == 0.0
+
+
+def test_the_fragment_names_the_task(config, run_main, tmp_path):
+  finished = run_main(
+    '--run_mode=eval',
+    '--gin_file=gin/runs/eval.gin',
+    '--gin_file=gin/tasks/wmt14_ende.gin',
+    '--gin_file=gin/vocabularies/bytes.gin',
+    f'--gin.CHECKPOINT_PATH={tmp_path}/nowhere',
+    f'--gin.EVAL_OUTPUT_DIR={tmp_path}',
+  )
+
+  # All that comes before the model is there.
+  assert f'{tmp_path}/nowhere is not there' in finished.err

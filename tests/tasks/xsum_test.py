@@ -143,10 +143,12 @@ def test_empty_predictions_score_nothing():
 def test_the_interval_is_the_same_each_time_and_holds_the_mean():
   targets = [f'the {i} of {i % 3}' for i in range(40)]
   predictions = [f'the {i} of 1' for i in range(40)]
-  np.random.seed(7)
-  before = np.random.get_state()[1].copy()
 
-  first, second = (xsum.rouge(targets, predictions) for _ in range(2))
+  np.random.seed(7)
+  first = xsum.rouge(targets, predictions)
+  np.random.seed(8)
+  before = np.random.get_state()[1].copy()
+  second = xsum.rouge(targets, predictions)
 
   assert first == second
   low, high = first['rouge_95_percent_interval']['rouge1']
@@ -169,7 +171,22 @@ def test_data_that_is_not_prepared_is_an_error_that_says_what_to_do(
   for part in (
     'put xsum-extracts-from-downloads.tar.gz (',
     f'into {tmp_path}/downloads/manual',
-    f'`tfds build xsum:1.1.0 --data_dir={tmp_path}`',
+    f"tfds.builder('xsum:1.1.0', data_dir='{tmp_path}').download_and_prepare()",
     '--tfds_data_dir=FOLDER',
   ):
     assert part in str(error.value)
+
+
+def test_the_fragment_names_the_task(config, run_main, tmp_path):
+  finished = run_main(
+    '--run_mode=eval',
+    '--gin_file=gin/runs/eval.gin',
+    '--gin_file=gin/tasks/xsum.gin',
+    '--gin_file=gin/vocabularies/sentencepiece.gin',
+    f'--gin.VOCABULARY_PATH={config.vocabulary.sentencepiece_model_file}',
+    f'--gin.CHECKPOINT_PATH={tmp_path}/nowhere',
+    f'--gin.EVAL_OUTPUT_DIR={tmp_path}',
+  )
+
+  # All that comes before the model is there.
+  assert f'{tmp_path}/nowhere is not there' in finished.err
