@@ -7,8 +7,9 @@ compiler, libtpu's own, needs shapes alone.
 
 The program is the one that `train` runs: both go through `train.make_plan` and
 `train.compile_step`. Two things that a run learns from files are taken for
-granted: the vocabulary has as many ids as the models embed, and a teacher whose
-TEACHER_DTYPE is None is float32.
+granted: the vocabulary has as many ids as the models embed, a token for each
+word of a reward's settings, and parameters whose type no setting says (of the
+teacher, of the reward's model) are float32.
 """
 
 import importlib.metadata
@@ -33,6 +34,7 @@ from gkd_jax import (
   partitioning,
   policies,
   pretrained,
+  rewards,
   sampler,
   train,
 )
@@ -85,6 +87,10 @@ def precompile(
   num_microbatches: int = 1,
   student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  reward: rewards.Reward | None = None,
+  reward_model: T5Config | None = None,
+  reward_checkpoint_path: str | None = None,
+  reward_dtype: str | None = None,
   max_decode_len: int | None = None,
   mesh: Callable[..., jax.sharding.Mesh] = partitioning.make_mesh,
 ) -> dict[str, Any]:
@@ -95,6 +101,7 @@ def precompile(
     output: JSON file that gets what is returned; None: none does.
     teacher: shape of the teacher; None: the one in its checkpoint, of which the
       description alone is read.
+    reward_model: likewise, of the reward's model.
     mesh: makes the mesh of the devices that it is given.
 
   Returns:
@@ -136,10 +143,27 @@ def precompile(
     )
   teacher_model = teacher_params = None
   if teacher is not None:
-    teacher_model = train.make_teacher(teacher, student)
+    teacher_model = train.like_student(teacher, student)
     teacher_params = _with_dtype(
       abstract_params(teacher_model, device_mesh), teacher_dtype or 'float32'
     )
+  pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
+  if reward_model is None and reward_checkpoint_path is not None:
+    reward_model = pretrained.open_checkpoint(reward_checkpoint_path).config
+  score = reward_params = None
+  if reward is not None:
+    judge = None
+    if reward.needs_model:
+      if reward_model is None:
+        raise ValueError(
+          'This REWARD is given by a model: set REWARD_MODEL, its shape (see '
+          'configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH, which tells it.'
+        )
+      judge = train.like_student(reward_model, student)
+      reward_params = _with_dtype(
+        abstract_params(judge, device_mesh), reward_dtype or 'float32'
+      )
+    score = reward.make_score(_WordVocabulary(), judge)
   num_ids = min(model.vocab_size for model in (student, teacher) if model)
   batch = abstract_batch(train_dataset, device_mesh)
 
@@ -148,10 +172,11 @@ def precompile(
   )
   start = time.monotonic()
   compiled, refusal = _compile(
-    plan.make_train_step(teacher=teacher_model, num_ids=num_ids),
+    plan.make_train_step(teacher=teacher_model, num_ids=num_ids, reward=score),
     plan.state,
     teacher_params,
     batch,
+    reward_params,
   )
   compile_seconds = time.monotonic() - start
   report = {
@@ -161,12 +186,15 @@ def precompile(
     'mesh': dict(device_mesh.shape),
     'student': _describe(student, plan.state.params),
     'teacher': teacher and _describe(teacher, teacher_params),
+    'reward': reward_params and _describe(reward_model, reward_params),
     'batch_size': train_dataset.batch_size,
     'num_microbatches': num_microbatches,
     'feature_lengths': dict(train_dataset.task_feature_lengths),
     'num_ids': num_ids,
     'compile_seconds': round(compile_seconds, 1),
-    **_memory(topology, compiled, refusal, plan, teacher_params, batch),
+    **_memory(
+      topology, compiled, refusal, plan, teacher_params, reward_params, batch
+    ),
     'versions': _versions(),
   }
   if output is not None:
@@ -255,6 +283,20 @@ def abstract_batch(
   )
 
 
+class _WordVocabulary:
+  """Stands for the task's: each word that a reward asks for is one token."""
+
+  unk_id = 2
+
+  def __init__(self):
+    self._ids = {}
+
+  def encode(self, text: str) -> list[int]:
+    return [
+      self._ids.setdefault(word, len(self._ids) + 3) for word in text.split()
+    ]
+
+
 def _with_dtype(params, dtype):
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
@@ -271,7 +313,9 @@ def _compile(*arguments) -> tuple[jax.stages.Compiled | None, str | None]:
     return None, str(e)
 
 
-def _memory(topology, compiled, refusal, plan, teacher_params, batch):
+def _memory(
+  topology, compiled, refusal, plan, teacher_params, reward_params, batch
+):
   """Returns the part of the report that says what fits.
 
   memory: bytes on each device; None where they are not known. `total` is what
@@ -283,6 +327,7 @@ def _memory(topology, compiled, refusal, plan, teacher_params, batch):
     'student_params': _bytes_on_a_device(plan.state.params),
     'optimizer_state': _bytes_on_a_device(plan.state.opt_state),
     'teacher_params': _bytes_on_a_device(teacher_params),
+    'reward_params': _bytes_on_a_device(reward_params),
     'batch': _bytes_on_a_device(batch),
   }
   if compiled is None:
@@ -355,7 +400,7 @@ def format_report(report: dict[str, Any]) -> str:
     f'{report["topology"]}: {report["num_devices"]} x '
     f'{report["device_kind"]}, mesh {mesh}'
   ]
-  for role in ('student', 'teacher'):
+  for role in ('student', 'teacher', 'reward'):
     if model := report[role]:
       lines.append(
         f'{role}: {model["architecture"]}, {model["num_params"]:,} '

@@ -60,6 +60,7 @@ def train(
   student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   reward: rewards.Reward | None = None,
+  reward_model: T5Config | None = None,
   reward_checkpoint_path: str | None = None,
   reward_dtype: str | None = None,
   max_decode_len: int | None = None,
@@ -98,6 +99,7 @@ def train(
     teacher_sampler: how the teacher's are.
     reward: how good the student's outputs are, where the objective has a weight
       for it.
+    reward_model: shape that the reward's checkpoint must have; None: any.
     reward_checkpoint_path: the model that says so, if the reward has one; of
       the task's vocabulary.
     reward_dtype: of its parameters, like `teacher_dtype`.
@@ -154,6 +156,8 @@ def train(
     has_reward=reward is not None,
     dropout_rate=student.dropout_rate,
   )
+  if reward_model is not None and reward_checkpoint_path is None:
+    raise ValueError('REWARD_MODEL is set, but no REWARD_CHECKPOINT_PATH.')
   _check_reward_model(reward, reward_checkpoint_path, reward_dtype)
   _check_reward_baseline(objective, train_dataset.batch_size, num_microbatches)
   if best_mode not in ('min', 'max'):
@@ -195,13 +199,15 @@ def train(
     )
   if reward_checkpoint_path is not None:
     sources['reward'] = pretrained.open_checkpoint(reward_checkpoint_path)
-    pretrained.check_fits(sources['reward'], description.vocabulary, num_ids)
-  score = reward_model = reward_params = None
+    pretrained.check_fits(
+      sources['reward'], description.vocabulary, num_ids, reward_model
+    )
+  score = judge = reward_params = None
   if reward is not None:
     if 'reward' in sources:
-      reward_model = like_student(sources['reward'].config, student)
-      reward_params = abstract_params(reward_model, device_mesh)
-    score = reward.make_score(vocabulary, reward_model)
+      judge = like_student(sources['reward'].config, student)
+      reward_params = abstract_params(judge, device_mesh)
+    score = reward.make_score(vocabulary, judge)
     _check_score(score, train_dataset, reward_params)
 
   # From here on files are read whole, and the run's folder is written.

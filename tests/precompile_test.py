@@ -22,6 +22,7 @@ from gkd_jax import (
   objectives,
   policies,
   precompile,
+  rewards,
   sampler,
   train,
 )
@@ -123,6 +124,34 @@ def test_the_program_is_the_one_that_train_runs(
     jax.jit(f).lower(*abstract).as_text() for f in (run, precompiled)
   )
   assert got == want
+
+
+def test_a_rewards_model_is_compiled_in(what_is_compiled):
+  judge = T5Config(261, 8, 2, 4, 10, 1, 1)
+  settings = {
+    **SETTINGS,
+    'student': dataclasses.replace(STUDENT, dropout_rate=0.0),
+    'policy': policies.student(),
+    'student_sampler': sampler.ANCESTRAL,
+    'objective': dataclasses.replace(
+      SETTINGS['objective'], reward_weight=0.5, reward_baseline='self_critical'
+    ),
+  }
+
+  step, *arguments = what_is_compiled(
+    precompile.precompile,
+    **settings,
+    **FOR_CPU,
+    teacher=TEACHER,
+    reward=rewards.entailment(task_prefix='summarize: '),
+    reward_model=judge,
+    reward_dtype='bfloat16',
+  )
+
+  assert model.count_params(arguments[-1]) == num_params(judge)
+  assert {x.dtype.name for x in jax.tree.leaves(arguments[-1])} == {'bfloat16'}
+  _, metrics = jax.eval_shape(step, *arguments)
+  assert {'divergence', 'reward', 'reward_baseline'} <= metrics.keys()
 
 
 def test_its_settings_are_those_of_train():
@@ -340,7 +369,7 @@ def test_no_file_need_be_named_where_the_shapes_are(
 ):
   (tmp_path / 'mine.gin').write_text(PRETRAINED)
 
-  _, state, teacher_params, batch = what_is_compiled(
+  _, state, teacher_params, batch, _ = what_is_compiled(
     run_main,
     '--run_mode=precompile',
     f'--gin_file={tmp_path}/mine.gin',
@@ -391,6 +420,14 @@ def refused(run_main):
       ['TEACHER_DTYPE must be'],
     ),
     (
+      [
+        '--gin_file=configs/xsum/rl_gkd.gin',
+        '--topology=cpu:1',
+        '--gin.REWARD_MODEL=None',
+      ],
+      ['REWARD is given by a model', 'REWARD_MODEL'],
+    ),
+    (
       [SFT, '--topology=cpu:1', '--gin_file=gin/models/from_checkpoint.gin'],
       ['INITIAL_CHECKPOINT_PATH, which is not set'],
     ),
@@ -416,7 +453,7 @@ def test_a_teachers_shape_may_come_from_its_checkpoint(
 ):
   conftest.save_model(tmp_path / 'teacher', TEACHER)
 
-  _, _, teacher_params, _ = what_is_compiled(
+  _, _, teacher_params, *_ = what_is_compiled(
     run_main,
     '--run_mode=precompile',
     JSD,
