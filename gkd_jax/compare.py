@@ -35,6 +35,7 @@ def compare(
   settings: Mapping[str, Mapping[str, Any]] | None = None,
   seeds: Sequence[int] = (0,),
   num_parallel: int = 2,
+  flags: Sequence[str] = (),
 ) -> None:
   """Runs a comparison, or what is left of it, and writes its report.
 
@@ -54,6 +55,7 @@ def compare(
       overrides for those runs.
     seeds: of the students. The teacher is trained once, with the first.
     num_parallel: processes at a time.
+    flags: of gkd_jax.main, that all runs get.
 
   Raises:
     ValueError: a run failed, or the folder holds another comparison.
@@ -73,6 +75,7 @@ def compare(
   jobs = _jobs(
     folder, teacher, initial_student, evaluation, methods, settings, seeds
   )
+  jobs = jobs_lib.add_flags(jobs, flags)
   jobs_lib.check_same(folder / 'comparison.json', jobs)
   start = time.monotonic()
   jobs_lib.run(jobs, folder, num_parallel)

@@ -52,6 +52,13 @@ def arguments(
   )
 
 
+def add_flags(jobs: Sequence[Job], flags: Sequence[str]) -> list[Job]:
+  """Returns the jobs with more arguments."""
+  return [
+    dataclasses.replace(job, arguments=(*job.arguments, *flags)) for job in jobs
+  ]
+
+
 def check_gin_files(files: Iterable[str], setting: str) -> None:
   """Raises ValueError if one is not there.
 

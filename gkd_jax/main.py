@@ -139,7 +139,8 @@ def _run(argv: Sequence[str]) -> None:
   if _DRY_RUN.value:
     print(gin.config_str())
     return
-  if _TFDS_DATA_DIR.value:
+  starts_runs = mode in ('compare', 'sweep')
+  if _TFDS_DATA_DIR.value and not starts_runs:
     import seqio
 
     seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
@@ -158,6 +159,8 @@ def _run(argv: Sequence[str]) -> None:
   keywords = {}
   if mode == 'train':
     keywords['config_text'] = lambda: _operative_config(gin, bindings)
+  if _TFDS_DATA_DIR.value and starts_runs:
+    keywords['flags'] = [f'--tfds_data_dir={_TFDS_DATA_DIR.value}']
   if mode == 'sweep':
     keywords['check'] = functools.partial(_check_arguments, gin)
   gin.get_configurable(function)(**keywords)

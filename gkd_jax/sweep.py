@@ -58,6 +58,7 @@ def sweep(
   num_parallel: int = 1,
   print_commands: bool = False,
   check: Callable[[Sequence[str]], None] | None = None,
+  flags: Sequence[str] = (),
 ) -> None:
   """Runs a grid, or what is left of it.
 
@@ -74,6 +75,7 @@ def sweep(
     print_commands: print the commands that can be run now, side by side, one a
       line, and stop.
     check: raises ValueError if gin does not take the arguments of a run.
+    flags: of gkd_jax.main, that all runs get.
 
   Raises:
     ValueError: the grid makes no sense; gin does not take a point's settings;
@@ -85,6 +87,7 @@ def sweep(
   jobs = make_jobs(
     folder, grid, experiment, seeds, settings or {}, before or {}
   )
+  jobs = jobs_lib.add_flags(jobs, flags)
   waiting = [job for job in jobs if not job.result.exists()]
   for job in waiting if check else ():
     try:

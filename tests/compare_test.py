@@ -416,6 +416,12 @@ def test_settings_reach_the_runs_they_are_for(tmp_path, start):
   assert flags['seed_0/imitkd']['gin.TRAIN_STEPS'] == '9'
 
 
+def test_all_runs_get_the_flags_of_the_comparison(tmp_path, start):
+  run_compare(tmp_path, flags=['--tfds_data_dir=/data'])
+
+  assert {job.arguments[-1] for job in start.jobs} == {'--tfds_data_dir=/data'}
+
+
 def test_what_is_done_is_not_run_again(tmp_path, start):
   run_compare(tmp_path)
   start.jobs.clear()

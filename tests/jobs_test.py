@@ -278,6 +278,15 @@ def test_a_file_that_is_included_counts(two, tmp_path):
     two(b=f"include '{tmp_path}/size.gin'\n")
 
 
+def test_runs_that_are_left_out_for_once_are_still_known(two, job, tmp_path):
+  two()
+  a = with_gin(job('a'), tmp_path / 'a.gin')
+  jobs.check_same(tmp_path / 'out' / 'runs.json', [a])
+
+  with pytest.raises(ValueError, match='other settings .*: b. Remove'):
+    two(b='Y = 2\n')
+
+
 def test_a_run_whose_folder_was_removed_may_change(two, job):
   two()
   job('b').folder.rmdir()

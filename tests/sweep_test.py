@@ -337,10 +337,9 @@ GRID = {{'a': {{'good': {{'BETA': 0.5}}, 'bad': {{'BETTA': 0.5}}}}}}
 def test_a_file_of_another_mode_is_refused_before_any_run(tmp_path, run_main):
   config = tmp_path / 'sweep.gin'
   config.write_text(
-    f"""include 'gin/runs/sweep.gin'
-EXPERIMENT = '{OUTPUTS}'
-SETTINGS = {{'CHECKPOINT_PATH': 'x', 'INFER_OUTPUT_DIR': 'y'}}
-GRID = {{'RANDOM_SEED': (1,)}}
+    """include 'gin/runs/sweep.gin'
+EXPERIMENT = 'configs/quickstart.gin'
+GRID = {'NUM_PARALLEL': (1,)}
 """
   )
 
@@ -351,7 +350,9 @@ GRID = {{'RANDOM_SEED': (1,)}}
   )
 
   assert refused.code == 1
-  assert 'random_seed=1/seed_0 cannot be run: ' in refused.err
+  assert (
+    'num_parallel=1/seed_0 cannot be run: RANDOM_SEED changes nothing'
+  ) in refused.err
 
 
 # --- Running them -------------------------------------------------------------
@@ -442,6 +443,20 @@ def test_one_that_fails_is_told_and_the_others_go_on(run, capsys):
   run.started.clear()
   run()
   assert run.started == POINTS[:1]
+
+
+def test_all_runs_look_for_data_where_the_sweep_is_told_to(tmp_path, run_main):
+  printed = run_main(
+    '--run_mode=sweep',
+    '--gin_file=configs/sweeps/cmudict_g2p/lambda.gin',
+    f'--gin.MODEL_DIR={tmp_path}',
+    '--gin.PRINT_COMMANDS=True',
+    '--tfds_data_dir=/my/data',
+  )
+
+  lines = printed.out.splitlines()
+  assert len(lines) == 4  # a teacher, three students
+  assert all(line.endswith(' --tfds_data_dir=/my/data') for line in lines)
 
 
 def test_what_gin_takes_is_asked_of_the_runs_that_are_left(run):
