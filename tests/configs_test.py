@@ -70,7 +70,7 @@ def mode_of(arguments):
 # Stands for the pretrained models that a command names.
 BYT5 = conftest.ROOT / 'tests/interop/huggingface_fixtures/byt5'
 # What a task wants first that is not here.
-WANTS = ('MMLU_DIR data/mmlu lacks', 'BBH_DIR data/bbh lacks')
+WANTS = ('MMLU_DIR data/mmlu lacks', 'BBH_DIR data/bbh lacks', 'TFDS has no ')
 
 
 @pytest.fixture
@@ -164,6 +164,6 @@ def test_all_points_of_a_sweep_build_all_their_parts(path, build, jobs_of):
     arguments += [f'--gin.TEACHER={BYT5}', f'--gin.INITIAL_STUDENT={BYT5}']
   jobs = jobs_of(arguments)
 
-  assert len(jobs) >= 6
+  assert len(jobs) >= 4
   for job in jobs:
     build(job.arguments)
