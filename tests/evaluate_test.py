@@ -358,6 +358,31 @@ def test_tokens_joined_are_the_output(samples):
   assert any(example['student'] for example in samples['examples'])
 
 
+def test_the_end_is_the_last_token(with_teacher):
+  ids = np.array([100, 101, 1, 0, 0])
+  values = {'kl': np.full(5, 0.5), 'teacher_id': np.array([100, 1, 102, 9, 9])}
+
+  tokens = with_teacher._tokens(ids, values)
+
+  assert [(t['text'], t['id'], t['teacher_text']) for t in tokens] == [
+    ('a', 100, 'a'),
+    ('b', 101, ''),
+    ('', 1, 'c'),
+  ]
+
+
+def test_what_the_teacher_wrote_already_is_not_written_again(
+  with_teacher, student_params, samples
+):
+  with_teacher(student_params)
+
+  with names_of_compiled() as compiled:
+    again = with_teacher.samples(student_params)
+
+  assert compiled == []
+  assert again == samples
+
+
 def test_tokens_go_up_to_the_end_of_the_output(samples, greedy):
   for example, row in zip(samples['examples'], greedy, strict=True):
     ids = [token['id'] for token in example['tokens']]

@@ -209,6 +209,19 @@ def test_the_final_evaluation_keeps_what_a_metric_says_beside_numbers(whole):
   assert results['greedy/error_of'] == 'whole words'
 
 
+def test_what_student_and_teacher_write_is_kept_token_by_token(whole, resumed):
+  want, got = (
+    json.loads((run.folder / 'samples_test.json').read_text())
+    for run in (whole, resumed)
+  )
+
+  assert got == want
+  assert len(want['examples']) == conftest.NUM_LETTERS['test']
+  for example in want['examples']:
+    assert example['student'] == ''.join(t['text'] for t in example['tokens'])
+    assert all(token['kl'] >= 0.0 for token in example['tokens'])
+
+
 def test_a_resumed_run_keeps_the_same_checkpoints(whole, resumed):
   want, got = (
     sorted(path.name for path in run.folder.glob('checkpoint_*'))
@@ -256,9 +269,10 @@ def test_every_program_is_compiled_once_a_run(whole):
 
   assert times['train_step'] == 1
   # Of the two splits the first is evaluated twice, but compiled once. For the
-  # second the teacher writes the few outputs alone that are shown.
+  # second the teacher writes samples alone.
   assert times['score_batch'] <= 2
   assert times['sample'] <= 4
+  assert times['disagreement'] == 1
 
 
 def test_a_run_leaves_the_documented_files(whole):
