@@ -77,6 +77,7 @@ def infer(
       'checkpoint': str(source.folder),
       'step': step and int(step[1]),
       'task': dataset.mixture_or_task_name,
+      'task_arguments': dataset.task_arguments,
       'split': dataset.split,
       'max_examples': dataset.num_examples,
       'vocabulary': vocabulary,
@@ -128,7 +129,7 @@ def _progress(
   num_done: int, first: int, total: int | None, seconds: float
 ) -> str:
   per_second = (num_done - first) / seconds
-  if total is None:
+  if total is None or num_done > total:  # preprocessors can make more
     return f'{num_done:,} examples  {per_second:,.0f}/s'
   left = metrics_lib.minutes((total - num_done) / per_second)
   return f'{num_done:,} of {total:,} examples  {per_second:,.0f}/s  {left} left'

@@ -49,7 +49,7 @@ def read(
         values = json.loads(line)
       except ValueError as e:
         raise ValueError(
-          f'{setting}: line {number} of {path} is not JSON: {e}'
+          f'{setting}: line {number} of {path} is no JSON: {e}'
         ) from e
       if not isinstance(values, dict):
         raise ValueError(
@@ -58,8 +58,8 @@ def read(
       for name, kind in fields.items():
         if name not in values:
           raise ValueError(
-            f'{setting}: line {number} of {path} has no field "{name}". It '
-            f'has: {", ".join(values)}.'
+            f'{setting}: line {number} of {path} has no "{name}". It has: '
+            f'{", ".join(values)}.'
           )
         if not isinstance(values[name], kind):
           raise ValueError(

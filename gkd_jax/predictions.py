@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gkd_jax import json_lines
+from gkd_jax import metrics as metrics_lib
 from gkd_jax.batch import EOS_ID
 
 _SETTING = 'TRAIN_ON_PREDICTIONS'
@@ -67,15 +68,14 @@ class Writer:
     """
     check_not_there(path)
     self._path = path
-    self._partial = path.with_suffix('.partial')
+    self._partial = path.with_name(f'{path.name}.partial')
     # As JSON has it: a tuple would not equal the list that it became.
-    self._provenance = json.loads(json.dumps(dict(provenance)))
+    self._provenance = json.loads(json.dumps(dict(provenance), default=str))
     self.num_examples = self.num_predictions = 0
     if self._partial.exists():
       self._check_same_provenance()
       self._keep_whole_batches(batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(_side_file(path), self._provenance)
+    _write_about(path, self._provenance)
     self._file = self._partial.open('a', encoding='utf-8')
 
   def append(self, examples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
@@ -95,7 +95,7 @@ class Writer:
       'num_examples': self.num_examples,
       'num_predictions': self.num_predictions,
     }
-    _write_json(_side_file(self._path), {**self._provenance, **counts})
+    _write_about(self._path, {**self._provenance, **counts})
     self._partial.rename(self._path)
 
   def _check_same_provenance(self):
@@ -293,7 +293,5 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text(encoding='utf-8'))
 
 
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
-  partial.rename(path)
+def _write_about(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  metrics_lib.write_whole(_side_file(path), json.dumps(values, indent=2) + '\n')

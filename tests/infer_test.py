@@ -126,6 +126,7 @@ def test_the_file_beside_it_says_who_wrote_it_and_how(
     'num_examples': len(WORDS),
     'num_predictions': len(WORDS),
     'task': 'letters',
+    'task_arguments': None,
     'split': 'test',
     'max_examples': None,
     'vocabulary': 'ByteVocabulary 259 ids',
@@ -267,7 +268,7 @@ def interrupted(whole, tmp_path):
   """Leaves what a run leaves that ends after so many bytes are written."""
 
   def interrupt(num_bytes):
-    (tmp_path / 'predictions_test.partial').write_bytes(whole.lines[:num_bytes])
+    (tmp_path / f'{FILE}.partial').write_bytes(whole.lines[:num_bytes])
     about = json.loads(whole.about)
     del about['num_examples'], about['num_predictions']
     (tmp_path / 'predictions_test.json').write_text(json.dumps(about))
@@ -341,10 +342,9 @@ def test_a_run_that_is_killed_can_go_on(
     patch.setattr(evaluate, 'make_write', make_and_die)
     with pytest.raises(KeyboardInterrupt):
       infer.infer(str(model_dir), str(tmp_path), dataset, **settings)
-  partial = (tmp_path / 'predictions_test.partial').read_bytes()
-  assert (
-    partial == whole.lines[: line_ends(whole.lines)[7]]
-  )  # the first batch, at once
+  partial = (tmp_path / f'{FILE}.partial').read_bytes()
+  # The first batch, as soon as it was there.
+  assert partial == whole.lines[: line_ends(whole.lines)[7]]
 
   infer.infer(str(model_dir), str(tmp_path), dataset, **settings)
 
@@ -366,13 +366,13 @@ def test_a_run_with_other_settings_does_not_go_on(
   sample, interrupted, whole, changes, said
 ):
   folder = interrupted(line_ends(whole.lines)[9])
-  before = (folder / 'predictions_test.partial').read_bytes()
+  before = (folder / f'{FILE}.partial').read_bytes()
 
   with pytest.raises(ValueError, match='was begun with other settings') as e:
     sample(str(folder), **({'num_samples': 2} | changes))
 
   assert re.search(said, str(e.value))
-  assert (folder / 'predictions_test.partial').read_bytes() == before
+  assert (folder / f'{FILE}.partial').read_bytes() == before
 
 
 def test_another_machine_may_go_on(sample, interrupted, whole):

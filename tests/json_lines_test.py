@@ -33,11 +33,11 @@ def test_other_ends_of_lines_within_a_text_do_not_end_the_line(tmp_path):
 @pytest.mark.parametrize(
   ['text', 'said'],
   [
-    ('{"inputs": "a"}', 'has no field "targets". It has: inputs'),
+    ('{"inputs": "a"}', 'has no "targets". It has: inputs'),
     ('{"inputs": "a", "targets": 3}', '"targets" in line 2 .* is int, not str'),
     ('["a", "b"]', 'line 2 of .* is no JSON object'),
-    ('{"inputs": "a", "tar', 'line 2 of .* is not JSON'),
-    (b'{"inputs": "\xff", "targets": ""}', 'line 2 of .* is not JSON'),
+    ('{"inputs": "a", "tar', 'line 2 of .* is no JSON'),
+    (b'{"inputs": "\xff", "targets": ""}', 'line 2 of .* is no JSON'),
   ],
 )
 def test_what_is_wrong_is_refused_with_its_line(tmp_path, text, said):

@@ -190,11 +190,11 @@ def test_ids_outside_the_vocabulary_are_refused(path):
 @pytest.mark.parametrize(
   ['line', 'said'],
   [
-    ({'inputs': 'a', 'targets': 'b'}, 'line 1 .* has no field "prediction"'),
-    ({'text': 'a'}, 'line 1 .* has no field "inputs". It has: text'),
+    ({'inputs': 'a', 'targets': 'b'}, 'line 1 .* has no "prediction"'),
+    ({'text': 'a'}, 'line 1 .* has no "inputs". It has: text'),
     (
       {'input_ids': [1], 'prediction': 'a'},
-      'line 1 .*no field "prediction_ids"',
+      'line 1 .*no "prediction_ids"',
     ),
   ],
 )
@@ -211,7 +211,7 @@ def test_a_line_without_ids_among_others_is_refused(path):
   with path.open('a') as file:
     file.write('{"inputs": "a", "prediction": "b"}\n')
 
-  with pytest.raises(ValueError, match='line 4 .* has no field "input_ids"'):
+  with pytest.raises(ValueError, match='line 4 .* has no "input_ids"'):
     read(path)
 
 
@@ -256,7 +256,7 @@ def test_until_all_is_written_the_file_has_another_name(path):
   writer.append([[fields([5, 1], [8, 1])]])
 
   assert not path.exists()
-  assert path.with_suffix('.partial').read_text().count('\n') == 1
+  assert path.with_name(f'{path.name}.partial').read_text().count('\n') == 1
 
 
 def test_the_split_of_the_inputs_is_known(path):

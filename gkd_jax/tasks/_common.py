@@ -2,9 +2,7 @@
 """What several tasks share: T5's features, sources of examples, ROUGE."""
 
 import functools
-import json
 import os
-import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
+
+from gkd_jax import json_lines
 
 # 32,000 pieces and 100 extra ids. Read when it is first used.
 T5_VOCABULARY_PATH = (
@@ -114,7 +114,7 @@ def check_files(setting: str, files: Mapping[str, str]) -> None:
 
 
 def read_json_lines(
-  setting: str, path: str | os.PathLike, fields: Sequence[str]
+  setting: str, path: str, fields: Sequence[str]
 ) -> dict[str, list[str]]:
   """Reads a file of one JSON object a line, whole, into memory.
 
@@ -130,24 +130,9 @@ def read_json_lines(
     ValueError: a line is no such object, or there is none; says which.
   """
   columns = {field: [] for field in fields}
-  with pathlib.Path(path).open(encoding='utf-8') as file:
-    for number, line in enumerate(file, start=1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line)
-      except json.JSONDecodeError as e:
-        raise ValueError(
-          f'{setting}: line {number} of {path} is no JSON: {e}'
-        ) from e
-      for field, column in columns.items():
-        text = row.get(field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-          raise ValueError(
-            f'{setting}: line {number} of {path} has no text {field!r}; each '
-            f'line must be an object with {", ".join(fields)}.'
-          )
-        column.append(text)
+  for row in json_lines.read(path, dict.fromkeys(fields, str), setting):
+    for field, column in columns.items():
+      column.append(row[field])
   if not columns[fields[0]]:
     raise ValueError(f'{setting}: {path} is empty.')
   return columns

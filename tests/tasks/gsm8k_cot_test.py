@@ -338,9 +338,9 @@ def test_too_few_short_questions_for_worked_examples(config, files, tmp_path):
   ('line', 'match'),
   [
     ('{"question": "1?", "answer"', 'line 2 of .* is no JSON'),
-    ('{"question": "1?"}', "line 2 of .* has no text 'answer'"),
-    ('{"question": "1?", "answer": 1}', "line 2 of .* has no text 'answer'"),
-    ('[1]', "line 2 of .* has no text 'question'"),
+    ('{"question": "1?"}', 'line 2 of .* has no "answer"'),
+    ('{"question": "1?", "answer": 1}', '"answer" in line 2 of .* is int, not'),
+    ('[1]', 'line 2 of .* is no JSON object'),
   ],
 )
 def test_a_line_that_is_no_question_and_answer(
@@ -349,7 +349,7 @@ def test_a_line_that_is_no_question_and_answer(
   path = tmp_path / 'bad.jsonl'
   path.write_text(json.dumps(TEST[0]) + '\n' + line + '\n')
 
-  refused(config, f'GSM8K_FILES: {match}', files={**files, 'test': str(path)})
+  refused(config, f'GSM8K_FILES: .*{match}', files={**files, 'test': str(path)})
 
 
 def test_data_that_tfds_has_not_prepared(tmp_path, config, monkeypatch):
