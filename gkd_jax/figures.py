@@ -182,9 +182,7 @@ def method_bars(section: Section) -> list[Figure] | str:
   found = []
   for origin, of_origin in _by_origin(section, methods).items():
     panels = []
-    for decoding in section.decodings():
-      if tables.temperature_of(decoding) not in (None, 1.0):
-        continue  # these are shown against diversity
+    for decoding in section.usual_decodings():
       metric = f'{decoding}/{name}'
       bars = {group.name: group.means.get(metric) for group in of_origin}
       if any(bars.values()):

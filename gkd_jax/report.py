@@ -140,15 +140,10 @@ def _part(section: Section, one_of_several: bool) -> page.Part:
 def _columns(section: Section) -> list[Column]:
   """Returns the columns of the main table: the main metric's first."""
   base = section.metric.rpartition('/')[2]
-  decodings = [
-    decoding
-    for decoding in section.decodings()
-    if tables.temperature_of(decoding) in (None, 1.0)
-  ]
   measured = {*_measured(section)}
   columns = []
   for name in _task_metrics(section)[:_MAX_METRICS]:
-    for decoding in decodings:
+    for decoding in section.usual_decodings():
       metric = f'{decoding}/{name}'
       if metric not in measured:
         continue

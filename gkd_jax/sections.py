@@ -112,6 +112,16 @@ class Section:
     }
     return sorted(there, key=lambda name: (name != main, name))
 
+  def usual_decodings(self) -> list[str]:
+    """Returns `decodings` less those at other temperatures than 1."""
+    usual = {}
+    for name in self.decodings():
+      temperature = tables.temperature_of(name)
+      if temperature in (None, 1.0):
+        # Sampling at 1 may have been measured twice: 'sampled', 'sampled_1.0'.
+        usual.setdefault('sampled' if temperature else name, name)
+    return list(usual.values())
+
 
 # --- From runs to sections ----------------------------------------------------
 
@@ -411,6 +421,7 @@ def _say(name: str, value: Any) -> str:
     return ''
   forms = {
     'BATCH_SIZE': 'batches of {}',
+    'CALCULATOR': 'calculator: {}',
     'EMB_DIM': 'width {}',
     'LEARNING_RATE': 'learning rate {:g}',
     'SAMPLING_TEMPERATURE': 'sampled at T={:g}',

@@ -378,6 +378,18 @@ def test_runs_that_name_no_best_metric_have_their_first(tmp_path):
   assert (section.metric, section.mode) == ('greedy/bleu', 'max')
 
 
+def test_the_usual_decodings_have_each_temperature_once(tmp_path):
+  values = {
+    f'{decoding}/wer': 50.0
+    for decoding in ('sampled_0.5', 'sampled', 'greedy', 'sampled_1.0', 'beam')
+  }
+
+  section = section_of(one_run(tmp_path, values))
+
+  assert section.decodings()[0] == 'greedy'
+  assert section.usual_decodings() == ['greedy', 'beam', 'sampled']
+
+
 def test_the_mode_can_be_chosen(tmp_path):
   section = section_of(one_run(tmp_path, {'greedy/wer': 5.0}), mode='max')
 
