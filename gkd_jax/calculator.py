@@ -12,10 +12,11 @@ calculate well; GSM8K is scored with such a calculator. Two forms are read:
   bare number too; `>>` is written after the result.
 
 It is the number that sets it off, not the `=`: what comes in between (` `, `$`,
-or `<<` where annotations follow the plain form) stays the model's. A result is
-exact or there is none: whatever cannot be read, is too long, divides by zero,
-or has no finite decimal form (`10/3`) leaves the model its own tokens. The
-number after `=` is taken for the result, which it is not in `2*3 + 4 = 6 + 4`.
+or `<<` where annotations follow the plain form) stays the model's. After a
+result the model goes on, but cannot add digits to it. A result is exact or
+there is none: whatever cannot be read, is too long, divides by zero, or has no
+finite decimal form (`10/3`) leaves the model its own tokens. The number after
+`=` is taken for the result, which it is not in `2*3 + 4 = 6 + 4`.
 
 Source: the calculator of GSM8K, Cobbe et al. (2021), arXiv:2110.14168. Theirs
 is Python's `eval`; this one is a parser with limits, in exact arithmetic.
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.batch import EOS_ID, PAD_ID
+from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
 
 _MAX_EXPRESSION = 120  # characters; also bounds the parser's recursion
 _MAX_DIGITS = 15  # of a number that is read, and of a result
@@ -253,12 +254,14 @@ _KINDS = (
   (_BETWEEN, re.compile(f'^{_FILLER}$')),
 )
 _FROM_EQUALS_TO_NUMBER = re.compile(f'{_FILLER}(?={_BEGIN})')
+_GOES_ON = re.compile('^[.,]?[0-9]')  # as a number does
 
 
 class Queue(NamedTuple):
   """What the sampling loop keeps for the calculator from step to step."""
 
   after_equals_B: jax.Array  # [B] bool: a number would follow `=`
+  after_result_B: jax.Array  # [B] bool: digits would add to a result
   tokens_BF: jax.Array  # [B, F] int32, still to be written; then pad
 
 
@@ -278,22 +281,38 @@ class Calculator:
       vocabulary: with `vocab_size`, `encode(text)` and `decode(ids)`.
     """
     self._vocabulary = vocabulary
-    self._kinds_V = np.array(
-      [self._kind(token) for token in range(vocabulary.vocab_size)], np.int8
-    )
-
-  def _kind(self, token: int) -> int:
     # After another token: SentencePiece drops the first one's leading space.
-    anchor = list(self._vocabulary.encode('='))
-    text = self._vocabulary.decode([*anchor, token])
-    text = text[len(self._vocabulary.decode(anchor)) :]
-    return next((k for k, regex in _KINDS if regex.search(text)), _OTHER)
+    anchor = list(vocabulary.encode('='))
+    num_chars = len(vocabulary.decode(anchor))
+    texts = [
+      vocabulary.decode([*anchor, token])[num_chars:]
+      for token in range(vocabulary.vocab_size)
+    ]
+    self._kinds_V = np.array(
+      [
+        next((kind for kind, regex in _KINDS if regex.search(text)), _OTHER)
+        for text in texts
+      ],
+      np.int8,
+    )
+    self._goes_on_V = np.array([bool(_GOES_ON.match(text)) for text in texts])
+    self._is_point_V = np.array([text in {'.', ','} for text in texts])
+    self._ends_in_digit_V = np.array([text[-1:].isdigit() for text in texts])
 
   def start(self, batch_size: int) -> Queue:
     """Returns the queue before the first token."""
     return Queue(
       jnp.zeros(batch_size, bool),
+      jnp.zeros(batch_size, bool),
       jnp.full((batch_size, _MAX_FORCED), PAD_ID, jnp.int32),
+    )
+
+  def keep_result(self, queue: Queue, logits_BV: jax.Array) -> jax.Array:
+    """Masks what would add digits to a result that was just written."""
+    goes_on_V = np.zeros(logits_BV.shape[1], bool)
+    goes_on_V[: len(self._goes_on_V)] = self._goes_on_V
+    return jnp.where(
+      queue.after_result_B[:, None] & goes_on_V, MASKED_LOGIT, logits_BV
     )
 
   def correct(
@@ -332,14 +351,16 @@ class Calculator:
     after_equals_B = ~is_forced_B & (
       (kind_B == _EQUALS) | (queue.after_equals_B & (kind_B == _BETWEEN))
     )
-    return (
-      jnp.where(is_forced_B, tokens_BF[:, 0], drawn_B),
-      is_forced_B,
-      Queue(
-        after_equals_B,
-        jnp.pad(tokens_BF[:, 1:], ((0, 0), (0, 1)), constant_values=PAD_ID),
-      ),
+    token_B = jnp.where(is_forced_B, tokens_BF[:, 0], drawn_B)
+    tokens_BF = jnp.pad(
+      tokens_BF[:, 1:], ((0, 0), (0, 1)), constant_values=PAD_ID
     )
+    is_last_B = is_forced_B & (tokens_BF[:, 0] == PAD_ID)
+    after_result_B = (
+      is_last_B & jnp.asarray(self._ends_in_digit_V)[token_B]
+    ) | (queue.after_result_B & jnp.asarray(self._is_point_V)[token_B])
+    rest = Queue(after_equals_B, after_result_B, tokens_BF)
+    return token_B, is_forced_B, rest
 
   def _ask(self, tokens_BF, tokens_BT, step, drawn_B, asks_B):
     """Returns what is to be written, with the answers for rows that ask."""

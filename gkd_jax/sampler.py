@@ -121,6 +121,9 @@ def sample(
 
   def body(s: _Loop) -> _Loop:
     logits_BV, cache = decode_step(s.cache, s.token_B)
+    queue = s.queue
+    if queue is not None:
+      logits_BV = calculator.keep_result(queue, logits_BV)
     logits_BV = filter_logits(logits_BV, config)
     if config.temperature == 0.0:
       drawn_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -132,7 +135,6 @@ def sample(
       log_p_BV = jax.nn.log_softmax(logits_BV)
       drawn_B = _draw(uniform_B, jnp.exp(log_p_BV))
       log_prob_B = jnp.take_along_axis(log_p_BV, drawn_B[:, None], 1)[:, 0]
-    queue = s.queue
     if queue is not None:
       drawn_B, is_forced_B, queue = calculator.correct(
         queue, s.rollout.tokens, s.step, drawn_B, s.alive_B

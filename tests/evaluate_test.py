@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import itertools
 import json
 
@@ -14,6 +15,7 @@ from gkd_jax import (
   evaluate,
   objectives,
   partitioning,
+  policies,
   sampler,
 )
 from gkd_jax.batch import mask_unused_ids
@@ -524,8 +526,22 @@ def draws(dataset, student_params):
   return list(written.swapaxes(0, 1))
 
 
-def test_the_first_draw_is_the_only_one_of_others(draws, sampled):
-  np.testing.assert_array_equal(draws[0], sampled)
+def test_the_first_draw_is_that_of_the_seed_itself(
+  draws, examples, student_params
+):
+  rollout = tiny.jit(
+    functools.partial(
+      policies.rollout,
+      STUDENT,
+      rng=jax.random.key(DECODING['seed']),
+      config=sampler.ANCESTRAL,
+      row_ids_B=np.arange(len(draws[0])),
+      max_decode_len=7,
+      num_ids=NUM_IDS,
+    )
+  )(student_params, examples.encoder_input_tokens)
+
+  np.testing.assert_array_equal(draws[0], rollout.tokens)
 
 
 def test_draws_for_one_input_differ(draws):
@@ -533,13 +549,33 @@ def test_draws_for_one_input_differ(draws):
     assert (a != b).any(axis=1).mean() > 0.9
 
 
-def test_metrics_are_means_over_the_draws(
+def test_metrics_are_means_over_the_draws(dataset):
+  def write(params, row_ids_B, batch, draw=0):
+    # The first is right, the others are empty.
+    return batch.decoder_target_tokens if draw == 0 else np.ones((4, 7), int)
+
+  values, texts = evaluate.task_metrics(
+    {'sampled': write, 'other': write},
+    None,
+    dataset,
+    num_draws={'sampled': 4},
+    self_bleu_tokenize='char',
+  )
+
+  # Each of the empty ones has an equal, the first has nothing in common.
+  assert values == {
+    'sampled/error': 75.0,
+    'sampled/self_bleu': 75.0,
+    'other/error': 0.0,
+  }
+  assert texts['sampled'] == [word['targets'] for word in dataset.examples()]
+
+
+def test_self_bleu_is_that_of_the_texts(
   several, student_params, dataset, draws
 ):
   values, _ = several(student_params)
 
-  errors = [dataset.metrics(tokens)['error'] for tokens in draws]
-  assert values['sampled/error'] == pytest.approx(sum(errors) / 3)
   texts = zip(*map(dataset.decode, draws), strict=True)
   assert values['sampled/self_bleu'] == diversity.self_bleu(texts, 'char')
   assert 0.0 < values['sampled/self_bleu'] < 50.0  # it is not trained
