@@ -279,9 +279,7 @@ def test_infer_writes_what_eval_scored(run, predictions):
   lines, folder = predictions()
 
   assert len(lines) == NUM_EXAMPLES
-  assert all(
-    line.keys() >= {'inputs', 'targets', 'prediction'} for line in lines
-  )
+  assert [line['example'] for line in lines] == list(range(NUM_EXAMPLES))
   words = [line['inputs'] for line in lines]
   assert words == list(cmudict_g2p.words()['test'][:NUM_EXAMPLES])
   scores = cmudict_g2p.error_rates(

@@ -262,7 +262,7 @@ def test_a_line_without_targets_is_refused(config, tmp_path):
   path.write_text('{"inputs": "x"}\n')
 
   with pytest.raises(
-    ValueError, match=r"INSTRUCTION_FILES\['mine'\]: line 1.*no text 'targets'"
+    ValueError, match=r"INSTRUCTION_FILES\['mine'\]: line 1.*no \"targets\""
   ):
     data.check_not_empty(config(sources=[], files={'mine': str(path)}))
 
