@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a student, alone and against its teacher.
 
-Task metrics on what a model writes (greedy, sampled, by beam search), and the
-divergences between the two on the dataset's outputs and on the student's own.
+Task metrics on what a model writes (greedy, sampled, by beam search), its mean
+reward where there is one, and the divergences between the two on the dataset's
+outputs and on the student's own.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from gkd_jax import (
   partitioning,
   policies,
   pretrained,
+  rewards,
   sampler,
 )
 from gkd_jax import metrics as metrics_lib
@@ -38,6 +40,8 @@ from gkd_jax.model import T5
 
 Params = Any
 Decoding = sampler.SamplerConfig | beam_search.BeamConfig
+# (dataset, tokens [N, T] written for it) -> mean reward
+Judge = Callable[[data.EvalDataset, np.ndarray], float]
 
 # Reported under these names, in nats per token, reduced as in Eq. 2.
 _DIVERGENCES = {
@@ -281,12 +285,46 @@ def make_disagreement(
   return place_and_compare
 
 
+def make_judge(
+  reward: rewards.Reward, score: rewards.Score, params: Params, mesh: Mesh
+) -> Judge:
+  """Returns (dataset, tokens [N, T]) -> mean reward, compiled once.
+
+  Args:
+    reward: which one.
+    score: what its `make_score` returned.
+    params: of its model; None if it has none.
+    mesh: rows are spread over its data axis.
+  """
+
+  @jax.jit
+  def sums(params, batch, tokens):
+    ends = jnp.int32(tokens == EOS_ID)
+    weights = jnp.float32(jnp.cumsum(ends, axis=1) - ends == 0)
+    rewards_B = rewards.score(score, batch, Outputs(tokens, weights), params)
+    is_example_B = batch.decoder_loss_weights.any(axis=1)
+    return jnp.sum(rewards_B, where=is_example_B)
+
+  def judge(dataset, tokens):
+    fill = -len(tokens) % dataset.batch_size
+    tokens = np.pad(tokens, ((0, fill), (0, 0)))
+    total = 0.0
+    for row_ids_B, batch in dataset.batches():
+      placed = partitioning.put_batch((batch, tokens[row_ids_B]), mesh)
+      total += float(sums(params, *placed))
+      reward.raise_failure()
+    return total / len(dataset)
+
+  return judge
+
+
 def task_metrics(
   writes: Mapping[str, Callable[..., np.ndarray]],
   params: Params,
   dataset: data.EvalDataset,
   *,
   self_bleu_tokenize: str = diversity.WORDS,
+  judge: Judge | None = None,
 ) -> tuple[dict[str, float], dict[str, list[str]], dict[str, Any]]:
   """Lets a model write with each decoding, and applies the task's metrics.
 
@@ -295,6 +333,7 @@ def task_metrics(
     params: of the model.
     dataset: split with its metrics.
     self_bleu_tokenize: see `diversity.self_bleu`.
+    judge: adds the mean reward, as '<decoding>/reward'.
 
   Returns:
     {'<decoding>/<metric>': value}, means over the outputs for an input, with
@@ -308,6 +347,9 @@ def task_metrics(
     drawn = [dataset.decode(tokens) for tokens in written]
     texts[decoding] = drawn[0]
     measured = [dataset.metrics_and_notes(tokens) for tokens in written]
+    if judge is not None:
+      for (numbers, _), tokens in zip(measured, written, strict=True):
+        numbers['reward'] = judge(dataset, tokens)
     for name in measured[0][0]:
       values[f'{decoding}/{name}'] = statistics.fmean(
         numbers[name] for numbers, _ in measured
@@ -341,6 +383,7 @@ class Evaluation:
     mesh: Mesh,
     num_samples: int = 1,
     self_bleu_tokenize: str = diversity.WORDS,
+    judge: Judge | None = None,
   ):
     """Reads the split.
 
@@ -355,6 +398,7 @@ class Evaluation:
       num_samples: outputs that a decoding which samples draws for each input.
         Its metrics are means over them, and it gets a 'self_bleu'.
       self_bleu_tokenize: see `diversity.self_bleu`.
+      judge: adds the mean reward of what is written.
 
     Raises:
       ValueError: several outputs are to be drawn, and no decoding samples.
@@ -362,6 +406,7 @@ class Evaluation:
     self.notes: dict[str, Any] = {}
     self._self_bleu_tokenize = self_bleu_tokenize
     self._dataset = data.EvalDataset(config)
+    self._judge = judge
     self._teacher_params = teacher_params
     shape = {
       'num_ids': self._dataset.vocabulary.vocab_size,
@@ -402,6 +447,8 @@ class Evaluation:
   def names(self) -> list[str]:
     """Returns the names of what a call measures, without a model's work."""
     metrics = self._dataset.metric_names()
+    if self._judge is not None:
+      metrics.append('reward')
     of_task = [
       f'{decoding}/{name}'
       for decoding, num in self._num_outputs.items()
@@ -530,6 +577,7 @@ class Evaluation:
       params,
       self._dataset,
       self_bleu_tokenize=self._self_bleu_tokenize,
+      judge=self._judge,
     )
 
 
@@ -596,6 +644,9 @@ def evaluate_checkpoint(
   temperatures: Sequence[float] | None = None,
   num_samples: int = 1,
   self_bleu_tokenize: str = diversity.WORDS,
+  reward: rewards.Reward | None = None,
+  reward_checkpoint_path: str | None = None,
+  reward_dtype: str | None = None,
 ) -> None:
   """Evaluates a checkpoint: `eval_<split>.json` and `samples_<split>.json`.
 
@@ -611,6 +662,10 @@ def evaluate_checkpoint(
     num_samples: outputs that a decoding which samples draws for each input;
       see `Evaluation`.
     self_bleu_tokenize: see `diversity.self_bleu`.
+    reward: adds the mean reward of what is written.
+    reward_checkpoint_path: its model, if it has one.
+    reward_dtype: of that model's parameters, 'float32' or 'bfloat16'; None: as
+      saved.
 
   Raises:
     ValueError: a setting, or the checkpoint, cannot be.
@@ -619,6 +674,8 @@ def evaluate_checkpoint(
     decodings = at_temperatures(decodings, temperatures)
   _num_outputs(decodings, num_samples)  # raises before anything is loaded
   diversity.check_tokenizer(self_bleu_tokenize)
+  rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
+  pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
   vocabulary = data.get_vocabulary(dataset)
   mesh = partitioning.make_mesh()
   load = functools.partial(
@@ -636,6 +693,15 @@ def evaluate_checkpoint(
   if teacher_checkpoint_path is not None:
     teacher, teacher_params, folder = load(teacher_checkpoint_path)
     origin['teacher_checkpoint'] = str(folder)
+  judge = None
+  if reward is not None:
+    reward_model = reward_params = None
+    if reward_checkpoint_path is not None:
+      reward_model, reward_params, _ = load(
+        reward_checkpoint_path, dtype=reward_dtype
+      )
+    score = reward.make_score(vocabulary, reward_model)
+    judge = make_judge(reward, score, reward_params, mesh)
   evaluation = Evaluation(
     dataset,
     student,
@@ -646,6 +712,7 @@ def evaluate_checkpoint(
     mesh=mesh,
     num_samples=num_samples,
     self_bleu_tokenize=self_bleu_tokenize,
+    judge=judge,
   )
   values, table = evaluation(params)
   write_samples(output_dir, dataset.split, evaluation.samples(params))

@@ -52,6 +52,25 @@ class Reward:
   raise_failure: Callable[[], None] = lambda: None
 
 
+def check_model(
+  reward: Reward | None, checkpoint_path: str | None, dtype: str | None
+) -> None:
+  """Raises ValueError unless there is a model just where one is asked."""
+  needs_model = reward is not None and reward.needs_model
+  if needs_model and checkpoint_path is None:
+    raise ValueError(
+      'This REWARD is given by a model: set REWARD_CHECKPOINT_PATH to a run, '
+      'Hugging Face or T5X folder.'
+    )
+  if checkpoint_path is not None and not needs_model:
+    raise ValueError(
+      'REWARD_CHECKPOINT_PATH is set, but no model is asked for a reward. Set '
+      'it to None, or REWARD = @rewards.entailment().'
+    )
+  if dtype is not None and checkpoint_path is None:
+    raise ValueError('REWARD_DTYPE is set, but no REWARD_CHECKPOINT_PATH.')
+
+
 def score(
   function: Score, batch: Batch, outputs: Outputs, params: Params
 ) -> jax.Array:
@@ -404,9 +423,10 @@ def premise_and_hypothesis(
 def python_function(function: TextReward) -> Reward:
   """Any Python function over texts; every step waits for it, on the host.
 
-  It is called once a microbatch with all of its rows, wherever the rows lie,
-  and must depend on its arguments alone: it may be called again with the same
-  ones. It must not use JAX. If it raises, the run ends at the next step.
+  It is called once a microbatch with all of its rows, whichever devices they
+  are on (by the first host; several were not tried). It must depend on its
+  arguments alone, for it may be called again with the same ones, and must not
+  use JAX. If it raises, the run ends at the next step.
 
   Args:
     function: (inputs, outputs, targets), lists of equally many texts -> one
@@ -459,11 +479,11 @@ def python_function(function: TextReward) -> Reward:
           return np.full(batch_size, np.nan, np.float32)
 
       rows = jnp.concatenate(words, axis=1)
-      num_pieces = -(-rows.nbytes // _CALLBACK_BYTES)
+      rows_a_piece = max(1, _CALLBACK_BYTES * batch_size // rows.nbytes)
       return jax.pure_callback(
         call,
         jax.ShapeDtypeStruct((batch_size,), jnp.float32),
-        *jnp.array_split(rows, min(num_pieces, batch_size)),
+        *jnp.split(rows, [*range(rows_a_piece, batch_size, rows_a_piece)]),
       )
 
     return score

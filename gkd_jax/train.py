@@ -158,7 +158,8 @@ def train(
   )
   if reward_model is not None and reward_checkpoint_path is None:
     raise ValueError('REWARD_MODEL is set, but no REWARD_CHECKPOINT_PATH.')
-  _check_reward_model(reward, reward_checkpoint_path, reward_dtype)
+  rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
+  pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
   _check_reward_baseline(objective, train_dataset.batch_size, num_microbatches)
   if best_mode not in ('min', 'max'):
     raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
@@ -202,12 +203,12 @@ def train(
     pretrained.check_fits(
       sources['reward'], description.vocabulary, num_ids, reward_model
     )
-  score = judge = reward_params = None
+  score = scorer = reward_params = None
   if reward is not None:
     if 'reward' in sources:
-      judge = like_student(sources['reward'].config, student)
-      reward_params = abstract_params(judge, device_mesh)
-    score = reward.make_score(vocabulary, judge)
+      scorer = like_student(sources['reward'].config, student)
+      reward_params = abstract_params(scorer, device_mesh)
+    score = reward.make_score(vocabulary, scorer)
     _check_score(score, train_dataset, reward_params)
 
   # From here on files are read whole, and the run's folder is written.
@@ -236,6 +237,9 @@ def train(
   train_step = plan.make_train_step(
     teacher=teacher_model, num_ids=num_ids, reward=score
   )
+  judge = None
+  if reward is not None:
+    judge = evaluate.make_judge(reward, score, reward_params, device_mesh)
   evaluations = {
     split.split: evaluate.Evaluation(
       split,
@@ -245,6 +249,7 @@ def train(
       decodings or {'greedy': sampler.GREEDY},
       seed=seed,
       mesh=device_mesh,
+      judge=judge,
     )
     for split in (eval_dataset, final_eval_dataset)
     if split is not None
@@ -591,25 +596,6 @@ def _check_not_trained_on(
         f'split {split!r}, on which this run is evaluated. Let the teacher '
         'write for the training split: INFER_SPLIT.'
       )
-
-
-def _check_reward_model(
-  reward: rewards.Reward | None, path: str | None, dtype: str | None
-) -> None:
-  needs_model = reward is not None and reward.needs_model
-  if needs_model and path is None:
-    raise ValueError(
-      'This REWARD is given by a model: set REWARD_CHECKPOINT_PATH to a run, '
-      'Hugging Face or T5X folder.'
-    )
-  if path is not None and not needs_model:
-    raise ValueError(
-      'REWARD_CHECKPOINT_PATH is set, but no model is asked for a reward. Set '
-      'it to None, or REWARD = @rewards.entailment().'
-    )
-  pretrained.check_dtype('REWARD_DTYPE', dtype)
-  if dtype is not None and path is None:
-    raise ValueError('REWARD_DTYPE is set, but no REWARD_CHECKPOINT_PATH.')
 
 
 def _check_reward_baseline(

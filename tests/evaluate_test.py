@@ -16,9 +16,10 @@ from gkd_jax import (
   objectives,
   partitioning,
   policies,
+  rewards,
   sampler,
 )
-from gkd_jax.batch import mask_unused_ids
+from gkd_jax.batch import Outputs, mask_unused_ids
 from gkd_jax.model import T5, T5Config
 from tests import conftest, references, tiny
 from tests.train_test import names_of_compiled
@@ -619,6 +620,67 @@ def test_what_samples_does_so_at_each_temperature():
 def test_temperatures_that_cannot_be_are_refused(wrong):
   with pytest.raises(ValueError, match='EVAL_TEMPERATURES must be different'):
     evaluate.at_temperatures({'sampled': sampler.ANCESTRAL}, wrong)
+
+
+def test_the_mean_reward_is_that_of_what_was_written(
+  config, student_params, examples, greedy
+):
+  reward = rewards.rouge_n(1)
+  score = reward.make_score(None, None)
+  judge = evaluate.make_judge(reward, score, None, DECODING['mesh'])
+
+  judged = evaluate.Evaluation(
+    config, STUDENT, None, None, GREEDY, judge=judge, **forget_ids(DECODING)
+  )
+  values, _ = judged(student_params)
+
+  # Up to the end. The last batch has two rows that are no examples.
+  weights = np.cumsum(np.cumsum(greedy == 1, axis=1), axis=1) <= 1
+  want = rewards.score(
+    score, examples, Outputs(greedy, np.float32(weights)), None
+  )
+  assert want.shape == (10,) and want.max() > 0.0
+  # Sums of 10 float32 numbers.
+  assert values['greedy/reward'] == pytest.approx(float(want.mean()), rel=1e-5)
+  assert {*judged.names()} == values.keys() == {'greedy/error', 'greedy/reward'}
+
+
+def test_a_function_that_fails_to_give_rewards_ends_an_evaluation(
+  dataset, greedy
+):
+  def fails(inputs, outputs, targets):
+    raise LookupError('no dictionary here')
+
+  reward = rewards.python_function(fails)
+  score = reward.make_score(dataset.vocabulary, None)
+  judge = evaluate.make_judge(reward, score, None, DECODING['mesh'])
+
+  with pytest.raises(RuntimeError, match='fails failed: LookupError'):
+    judge(dataset, greedy)
+
+
+def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path, compile_once):
+  conftest.save_model(tmp_path / 'student', STUDENT.config)
+  conftest.save_model(tmp_path / 'judge', TEACHER.config)
+
+  evaluate.evaluate_checkpoint(
+    str(tmp_path / 'student'),
+    str(tmp_path / 'eval'),
+    config,
+    GREEDY,
+    reward=rewards.entailment(),
+    reward_checkpoint_path=str(tmp_path / 'judge'),
+  )
+
+  values = json.loads((tmp_path / 'eval/eval_validation.json').read_text())
+  assert 0.0 < values['greedy/reward'] < 1.0
+
+
+def test_a_model_that_nobody_asks_is_refused(config, tmp_path):
+  with pytest.raises(ValueError, match='no model is asked for a reward'):
+    evaluate.evaluate_checkpoint(
+      'unread', str(tmp_path), config, GREEDY, reward_checkpoint_path='unread'
+    )
 
 
 # --- How it is shown and kept -------------------------------------------------

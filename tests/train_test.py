@@ -659,12 +659,16 @@ def test_a_model_that_gives_rewards_is_read_and_neither_trained_nor_saved(
       **learning_from(NLI()),
       reward_checkpoint_path=str(judge),
       total_steps=3,
+      eval_dataset=train_letters.dataset('validation'),
+      best_metric='greedy/reward',
+      best_mode='max',
     )
 
   assert f'parameters, gkd_jax: {judge}/checkpoint_0\n' in said
   assert 'Reward: T5 1.1 of width 8' in said
   assert collections.Counter(compiled)['train_step'] == 1
-  lines = metrics.read(tmp_path / 'run')
+  *lines, evaluated = metrics.read(tmp_path / 'run')
+  assert 0.0 < evaluated['validation/greedy/reward'] < 1.0
   assert len({line['train/reward'] for line in lines}) == 3
   assert all(0.0 < line['train/reward'] < 1.0 for line in lines)
   assert all('train/reward_baseline' in line for line in lines)

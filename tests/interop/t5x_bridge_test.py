@@ -250,6 +250,13 @@ def test_likelihood_of_what_the_student_writes_is_refused():
     t5x_bridge.GKDModel(t5x_model(), policies.student(), objective, 'unread')
 
 
+def test_a_reward_is_refused():
+  objective = dataclasses.replace(GKD, reward_weight=0.5)
+
+  with pytest.raises(ValueError, match="reward_weight is 0.5, but in T5X's"):
+    t5x_bridge.GKDModel(t5x_model(), policies.student(), objective, 'unread')
+
+
 def test_another_network_is_refused():
   model = t5x_model(module=scalable_network)
 
