@@ -551,15 +551,19 @@ def test_draws_for_one_input_differ(draws):
 
 
 def test_metrics_are_means_over_the_draws(dataset):
-  def write(params, row_ids_B, batch, draw=0):
+  def write(params, row_ids_B, batch, num_outputs):
     # The first is right, the others are empty.
-    return batch.decoder_target_tokens if draw == 0 else np.ones((4, 7), int)
+    outputs = [np.ones((4, 7), int)] * num_outputs
+    outputs[0] = batch.decoder_target_tokens
+    return np.stack(outputs, axis=1)
 
-  values, texts = evaluate.task_metrics(
-    {'sampled': write, 'other': write},
+  values, texts, _ = evaluate.task_metrics(
+    {
+      'sampled': functools.partial(write, num_outputs=4),
+      'other': functools.partial(write, num_outputs=1),
+    },
     None,
     dataset,
-    num_draws={'sampled': 4},
     self_bleu_tokenize='char',
   )
 
