@@ -1,40 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a seqio task to batches and metrics.
 
-Only this module and `tasks` use seqio and TensorFlow. This one imports them
-when they are first used: they take 10 seconds, which a misspelt setting need
-not wait for.
+seqio and TensorFlow are imported when they are first used, here and in
+`seqio_tasks` and `vocabularies`: they take 10 seconds, which a misspelt setting
+need not wait for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import hashlib
-import importlib
-import inspect
 import itertools
-import json
 import os
-import types
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath, epy
+from etils import epy
 
-from gkd_jax import metrics as metrics_lib
-from gkd_jax import predictions as predictions_lib
+from gkd_jax import seqio_tasks, vocabularies
 from gkd_jax.batch import EOS_ID, PAD_ID, Batch
 
 with epy.lazy_imports():
   import seqio
   import tensorflow as tf
-
-_FEATURES = ('inputs', 'targets')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +62,7 @@ class DatasetConfig:
 
   def __post_init__(self):
     lengths = dict(self.task_feature_lengths)
-    if sorted(lengths) != sorted(_FEATURES) or not all(
+    if sorted(lengths) != sorted(seqio_tasks.FEATURES) or not all(
       isinstance(n, int) and n > 0 for n in lengths.values()
     ):
       raise ValueError(
@@ -107,280 +95,33 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       vocabulary cannot be read; or the predictions are of no use for it.
   """
   name = config.mixture_or_task_name
-  module = _import_module(config)
-  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if config.task_arguments is not None or (
-    name not in registered and hasattr(module, 'make_task')
-  ):
-    task = _make_task(module, name, config.task_arguments or {})
-  elif name in registered:
-    task = seqio.get_mixture_or_task(name)
-  else:
-    names = sorted({*registered, *_our_tasks()})
-    near = difflib.get_close_matches(name, names, n=1)
-    raise ValueError(
-      f'MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered.'
-      + (f' Did you mean {near[0]!r}?' if near else '')
-      + f' Registered: {", ".join(names)}. To use your own, set '
-      'MIXTURE_OR_TASK_MODULE to the Python module that registers it.'
-    )
+  task = seqio_tasks.find(
+    name, config.mixture_or_task_module, config.task_arguments
+  )
   if config.split not in task.splits:
     raise ValueError(
       f'Task {name!r} has no split {config.split!r}. It has: '
       f'{", ".join(sorted(task.splits))}.'
     )
-  if missing := set(_FEATURES) - set(task.output_features):
+  if missing := set(seqio_tasks.FEATURES) - set(task.output_features):
     raise ValueError(
       f'Task {name!r} has no output feature {sorted(missing)}; an '
       'encoder-decoder reads inputs and targets.'
     )
   if config.vocabulary is not None:
-    task = _with_vocabulary(task, config.vocabulary)
+    task = seqio_tasks.with_vocabulary(task, config.vocabulary)
   else:
     for feature in task.output_features.values():
-      _check_vocabulary_can_be_read(name, feature.vocabulary)
+      vocabularies.check_can_be_read(name, feature.vocabulary)
   if config.predictions is not None:
-    task = _with_predictions(task, config)
-  return task
-
-
-def _import_module(config: DatasetConfig) -> types.ModuleType | None:
-  """Imports the task's module; None if nothing says which it is."""
-  module = config.mixture_or_task_module
-  if module is None:
-    name = config.mixture_or_task_name
-    if _comes_with_us(name):
-      return importlib.import_module(f'gkd_jax.tasks.{name}')
-    return None
-  try:
-    return importlib.import_module(module)
-  except ModuleNotFoundError as e:
-    if e.name is None or not f'{module}.'.startswith(f'{e.name}.'):
-      raise  # it is there, and lacks something itself
-    raise ValueError(
-      f'MIXTURE_OR_TASK_MODULE: there is no Python module {module!r}. It is '
-      'looked for where Python is started, on PYTHONPATH, and among the '
-      'installed packages.'
-    ) from e
-
-
-def _make_task(
-  module: types.ModuleType | None, name: str, arguments: Mapping[str, Any]
-) -> seqio.Task | seqio.Mixture:
-  """Returns make_task(name, **arguments), registered under a name of its own.
-
-  seqio's evaluator knows tasks by name, so other arguments need another name.
-  """
-  make_task = getattr(module, 'make_task', None)
-  if make_task is None:
-    raise ValueError(
-      f'TASK_ARGUMENTS is set, but task {name!r} takes none: its module has no '
-      'function make_task.'
+    task = seqio_tasks.with_predictions(
+      task,
+      config.predictions,
+      task_name=name,
+      split=config.split,
+      lengths=dict(config.task_feature_lengths),
     )
-  signature = inspect.signature(make_task)
-  try:
-    signature.bind(name, **arguments)
-  except TypeError as e:
-    raise ValueError(
-      f'TASK_ARGUMENTS of task {name!r}: {e}. It takes '
-      f'{", ".join([*signature.parameters][1:])}; where there is a '
-      f'gin/tasks/{name}.gin, its macros set them.'
-    ) from e
-  if arguments:
-    name += f'__{_digest(json.dumps(arguments, sort_keys=True, default=str))}'
-  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
-    return seqio.get_mixture_or_task(name)
-  return _register(make_task(name, **arguments))
-
-
-def _digest(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _register(task: seqio.Task | seqio.Mixture) -> seqio.Task | seqio.Mixture:
-  is_mixture = isinstance(task, seqio.Mixture)
-  registry = seqio.MixtureRegistry if is_mixture else seqio.TaskRegistry
-  registry.add_provider(task.name, task)
   return task
-
-
-def _with_vocabulary(
-  task: seqio.Task | seqio.Mixture, vocabulary: seqio.Vocabulary
-) -> seqio.Task | seqio.Mixture:
-  """Returns it with another vocabulary, registered under a new name.
-
-  A mixture keeps its rates, and how it samples.
-  """
-  name = f'{task.name}__vocabulary_{_digest(describe_vocabulary(vocabulary))}'
-  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
-    return seqio.get_mixture_or_task(name)
-  if isinstance(task, seqio.Mixture):
-    parts = {part.name: part for part in task.tasks}
-    changed = []
-    for part_name, rate in task.rate_per_task_name.items():
-      part = parts.get(part_name) or seqio.MixtureRegistry.get(part_name)
-      # A rate may be a function of the task: of the one it was written for.
-      if callable(rate):
-        rate = functools.partial(_rate_of, rate, part)
-      changed.append((_with_vocabulary(part, vocabulary), rate))
-    # seqio has no accessor for how a mixture samples.
-    return _register(seqio.Mixture(name, changed, sample_fn=task._sample_fn))
-  features = {
-    feature: dataclasses.replace(value, vocabulary=vocabulary)
-    for feature, value in task.output_features.items()
-  }
-  return _register(task.replace(name=name, output_features=features))
-
-
-def _rate_of(rate: Callable, original: seqio.Task, changed: seqio.Task):
-  del changed
-  return rate(original)
-
-
-def _with_predictions(
-  task: seqio.Task | seqio.Mixture, config: DatasetConfig
-) -> seqio.Task:
-  """Returns a task of a model's outputs, registered under a name of its own."""
-  lengths = dict(config.task_feature_lengths)
-  files = [
-    (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
-    for path in predictions_lib.find(config.predictions)
-  ]
-  what = repr((files, config.split, sorted(lengths.items())))
-  digest = hashlib.sha256(what.encode()).hexdigest()
-  name = f'{task.name}__predictions_{digest[:8]}'
-  if name in seqio.TaskRegistry.names():
-    return seqio.TaskRegistry.get(name)
-  features = {name: task.output_features[name] for name in _FEATURES}
-  vocabulary = features['targets'].vocabulary
-  examples = predictions_lib.read(
-    config.predictions,
-    task=config.mixture_or_task_name,
-    vocabulary=describe_vocabulary(vocabulary),
-    num_ids=vocabulary.vocab_size,
-    encode=vocabulary.encode,
-    lengths=lengths,
-    add_eos={name: feature.add_eos for name, feature in features.items()},
-  )
-  metrics_lib.say(f'Trains on {examples.summary}')
-
-  def dataset(split, shuffle_files, seed=None):
-    del split
-    order = np.arange(len(examples.offsets['inputs']) - 1)
-    if shuffle_files:
-      # Predictions for one input lie side by side: farther apart than seqio's
-      # buffer, which shuffles after this, would take them.
-      order = np.random.default_rng(seed).permutation(order)
-    ids = {name: tf.constant(x) for name, x in examples.ids.items()}
-    offsets = {name: tf.constant(x) for name, x in examples.offsets.items()}
-
-    def row(i):
-      return {
-        name: ids[name][offsets[name][i] : offsets[name][i + 1]]
-        for name in _FEATURES
-      }
-
-    return tf.data.Dataset.from_tensor_slices(order).map(row)
-
-  seqio.TaskRegistry.add(
-    name,
-    source=seqio.FunctionDataSource(dataset, splits=[config.split]),
-    preprocessors=[],
-    output_features=features,
-  )
-  return seqio.TaskRegistry.get(name)
-
-
-def _first_examples(
-  task: seqio.Task | seqio.Mixture, config: DatasetConfig
-) -> seqio.Task:
-  """Returns the task with the first examples alone, under a new name."""
-  num_examples = config.num_examples
-  if isinstance(task, seqio.Mixture) or config.use_cached:
-    raise ValueError(
-      f'TRAIN_NUM_EXAMPLES is {num_examples}, but the examples of '
-      f'{task.name!r} '
-      + (
-        'come from a cache (USE_CACHED_TASKS).'
-        if config.use_cached
-        else 'are mixed from several tasks.'
-      )
-      + ' Register a task that has the examples you want.'
-    )
-
-  name = f'{task.name}__first_{num_examples}'
-  if name in seqio.TaskRegistry.names():
-    return seqio.TaskRegistry.get(name)
-
-  def first_examples(split, shuffle_files, seed=None):
-    del shuffle_files, seed  # in their own order: these are always the same
-    return task.source.get_dataset(split, shuffle=False).take(num_examples)
-
-  source = seqio.FunctionDataSource(
-    first_examples,
-    splits=task.splits,
-    num_input_examples={
-      split: min(num_examples, task.num_input_examples(split) or num_examples)
-      for split in task.splits
-    },
-  )
-  return _register(task.replace(name=name, source=source))
-
-
-def _check_vocabulary_can_be_read(
-  task_name: str, vocabulary: seqio.Vocabulary
-) -> None:
-  if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    return
-  path = vocabulary.sentencepiece_model_file
-  try:
-    if str(path).startswith('gs://'):
-      _check_google_storage_answers()
-    vocabulary.load_model()
-  except Exception as e:  # of TensorFlow, protobuf, sentencepiece, urllib
-    raise ValueError(
-      f'The vocabulary of task {task_name!r}, {path}, cannot be read: {e}. If '
-      'you have the file (Hugging Face calls it spiece.model), add --gin_file='
-      'gin/vocabularies/sentencepiece.gin --gin.VOCABULARY_PATH=FILE.'
-    ) from e
-
-
-@functools.cache
-def _check_google_storage_answers() -> None:
-  """Raises OSError after seconds, where TensorFlow would try for minutes."""
-  try:
-    urllib.request.urlopen('https://storage.googleapis.com', timeout=10)
-  except urllib.error.HTTPError:
-    pass  # an answer: it is there
-
-
-def sentencepiece_vocabulary(
-  path: str, extra_ids: int = 100
-) -> seqio.Vocabulary:
-  """Returns the vocabulary of a SentencePiece model.
-
-  Args:
-    path: of the `.model` file; Hugging Face calls it spiece.model.
-    extra_ids: sentinels after the model's pieces; 100 in T5.
-
-  Raises:
-    ValueError: the file is not there, or is no SentencePiece model.
-  """
-  if not epath.Path(path).exists():
-    raise ValueError(f'VOCABULARY_PATH {path} is not there.')
-  vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids)
-  try:
-    vocabulary.load_model()
-  except Exception as e:  # protobuf's and sentencepiece's, of many types
-    raise ValueError(
-      f'VOCABULARY_PATH {path} is no SentencePiece model: {e}'
-    ) from e
-  return vocabulary
-
-
-def byte_vocabulary(extra_ids: int = 0) -> seqio.Vocabulary:
-  """Returns ByT5's vocabulary: pad, EOS, unknown, and the 256 bytes."""
-  return seqio.ByteVocabulary(extra_ids)
 
 
 def check_not_empty(config: DatasetConfig) -> None:
@@ -420,17 +161,6 @@ def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:
   return vocabulary
 
 
-def describe_vocabulary(vocabulary: seqio.Vocabulary) -> str:
-  """Returns a line that is equal for equal vocabularies; saved with models."""
-  kind, size = type(vocabulary).__name__, vocabulary.vocab_size
-  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    # Of the file, not of what seqio makes of it: other systems have the file.
-    model = epath.Path(vocabulary.sentencepiece_model_file).read_bytes()
-    digest = hashlib.sha256(model).hexdigest()
-    return f'{kind} {size} ids, model sha256 {digest}'
-  return f'{kind} {size} ids'
-
-
 class TrainIterator(Iterator[Batch]):
   """Endless shuffled batches of one host's rows; can be saved and restored.
 
@@ -449,7 +179,9 @@ class TrainIterator(Iterator[Batch]):
     """Args: the dataset, the seed of its order, and which host this is of."""
     task = get_task(config)
     if config.num_examples is not None:
-      task = _first_examples(task, config)
+      task = seqio_tasks.first_examples(
+        task, config.num_examples, config.use_cached
+      )
     ds = seqio.get_dataset(
       task,
       task_feature_lengths=dict(config.task_feature_lengths),
@@ -608,7 +340,7 @@ class EvalDataset:
 
   def decode(self, tokens: np.ndarray) -> list[str]:
     """Returns the texts of outputs [N, T], as the task postprocesses them."""
-    return [decode(self.vocabulary, row) for row in tokens]
+    return [vocabularies.decode(self.vocabulary, row) for row in tokens]
 
   def pieces(self, tokens: Sequence[int]) -> list[str]:
     """Returns the text that each token [T] adds; joined they are `decode`'s.
@@ -720,30 +452,12 @@ class InferenceDataset:
 
   def _describe(self, features: Mapping[str, Any]) -> dict[str, Any]:
     texts = {}
-    for name in _FEATURES:
+    for name in seqio_tasks.FEATURES:
       # What seqio keeps of the text before it was tokenized (and cut).
       text = features.get(f'{name}_pretokenized')
       texts[name] = (
         text.decode(errors='replace')
         if isinstance(text, bytes)
-        else decode(self.vocabulary, features[name])
+        else vocabularies.decode(self.vocabulary, features[name])
       )
     return {**texts, 'input_ids': features['inputs'].tolist()}
-
-
-def decode(vocabulary: seqio.Vocabulary, tokens: Iterable[int]) -> str:
-  """Returns the text of a row of tokens, up to its EOS."""
-  return str(vocabulary.decode([int(t) for t in tokens]))
-
-
-def _our_tasks() -> Sequence[str]:
-  folder = os.path.join(os.path.dirname(__file__), 'tasks')
-  return [
-    name[:-3]
-    for name in sorted(os.listdir(folder))
-    if name.endswith('.py') and not name.startswith('_')
-  ]
-
-
-def _comes_with_us(name: str) -> bool:
-  return name in _our_tasks()

@@ -11,11 +11,12 @@ import numpy as np
 from gkd_jax import (
   checkpoint,
   data,
-  evaluate,
   partitioning,
   predictions,
   pretrained,
+  programs,
   sampler,
+  vocabularies,
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax.batch import PAD_ID
@@ -28,7 +29,7 @@ def infer(
   checkpoint_path: str,
   output_dir: str,
   dataset: data.DatasetConfig,
-  decoding: evaluate.Decoding = sampler.GREEDY,
+  decoding: programs.Decoding = sampler.GREEDY,
   num_samples: int = 1,
   seed: int = 0,
 ) -> None:
@@ -53,14 +54,14 @@ def infer(
   path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
   predictions.check_not_there(path)
   inputs = data.InferenceDataset(dataset)
-  vocabulary = data.describe_vocabulary(inputs.vocabulary)
+  vocabulary = vocabularies.describe(inputs.vocabulary)
   num_ids = inputs.vocabulary.vocab_size
   lengths = dict(dataset.task_feature_lengths)
   mesh = partitioning.make_mesh()
   source = pretrained.open_checkpoint(checkpoint_path)
   pretrained.check_fits(source, vocabulary, num_ids)
   model = T5(source.config)
-  write = evaluate.make_write(
+  write = programs.make_write(
     model,
     decoding,
     num_outputs=num_samples,
@@ -119,7 +120,7 @@ def _line(
   return {
     'inputs': example['inputs'],
     'targets': example['targets'],
-    'prediction': data.decode(inputs.vocabulary, tokens),
+    'prediction': vocabularies.decode(inputs.vocabulary, tokens),
     'input_ids': example['input_ids'],
     'prediction_ids': tokens[tokens != PAD_ID].tolist(),
   }

@@ -169,7 +169,7 @@ def read(
   Args:
     pattern: of the files.
     task: that the student is trained on.
-    vocabulary: the task's, as `data.describe_vocabulary` says it.
+    vocabulary: the task's, as `vocabularies.describe` says it.
     num_ids: how many ids it has.
     encode: text -> ids, for files without ids.
     lengths: {'inputs': S, 'targets': T}, at most.

@@ -34,7 +34,7 @@ class Pretrained(NamedTuple):
     folder: where it is.
     format: who wrote it.
     config: the model's shape.
-    vocabulary: as `data.describe_vocabulary` says it, or a part of that line;
+    vocabulary: as `vocabularies.describe` says it, or a part of that line;
       None where the files do not tell.
     dtype: of its parameters.
     num_params: how many numbers they are.
@@ -109,7 +109,7 @@ def check_fits(
 
   Args:
     source: what `open_checkpoint` found.
-    vocabulary: the task's, as `data.describe_vocabulary` says it.
+    vocabulary: the task's, as `vocabularies.describe` says it.
     num_ids: ids of the task's tokenizer.
     config: the shape it must have; None: any.
   """

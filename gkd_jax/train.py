@@ -25,8 +25,10 @@ from gkd_jax import (
   policies,
   predictions,
   pretrained,
+  programs,
   rewards,
   sampler,
+  vocabularies,
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import step as step_lib
@@ -67,7 +69,7 @@ def train(
   mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
   eval_dataset: data.DatasetConfig | None = None,
   final_eval_dataset: data.DatasetConfig | None = None,
-  decodings: Mapping[str, evaluate.Decoding] | None = None,
+  decodings: Mapping[str, programs.Decoding] | None = None,
   eval_period: int = 1000,
   checkpoint_period: int = 1000,
   log_period: int = 10,
@@ -178,7 +180,7 @@ def train(
       'VOCABULARY_EXTRA_IDS to fewer).'
     )
   description = checkpoint.ModelDescription(
-    student, data.describe_vocabulary(vocabulary)
+    student, vocabularies.describe(vocabulary)
   )
   for dataset in (train_dataset, eval_dataset, final_eval_dataset):
     if dataset is not None:
@@ -239,7 +241,7 @@ def train(
   )
   judge = None
   if reward is not None:
-    judge = evaluate.make_judge(reward, score, reward_params, device_mesh)
+    judge = programs.make_judge(reward, score, reward_params, device_mesh)
   evaluations = {
     split.split: evaluate.Evaluation(
       split,

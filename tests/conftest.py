@@ -8,6 +8,7 @@ tests of the core need not wait for. So they are imported inside fixtures.
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
 import random
@@ -139,7 +140,7 @@ def write_predictions(path, rows, config, split='train'):
   Returns:
     The dataset of them.
   """
-  from gkd_jax import data, predictions
+  from gkd_jax import data, predictions, vocabularies
 
   vocabulary = data.get_vocabulary(config)
   writer = predictions.Writer(
@@ -148,7 +149,7 @@ def write_predictions(path, rows, config, split='train'):
       'checkpoint': 'teacher',
       'task': config.mixture_or_task_name,
       'split': split,
-      'vocabulary': data.describe_vocabulary(vocabulary),
+      'vocabulary': vocabularies.describe(vocabulary),
       'task_feature_lengths': config.task_feature_lengths,
       'decoding': 'sampled',
     },
@@ -158,8 +159,8 @@ def write_predictions(path, rows, config, split='train'):
     [
       [
         {
-          'inputs': data.decode(vocabulary, inputs),
-          'prediction': data.decode(vocabulary, outputs),
+          'inputs': vocabularies.decode(vocabulary, inputs),
+          'prediction': vocabularies.decode(vocabulary, outputs),
           'input_ids': inputs,
           'prediction_ids': outputs,
         }
@@ -169,6 +170,23 @@ def write_predictions(path, rows, config, split='train'):
   )
   writer.close()
   return dataclasses.replace(config, predictions=str(path))
+
+
+def take(iterator, num_batches):
+  """The next batches of an iterator."""
+  return list(itertools.islice(iterator, num_batches))
+
+
+def words(batches):
+  """What the inputs of some batches say, row by row."""
+  import seqio
+
+  vocabulary = seqio.ByteVocabulary()
+  return [
+    vocabulary.decode([int(t) for t in row])
+    for batch in batches
+    for row in batch.encoder_input_tokens
+  ]
 
 
 @pytest.fixture(scope='session')
@@ -191,11 +209,11 @@ def tfds_dir(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope='session')
 def t5_vocabulary():
   """T5's own vocabulary."""
-  from gkd_jax import data
+  from gkd_jax import vocabularies
 
   if not T5_VOCABULARY.is_file():
     pytest.skip(f'{T5_VOCABULARY} is not there')
-  return data.sentencepiece_vocabulary(T5_VOCABULARY)
+  return vocabularies.sentencepiece(T5_VOCABULARY)
 
 
 @pytest.fixture(scope='session')
@@ -203,7 +221,7 @@ def small_vocabulary(tmp_path_factory):
   """A SentencePiece vocabulary that writes ASCII but `<`, as T5's does not."""
   import sentencepiece
 
-  from gkd_jax import data
+  from gkd_jax import vocabularies
 
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
@@ -226,7 +244,32 @@ def small_vocabulary(tmp_path_factory):
   )
   path = tmp_path_factory.mktemp('vocabulary') / 'small.model'
   path.write_bytes(model.getvalue())
-  return data.sentencepiece_vocabulary(path)
+  return vocabularies.sentencepiece(path)
+
+
+@pytest.fixture(scope='session')
+def sentencepiece_models(tmp_path_factory):
+  """Three vocabularies of one size; the first two are equal."""
+  import sentencepiece
+
+  folder = tmp_path_factory.mktemp('vocabularies')
+  paths = []
+  for i, text in enumerate(('ab', 'ab', 'cd')):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([text] * 9),
+      model_writer=model,
+      model_type='char',
+      vocab_size=6,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      minloglevel=2,
+    )
+    paths.append(folder / f'{i}.model')
+    paths[-1].write_bytes(model.getvalue())
+  return paths
 
 
 @pytest.fixture(scope='session')

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
-import itertools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,21 +11,23 @@ from gkd_jax import (
   data,
   diversity,
   evaluate,
-  objectives,
-  partitioning,
-  policies,
+  programs,
   rewards,
   sampler,
 )
-from gkd_jax.batch import Outputs, mask_unused_ids
-from gkd_jax.model import T5, T5Config
+from gkd_jax.batch import Batch, Outputs
 from tests import conftest, references, tiny
+from tests.letter_models import (
+  SETTINGS,
+  STUDENT,
+  TEACHER,
+  logits_of,
+  make_write,
+  write_all,
+  write_one,
+)
 from tests.train_test import names_of_compiled
 
-NUM_IDS = 259  # of the byte vocabulary; the embeddings have 264 rows
-STUDENT = T5(T5Config(264, 12, 2, 4, 10, 1, 1))
-TEACHER = T5(T5Config(264, 8, 1, 6, 14, 1, 2))
-DECODING = {'num_ids': NUM_IDS, 'seed': 3, 'mesh': partitioning.make_mesh()}
 GREEDY = {'greedy': sampler.GREEDY}
 
 
@@ -58,167 +58,12 @@ def dataset(config):
 def examples(dataset):
   """All examples in one batch, as arrays."""
   columns = zip(*(batch for _, batch in dataset.batches()), strict=True)
-  return data.Batch(*(np.concatenate(c)[: len(dataset)] for c in columns))
-
-
-def make_write(decoding, model=STUDENT):
-  """Returns (params, row numbers, batch) -> tokens [B, T]."""
-  write = evaluate.make_write(model, decoding, max_decode_len=7, **DECODING)
-  return lambda params, row_ids_B, batch: write(
-    params, row_ids_B, batch.encoder_input_tokens
-  )[:, 0]
-
-
-def write_all(dataset, write, params):
-  return dataset.predict(lambda rows, batch: write(params, rows, batch))
+  return Batch(*(np.concatenate(c)[: len(dataset)] for c in columns))
 
 
 @pytest.fixture(scope='module')
 def greedy(dataset, student_params):
-  return write_all(dataset, make_write(sampler.GREEDY), student_params)
-
-
-@pytest.fixture(scope='module')
-def sampled(dataset, student_params):
-  return write_all(dataset, make_write(sampler.ANCESTRAL), student_params)
-
-
-def logits_of(model, params, inputs, targets):
-  """The model's distribution at each place, as float64."""
-  logits = jax.jit(model.apply)({'params': params}, inputs, targets)
-  return np.float64(mask_unused_ids(logits, NUM_IDS))
-
-
-# --- What a model writes ------------------------------------------------------
-
-
-def test_greedy_outputs_are_the_most_probable_token_each_time(
-  greedy, examples, student_params
-):
-  logits = logits_of(
-    STUDENT, student_params, examples.encoder_input_tokens, greedy
-  )
-
-  # Given what it wrote so far, up to the end.
-  upto_end = np.cumsum(np.cumsum(greedy == 1, axis=1), axis=1) <= 1
-  assert (greedy == logits.argmax(axis=-1))[upto_end].all()
-  assert len(set(map(tuple, greedy.tolist()))) > 1  # it reads its inputs
-
-
-def test_samples_do_not_depend_on_the_size_of_the_batches(
-  config, sampled, student_params
-):
-  larger = data.EvalDataset(data.dataclasses.replace(config, batch_size=5))
-
-  again = write_all(larger, make_write(sampler.ANCESTRAL), student_params)
-
-  np.testing.assert_array_equal(again, sampled)
-
-
-def test_rows_are_sampled_independently(student_params, dataset):
-  # The same input in every row, which the student writes to differently.
-  (_, batch), *_ = dataset.batches()
-  same = data.Batch(*(np.repeat(x[:1], 4, axis=0) for x in batch))
-  write = make_write(sampler.ANCESTRAL)
-
-  rows = write(student_params, np.arange(4, dtype=np.int32), same)
-
-  assert len(set(map(tuple, rows.tolist()))) == 4
-
-
-def test_a_beam_of_one_is_greedy(greedy, dataset, student_params):
-  beam = beam_search.BeamConfig(num_beams=1, alpha=0.0)
-
-  tokens = write_all(dataset, make_write(beam), student_params)
-
-  np.testing.assert_array_equal(tokens, greedy)
-
-
-def test_a_wide_beam_finds_more_probable_outputs_than_greedy(
-  greedy, dataset, examples, student_params
-):
-  beam = beam_search.BeamConfig(num_beams=4, alpha=0.0)
-
-  tokens = write_all(dataset, make_write(beam), student_params)
-
-  def log_prob(outputs):
-    inputs = examples.encoder_input_tokens
-    logits = logits_of(STUDENT, student_params, inputs, outputs)
-    log_q = references.log_softmax(logits)
-    log_q = np.take_along_axis(log_q, outputs[..., None], axis=-1)[..., 0]
-    return np.where(outputs == 0, 0.0, log_q).sum(axis=-1)
-
-  assert (log_prob(tokens) - log_prob(greedy)).mean() > 0.0
-
-
-# --- Divergences --------------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def scores(dataset, student_params, teacher_params):
-  score = evaluate.make_score(STUDENT, TEACHER, **DECODING)
-  return score(student_params, teacher_params, dataset)
-
-
-@pytest.mark.parametrize(
-  'name, divergence',
-  [
-    ('forward_kl', references.forward_kl),
-    ('reverse_kl', references.reverse_kl),
-    (
-      'jsd_0.5',
-      lambda **logits: references.generalized_jsd(beta=0.5, **logits),
-    ),
-    ('total_variation', references.total_variation),
-  ],
-)
-@pytest.mark.parametrize('on', ['on_dataset_outputs', 'on_student_outputs'])
-def test_divergences_are_those_of_the_float64_reference(
-  scores,
-  examples,
-  sampled,
-  student_params,
-  teacher_params,
-  on,
-  name,
-  divergence,
-):
-  inputs = examples.encoder_input_tokens
-  outputs = {
-    'on_dataset_outputs': examples.decoder_target_tokens,
-    'on_student_outputs': sampled,  # the same draws: same seed, same rows
-  }[on]
-  # Up to and including the first EOS.
-  weights = np.cumsum(np.cumsum(outputs == 1, axis=1), axis=1) <= 1
-
-  per_token = divergence(
-    teacher_logits=logits_of(TEACHER, teacher_params, inputs, outputs),
-    student_logits=logits_of(STUDENT, student_params, inputs, outputs),
-  )
-  per_output = (per_token * weights).sum(axis=1) / weights.sum(axis=1)
-
-  # float32 logits of size 10, and sums of 7 x 259 terms.
-  np.testing.assert_allclose(
-    scores[f'{on}/{name}'], per_output.mean(), rtol=1e-4
-  )
-
-
-def test_the_likelihood_of_the_datasets_outputs_is_measured(
-  scores, examples, student_params
-):
-  outputs = examples.decoder_target_tokens
-  logits = logits_of(
-    STUDENT, student_params, examples.encoder_input_tokens, outputs
-  )
-
-  log_q = references.log_softmax(logits)
-  nll = -np.take_along_axis(log_q, outputs[..., None], axis=-1)[..., 0]
-  weights = outputs != 0
-  per_output = (nll * weights).sum(axis=1) / weights.sum(axis=1)
-
-  np.testing.assert_allclose(
-    scores['on_dataset_outputs/nll'], per_output.mean(), rtol=1e-4
-  )
+  return write_all(dataset, write_one(sampler.GREEDY), student_params)
 
 
 # --- An evaluation ------------------------------------------------------------
@@ -227,12 +72,8 @@ def test_the_likelihood_of_the_datasets_outputs_is_measured(
 @pytest.fixture(scope='module')
 def with_teacher(config, teacher_params):
   return evaluate.Evaluation(
-    config, STUDENT, TEACHER, teacher_params, GREEDY, **forget_ids(DECODING)
+    config, STUDENT, TEACHER, teacher_params, GREEDY, **SETTINGS
   )
-
-
-def forget_ids(settings):
-  return {k: v for k, v in settings.items() if k != 'num_ids'}
 
 
 def test_the_metrics_are_those_of_what_was_written(
@@ -242,7 +83,7 @@ def test_the_metrics_are_those_of_what_was_written(
 
   assert values['greedy/error'] == dataset.metrics(greedy)['error']
   by_teacher = write_all(
-    dataset, make_write(sampler.GREEDY, TEACHER), teacher_params
+    dataset, write_one(sampler.GREEDY, TEACHER), teacher_params
   )
   assert values['teacher/greedy/error'] == dataset.metrics(by_teacher)['error']
 
@@ -253,7 +94,7 @@ def test_the_table_shows_what_student_and_teacher_wrote(
   _, table = with_teacher(student_params)
 
   by_teacher = write_all(
-    dataset, make_write(sampler.GREEDY, TEACHER), teacher_params
+    dataset, write_one(sampler.GREEDY, TEACHER), teacher_params
   )
   word = conftest.letter_words('validation')[0]
   cells = (
@@ -300,9 +141,7 @@ def test_the_names_of_what_is_measured_are_known_before(
 
 
 def test_without_a_teacher_there_are_task_metrics_alone(config, student_params):
-  alone = evaluate.Evaluation(
-    config, STUDENT, None, None, GREEDY, **forget_ids(DECODING)
-  )
+  alone = evaluate.Evaluation(config, STUDENT, None, None, GREEDY, **SETTINGS)
 
   values, table = alone(student_params)
 
@@ -336,7 +175,7 @@ def test_samples_show_what_everybody_wrote(
   samples, dataset, greedy, teacher_params
 ):
   by_teacher = write_all(
-    dataset, make_write(sampler.GREEDY, TEACHER), teacher_params
+    dataset, write_one(sampler.GREEDY, TEACHER), teacher_params
   )
 
   assert samples['decoding'] == 'greedy'
@@ -442,7 +281,7 @@ def test_tokens_do_not_depend_on_the_size_of_the_batches(
     TEACHER,
     teacher_params,
     GREEDY,
-    **forget_ids(DECODING),
+    **SETTINGS,
   )
 
   again = larger.samples(student_params)
@@ -456,9 +295,7 @@ def test_tokens_do_not_depend_on_the_size_of_the_batches(
 
 
 def test_without_a_teacher_samples_compile_nothing_new(config, student_params):
-  alone = evaluate.Evaluation(
-    config, STUDENT, None, None, GREEDY, **forget_ids(DECODING)
-  )
+  alone = evaluate.Evaluation(config, STUDENT, None, None, GREEDY, **SETTINGS)
   alone(student_params)
 
   with names_of_compiled() as compiled:
@@ -470,26 +307,6 @@ def test_without_a_teacher_samples_compile_nothing_new(config, student_params):
     example.keys() == {'input', 'reference', 'student'}
     for example in samples['examples']
   )
-
-
-def test_logits_exist_for_one_place_at_a_time(
-  student_params, teacher_params, examples, greedy, monkeypatch
-):
-  shapes = []
-
-  def comparable_logits(student_logits, teacher_logits, num_ids):
-    shapes.append((student_logits.shape, teacher_logits.shape))
-    return kept(student_logits, teacher_logits, num_ids)
-
-  kept = objectives.comparable_logits
-  monkeypatch.setattr(objectives, 'comparable_logits', comparable_logits)
-  compare = evaluate.make_disagreement(
-    STUDENT, TEACHER, num_ids=NUM_IDS, mesh=DECODING['mesh']
-  )
-  values = compare(student_params, teacher_params, examples, greedy)
-
-  assert values['kl'].shape == greedy.shape == (10, 7)
-  assert set(shapes) == {((10, 264), (10, 264))}
 
 
 # --- Several outputs for one input --------------------------------------------
@@ -508,7 +325,7 @@ def several(config):
       'sampled': sampler.ANCESTRAL,
       'beam': beam_search.BeamConfig(num_beams=2),
     },
-    **forget_ids(DECODING),
+    **SETTINGS,
     num_samples=3,
     self_bleu_tokenize='char',
   )
@@ -516,38 +333,10 @@ def several(config):
 
 @pytest.fixture(scope='module')
 def draws(dataset, student_params):
-  write = evaluate.make_write(
-    STUDENT, sampler.ANCESTRAL, num_outputs=3, max_decode_len=7, **DECODING
-  )
-  written = dataset.predict(
-    lambda row_ids_B, batch: write(
-      student_params, row_ids_B, batch.encoder_input_tokens
-    )
+  written = write_all(
+    dataset, make_write(sampler.ANCESTRAL, num_outputs=3), student_params
   )
   return list(written.swapaxes(0, 1))
-
-
-def test_the_first_draw_is_that_of_the_seed_itself(
-  draws, examples, student_params
-):
-  rollout = tiny.jit(
-    functools.partial(
-      policies.rollout,
-      STUDENT,
-      rng=jax.random.key(DECODING['seed']),
-      config=sampler.ANCESTRAL,
-      row_ids_B=np.arange(len(draws[0])),
-      max_decode_len=7,
-      num_ids=NUM_IDS,
-    )
-  )(student_params, examples.encoder_input_tokens)
-
-  np.testing.assert_array_equal(draws[0], rollout.tokens)
-
-
-def test_draws_for_one_input_differ(draws):
-  for a, b in itertools.combinations(draws, 2):
-    assert (a != b).any(axis=1).mean() > 0.9
 
 
 def test_metrics_are_means_over_the_draws(dataset):
@@ -601,7 +390,7 @@ def test_what_is_drawn_once_has_no_self_bleu(several, student_params):
 def test_several_draws_of_nothing_that_samples_are_refused(config):
   with pytest.raises(ValueError, match='NUM_SAMPLES is 2, but no decoding'):
     evaluate.Evaluation(
-      config, STUDENT, None, None, GREEDY, **forget_ids(DECODING), num_samples=2
+      config, STUDENT, None, None, GREEDY, **SETTINGS, num_samples=2
     )
 
 
@@ -626,15 +415,18 @@ def test_temperatures_that_cannot_be_are_refused(wrong):
     evaluate.at_temperatures({'sampled': sampler.ANCESTRAL}, wrong)
 
 
+# --- Rewards ------------------------------------------------------------------
+
+
 def test_the_mean_reward_is_that_of_what_was_written(
   config, student_params, examples, greedy
 ):
   reward = rewards.rouge_n(1)
   score = reward.make_score(None, None)
-  judge = evaluate.make_judge(reward, score, None, DECODING['mesh'])
+  judge = programs.make_judge(reward, score, None, SETTINGS['mesh'])
 
   judged = evaluate.Evaluation(
-    config, STUDENT, None, None, GREEDY, judge=judge, **forget_ids(DECODING)
+    config, STUDENT, None, None, GREEDY, judge=judge, **SETTINGS
   )
   values, _ = judged(student_params)
 
@@ -647,20 +439,6 @@ def test_the_mean_reward_is_that_of_what_was_written(
   # Sums of 10 float32 numbers.
   assert values['greedy/reward'] == pytest.approx(float(want.mean()), rel=1e-5)
   assert {*judged.names()} == values.keys() == {'greedy/error', 'greedy/reward'}
-
-
-def test_a_function_that_fails_to_give_rewards_ends_an_evaluation(
-  dataset, greedy
-):
-  def fails(inputs, outputs, targets):
-    raise LookupError('no dictionary here')
-
-  reward = rewards.python_function(fails)
-  score = reward.make_score(dataset.vocabulary, None)
-  judge = evaluate.make_judge(reward, score, None, DECODING['mesh'])
-
-  with pytest.raises(RuntimeError, match='fails failed: LookupError'):
-    judge(dataset, greedy)
 
 
 def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path, compile_once):

@@ -14,9 +14,9 @@ LAYERS = (
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies', 'rewards'},
   {'step', 'checkpoint', 'metrics', 'interop', 'json_lines'},
-  {'pretrained', 'predictions', 'jobs'}
+  {'pretrained', 'predictions', 'jobs', 'vocabularies'}
   | {'tables', 'runs', 'sections', 'figures', 'page'},
-  {'data', 'evaluate', 'infer', 'tasks'},
+  {'seqio_tasks', 'data', 'programs', 'evaluate', 'infer', 'tasks'},
   {'train', 'precompile', 'compare', 'sweep', 'report', 'export'}
   | {'t5x_bridge'},
   {'main'},
@@ -29,9 +29,12 @@ SAME_LAYER = {
   ('interop', 'interop'),
   ('interop', 'checkpoint'),
   ('tasks', 'tasks'),
+  ('data', 'seqio_tasks'),
+  ('programs', 'data'),
   ('evaluate', 'data'),
+  ('evaluate', 'programs'),
   ('infer', 'data'),
-  ('infer', 'evaluate'),
+  ('infer', 'programs'),
   ('sections', 'runs'),
   ('sections', 'tables'),
   ('figures', 'runs'),
@@ -109,12 +112,16 @@ def test_gin_is_imported_in_main_alone():
   assert who_imports('gin') == {'main'}
 
 
-def test_tensorflow_is_imported_in_data_and_tasks_alone():
-  assert who_imports('tensorflow') == {'data', 'tasks'}
+def test_tensorflow_is_imported_where_data_are_read_alone():
+  assert who_imports('tensorflow') == {'data', 'seqio_tasks', 'tasks'}
 
 
-def test_seqio_is_imported_in_data_and_tasks_and_for_a_flag_of_main():
-  assert who_imports('seqio') == {'data', 'tasks', 'main'}
+def test_seqio_is_imported_there_for_vocabularies_and_for_a_flag_of_main():
+  assert who_imports('seqio') == {
+    *('data', 'seqio_tasks', 'tasks'),
+    'vocabularies',
+    'main',
+  }
 
 
 def test_the_gin_folder_holds_no_python():

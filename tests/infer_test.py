@@ -12,11 +12,12 @@ import pytest
 from gkd_jax import (
   beam_search,
   data,
-  evaluate,
   infer,
   partitioning,
   pretrained,
+  programs,
   sampler,
+  vocabularies,
 )
 from gkd_jax.batch import mask_unused_ids
 from gkd_jax.model import T5Config
@@ -87,7 +88,7 @@ def test_there_is_a_line_for_each_example_in_order(sample, tmp_path):
 def test_a_line_has_the_ids_that_were_read_and_written(sample, tmp_path):
   sample(str(tmp_path), num_samples=5)
 
-  vocabulary = data.byte_vocabulary()
+  vocabulary = vocabularies.byte()
   ended = 0
   for line in lines_of(tmp_path):
     assert line['input_ids'] == [*vocabulary.encode(line['inputs']), 1]
@@ -109,7 +110,7 @@ def test_inputs_that_were_cut_keep_their_text_and_lose_ids(
 
   for word, line in zip(WORDS, lines_of(tmp_path), strict=True):
     assert line['inputs'] == word
-    assert line['input_ids'] == [*data.byte_vocabulary().encode(word)[:2], 1]
+    assert line['input_ids'] == [*vocabularies.byte().encode(word)[:2], 1]
 
 
 def test_the_file_beside_it_says_who_wrote_it_and_how(
@@ -221,14 +222,14 @@ def _scores(model_dir, dataset, found):
   inputs = np.zeros((len(WORDS), 3, 6), np.int32)
   outputs = np.zeros((len(WORDS), 3, 7), np.int32)
   for i, word in enumerate(WORDS):
-    ids = [*data.byte_vocabulary().encode(word), 1]
+    ids = [*vocabularies.byte().encode(word), 1]
     inputs[i, :, : len(ids)] = ids
     for j, row in enumerate(found[i]):
       outputs[i, j, : len(row)] = row
   inputs, outputs = inputs.reshape(-1, 6), outputs.reshape(-1, 7)
   logits = mask_unused_ids(
     tiny.logits(model, params, inputs, outputs),
-    data.byte_vocabulary().vocab_size,
+    vocabularies.byte().vocab_size,
   )
   log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
   token_log_p = np.take_along_axis(log_p, outputs[:, :, None], 2)[:, :, 0]
@@ -323,7 +324,7 @@ def test_a_run_that_is_killed_can_go_on(
   model_dir, dataset, tmp_path, whole, monkeypatch
 ):
   """A real end in the middle: what had been written is there."""
-  make = evaluate.make_write
+  make = programs.make_write
 
   def make_and_die(*arguments, **settings):
     write = make(*arguments, **settings)
@@ -339,7 +340,7 @@ def test_a_run_that_is_killed_can_go_on(
 
   settings = {'decoding': sampler.ANCESTRAL, 'num_samples': 2}
   with monkeypatch.context() as patch:
-    patch.setattr(evaluate, 'make_write', make_and_die)
+    patch.setattr(programs, 'make_write', make_and_die)
     with pytest.raises(KeyboardInterrupt):
       infer.infer(str(model_dir), str(tmp_path), dataset, **settings)
   partial = (tmp_path / f'{FILE}.partial').read_bytes()

@@ -126,7 +126,7 @@ def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
 
 
 def vocabulary(folder: epath.Path) -> str | None:
-  """Returns what the tokenizer's files say, as `data.describe_vocabulary` does.
+  """Returns what the tokenizer's files say, as `vocabularies.describe` does.
 
   It is a part of that line: 'model sha256 ...', 'ByteVocabulary', or
   'SentencePieceVocabulary' where the model's file is not there. None where no

@@ -27,7 +27,7 @@ from t5x import models
 from t5x import trainer as t5x_trainer
 from t5x.examples.t5 import network
 
-from gkd_jax import data, objectives, policies, pretrained, sampler
+from gkd_jax import objectives, policies, pretrained, sampler, vocabularies
 from gkd_jax import step as step_lib
 from gkd_jax.batch import Batch
 from gkd_jax.model import T5, T5Config
@@ -103,7 +103,7 @@ class GKDModel(models.EncoderDecoderModel):
     vocabulary = self.output_vocabulary
     teacher, params, _ = pretrained.load_model(
       self._teacher_checkpoint_path,
-      data.describe_vocabulary(vocabulary),
+      vocabularies.describe(vocabulary),
       vocabulary.vocab_size,
       mesh,
     )

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from gkd_jax import beam_search, evaluate, partitioning, pretrained, sampler
+from gkd_jax import beam_search, partitioning, pretrained, programs, sampler
 from gkd_jax.batch import mask_unused_ids
 from gkd_jax.interop import huggingface, tensors
 from gkd_jax.model import T5, abstract_params
@@ -52,7 +52,7 @@ def expected(name):
 
 
 def write(model, params, decoding, inputs, length):
-  write = evaluate.make_write(
+  write = programs.make_write(
     model,
     decoding,
     max_decode_len=length,

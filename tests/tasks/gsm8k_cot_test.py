@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from gkd_jax import data
+from gkd_jax import data, vocabularies
 from gkd_jax.tasks import gsm8k_cot
 from tests import conftest, tfds
 
@@ -185,7 +185,7 @@ def test_worked_examples_can_be_read_from_a_file(config, tmp_path):
 
 
 def test_annotations_stay_where_the_vocabulary_can_write_them(config):
-  in_bytes = dataclasses.replace(config, vocabulary=data.byte_vocabulary())
+  in_bytes = dataclasses.replace(config, vocabulary=vocabularies.byte())
 
   (prompt, target), *_ = texts(in_bytes, 'test')
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import seqio
 
-from gkd_jax import data
+from gkd_jax import data, vocabularies
 from gkd_jax.tasks import instruction
 from tests import conftest, tfds
 
@@ -83,7 +83,7 @@ def config(prepared):
       'instruction',
       LENGTHS,
       batch_size=50,
-      vocabulary=data.byte_vocabulary(),
+      vocabulary=vocabularies.byte(),
       task_arguments=arguments or None,
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import sacrebleu
 
-from gkd_jax import data
+from gkd_jax import data, vocabularies
 from gkd_jax.tasks import wmt14_ende
 from tests import conftest, tfds
 
@@ -32,7 +32,7 @@ def config(tfds_dir):
     batch_size=2,
     split='test',
     shuffle=False,
-    vocabulary=data.byte_vocabulary(),
+    vocabulary=vocabularies.byte(),
   )
 
 
@@ -58,7 +58,7 @@ def test_training_reads_the_training_split(config):
 
   batch = next(data.TrainIterator(train, seed=0))
 
-  vocabulary = data.byte_vocabulary()
+  vocabulary = vocabularies.byte()
   texts = {vocabulary.decode(row.tolist()) for row in batch[1]}
   assert texts == {row['de'] for row in ROWS['train']}
 
