@@ -287,6 +287,7 @@ class _WordVocabulary:
   """Stands for the task's: each word that a reward asks for is one token."""
 
   unk_id = 2
+  vocab_size = 2**31 - 1  # ids that a reward names are taken as they are
 
   def __init__(self):
     self._ids = {}

@@ -20,7 +20,8 @@ import numpy as np
 from gkd_jax.batch import EOS_ID, PAD_ID, Batch, Outputs
 
 Params = Any
-Vocabulary = Any  # seqio's: encode(text) -> ids, decode(ids) -> text, unk_id
+# seqio's: encode(text) -> ids, decode(ids) -> text, unk_id, vocab_size
+Vocabulary = Any
 # (batch, outputs, parameters of the reward's model or None) -> [B]
 Score = Callable[[Batch, Outputs, Params], jax.Array]
 TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
@@ -299,7 +300,9 @@ def entailment(
     premise_ids = ids(premise, 'premise')
     hypothesis_ids = ids(hypothesis, 'hypothesis')
     answers = [
-      answer if isinstance(answer, int) else ids(answer, name)[0]
+      _known_id(vocabulary, answer, f'entailment.{name}')
+      if isinstance(answer, int)
+      else ids(answer, name)[0]
       for answer, name in (
         (entailed, 'entailed'),
         (not_entailed, 'not_entailed'),
@@ -499,10 +502,24 @@ def _token_ids(
   Raises:
     ValueError: the vocabulary has no tokens for it.
   """
-  ids = vocabulary.encode(text) if isinstance(text, str) else list(text)
+  if isinstance(text, str):
+    ids = vocabulary.encode(text)
+  else:
+    ids = [_known_id(vocabulary, token_id, setting) for token_id in text]
   if not ids or {PAD_ID, EOS_ID, vocabulary.unk_id} & {*ids}:
     raise ValueError(
       f"{setting} is {text!r}, in the task's vocabulary {ids}: it must be at "
       'least one token, and none of pad, EOS and unknown.'
     )
   return ids
+
+
+def _known_id(vocabulary: Vocabulary, token_id: int, setting: str) -> int:
+  """Returns an id; ValueError if the vocabulary does not have it."""
+  # JAX would take the last id there is for one beyond it.
+  if not 0 <= token_id < vocabulary.vocab_size:
+    raise ValueError(
+      f"{setting}: there is no id {token_id} in the task's vocabulary of "
+      f'{vocabulary.vocab_size} ids.'
+    )
+  return token_id

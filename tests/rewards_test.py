@@ -24,6 +24,7 @@ class Words:
 
   def __init__(self, words: str):
     self._words = ['<pad>', '</s>', '<unk>', *words.split()]
+    self.vocab_size = len(self._words)
 
   def encode(self, text):
     return [
@@ -143,6 +144,11 @@ def test_what_lies_after_the_end_is_not_compared():
 def test_a_marker_that_the_vocabulary_cannot_write_is_refused(marker):
   with pytest.raises(ValueError, match='exact_match.marker is'):
     rewards.exact_match(marker).make_score(VOCABULARY, None)
+
+
+def test_a_marker_of_ids_that_are_not_there_is_refused():
+  with pytest.raises(ValueError, match='marker: there is no id 99 in'):
+    rewards.exact_match([3, 99]).make_score(VOCABULARY, None)
 
 
 def test_the_answers_of_arithmetic_cot_are_found():
@@ -442,6 +448,12 @@ def test_entailment_may_be_a_logarithm():
 def test_entailment_needs_answers_that_begin_differently():
   with pytest.raises(ValueError, match='begin with the same token'):
     ENTAILMENT(not_entailed='yes no').make_score(VOCABULARY, None)
+
+
+@pytest.mark.parametrize('answer', [-1, VOCABULARY.vocab_size])
+def test_entailment_refuses_answers_that_are_no_ids(answer):
+  with pytest.raises(ValueError, match=f'.entailed: there is no id {answer} '):
+    ENTAILMENT(entailed=answer).make_score(VOCABULARY, None)
 
 
 def test_entailment_refuses_texts_that_the_vocabulary_cannot_write():

@@ -717,7 +717,10 @@ def steps_on_one_and_on_all_devices():
 
   def entails(batch, outputs, params):
     score = rewards.entailment('', [2], [3, 2], 2, 3).make_score(
-      types.SimpleNamespace(unk_id=-1, encode=lambda text: []), judge
+      types.SimpleNamespace(
+        unk_id=-1, vocab_size=tiny.NUM_IDS, encode=lambda text: []
+      ),
+      judge,
     )
     return score(batch, outputs, params)
 
