@@ -299,6 +299,11 @@ def _num_outputs(
   decodings: Mapping[str, programs.Decoding], num_samples: int
 ) -> dict[str, int]:
   """Returns {decoding: outputs for each input}."""
+  if not decodings:
+    raise ValueError(
+      'DECODINGS is empty: name at least one way to draw outputs, e.g. '
+      "{'greedy': @greedy/sampler.SamplerConfig()}."
+    )
   if num_samples < 1:
     raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_samples}.')
   num = {
@@ -390,8 +395,9 @@ def evaluate_checkpoint(
   diversity.check_tokenizer(self_bleu_tokenize)
   rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
   pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
-  vocabulary = data.get_vocabulary(dataset)
   mesh = partitioning.make_mesh()
+  partitioning.check_spread('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
+  vocabulary = data.get_vocabulary(dataset)
   load = functools.partial(
     pretrained.load_model,
     vocabulary=vocabularies.describe(vocabulary),

@@ -53,11 +53,12 @@ def infer(
   """
   path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
   predictions.check_not_there(path)
+  mesh = partitioning.make_mesh()
+  partitioning.check_spread('INFER_BATCH_SIZE', dataset.batch_size, mesh)
   inputs = data.InferenceDataset(dataset)
   vocabulary = vocabularies.describe(inputs.vocabulary)
   num_ids = inputs.vocabulary.vocab_size
   lengths = dict(dataset.task_feature_lengths)
-  mesh = partitioning.make_mesh()
   source = pretrained.open_checkpoint(checkpoint_path)
   pretrained.check_fits(source, vocabulary, num_ids)
   model = T5(source.config)

@@ -108,6 +108,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
+def check_spread(setting: str, batch_size: int, mesh: Mesh) -> None:
+  """Raises ValueError if the devices would not get equally many rows."""
+  spread = mesh.shape['data']
+  if batch_size % spread:
+    raise ValueError(
+      f'{setting} {batch_size} must be divisible by the {spread} devices of '
+      'the data axis.'
+    )
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Places this host's rows of a batch on its devices; does not wait."""
   sharding = batch_sharding(mesh)

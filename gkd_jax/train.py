@@ -127,6 +127,11 @@ def train(
   """
   run_dir = pathlib.Path(model_dir).absolute()
   device_mesh = mesh()
+  for dataset in (eval_dataset, final_eval_dataset):
+    if dataset is not None:
+      partitioning.check_spread(
+        'EVAL_BATCH_SIZE', dataset.batch_size, device_mesh
+      )
   plan = make_plan(
     mesh=device_mesh,
     student=student,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import functools
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from gkd_jax import (
   data,
   diversity,
   evaluate,
+  partitioning,
   programs,
   rewards,
   sampler,
@@ -276,7 +279,7 @@ def test_tokens_do_not_depend_on_the_size_of_the_batches(
   samples, config, student_params, teacher_params
 ):
   larger = evaluate.Evaluation(
-    data.dataclasses.replace(config, batch_size=20),  # 16 rows are enough
+    dataclasses.replace(config, batch_size=20),  # 16 rows are enough
     STUDENT,
     TEACHER,
     teacher_params,
@@ -392,6 +395,26 @@ def test_several_draws_of_nothing_that_samples_are_refused(config):
     evaluate.Evaluation(
       config, STUDENT, None, None, GREEDY, **SETTINGS, num_samples=2
     )
+
+
+def test_an_evaluation_without_decodings_is_refused(config, tmp_path):
+  with pytest.raises(ValueError, match='DECODINGS is empty'):
+    evaluate.evaluate_checkpoint('unread', str(tmp_path), config, {})
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+  mesh = types.SimpleNamespace(shape={'data': 2, 'model': 1})
+  monkeypatch.setattr(partitioning, 'make_mesh', lambda: mesh)
+
+
+def test_a_batch_must_be_divisible_by_the_devices(
+  config, tmp_path, two_devices
+):
+  odd = dataclasses.replace(config, batch_size=5)
+
+  with pytest.raises(ValueError, match='EVAL_BATCH_SIZE 5 .* the 2 devices'):
+    evaluate.evaluate_checkpoint('unread', str(tmp_path), odd, GREEDY)
 
 
 def test_what_samples_does_so_at_each_temperature():

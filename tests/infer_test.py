@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import re
+import types
 from typing import NamedTuple
 
 import jax
@@ -439,3 +440,13 @@ def test_predictions_are_not_overwritten(sample, tmp_path):
   with pytest.raises(ValueError, match='is there already, and would be lost'):
     sample(str(tmp_path), seed=1)
   assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_a_batch_must_be_divisible_by_the_devices(
+  model_dir, dataset, tmp_path, monkeypatch
+):
+  three = types.SimpleNamespace(shape={'data': 3, 'model': 1})
+  monkeypatch.setattr(partitioning, 'make_mesh', lambda: three)
+
+  with pytest.raises(ValueError, match='INFER_BATCH_SIZE 4 .* the 3 devices'):
+    infer.infer(str(model_dir), str(tmp_path), dataset)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import functools
 import itertools
 
@@ -88,7 +89,7 @@ def test_greedy_outputs_are_the_most_probable_token_each_time(
 def test_samples_do_not_depend_on_the_size_of_the_batches(
   config, sampled, student_params
 ):
-  larger = data.EvalDataset(data.dataclasses.replace(config, batch_size=5))
+  larger = data.EvalDataset(dataclasses.replace(config, batch_size=5))
 
   again = write_all(larger, write_one(sampler.ANCESTRAL), student_params)
 

@@ -467,6 +467,18 @@ def test_a_batch_must_be_divisible_by_the_devices(refused):
   assert 'times the 3 devices of the data axis' in refused(mesh=lambda: three)
 
 
+@pytest.mark.parametrize('split', ['eval_dataset', 'final_eval_dataset'])
+def test_an_evaluated_batch_must_be_divisible_by_the_devices(
+  refused, train_letters, split
+):
+  two = types.SimpleNamespace(shape={'data': 2, 'model': 1})
+  odd = train_letters.dataset('validation', batch_size=5)
+
+  message = refused(mesh=lambda: two, **{split: odd})
+
+  assert 'EVAL_BATCH_SIZE 5 must be divisible by the 2 devices' in message
+
+
 def test_a_batch_that_two_devices_share_must_have_even_parts(refused):
   two = types.SimpleNamespace(shape={'data': 2, 'model': 1})
 
