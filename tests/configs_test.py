@@ -162,6 +162,8 @@ def test_all_points_of_a_sweep_build_all_their_parts(path, build, jobs_of):
   arguments = [*documented_command(path), '--gin.SEEDS=(0,)']
   if 'VOCABULARY_PATH' in header(path):  # the models are there before
     arguments += [f'--gin.TEACHER={BYT5}', f'--gin.INITIAL_STUDENT={BYT5}']
+  if 'STUDENTS = ' in path.read_text():  # so are the students
+    arguments.append(f'--gin.STUDENTS={BYT5}')
   jobs = jobs_of(arguments)
 
   assert len(jobs) >= 4
