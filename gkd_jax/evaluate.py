@@ -421,6 +421,12 @@ def evaluate_checkpoint(
         reward_checkpoint_path, dtype=reward_dtype
       )
     score = reward.make_score(vocabulary, reward_model)
+    rewards.check_score(
+      score,
+      reward_params,
+      batch_size=dataset.batch_size,
+      lengths=dataset.task_feature_lengths,
+    )
     judge = programs.make_judge(reward, score, reward_params, mesh)
   evaluation = Evaluation(
     dataset,

@@ -234,7 +234,13 @@ def _read_rows(
 ) -> Iterable[tuple[list[int], list[int]]]:
   if has_ids:
     fields = {'input_ids': list, 'prediction_ids': list}
-    for line in json_lines.read(path, fields, _SETTING):
+    for i, line in enumerate(json_lines.read(path, fields, _SETTING), 1):
+      for name in fields:
+        if not all(type(token) is int for token in line[name]):
+          raise ValueError(
+            f'{_SETTING}: "{name}" of prediction {i} in {path} must be whole '
+            f'numbers, not {line[name]}.'
+          )
       yield line['input_ids'], line['prediction_ids']
     return
   end = {name: [EOS_ID] if adds else [] for name, adds in add_eos.items()}

@@ -25,7 +25,7 @@ from gkd_jax import (
   sampler,
 )
 from gkd_jax import step as step_lib
-from gkd_jax.batch import EOS_ID, Outputs, mask_unused_ids
+from gkd_jax.batch import EOS_ID, Batch, Outputs, mask_unused_ids
 from gkd_jax.calculator import Calculator
 from gkd_jax.model import T5
 
@@ -292,19 +292,21 @@ def make_judge(
   """
 
   @jax.jit
-  def sums(params, batch, tokens):
+  def sums(params, batch, tokens, is_example_B):
     ends = jnp.int32(tokens == EOS_ID)
     weights = jnp.float32(jnp.cumsum(ends, axis=1) - ends == 0)
     rewards_B = rewards.score(score, batch, Outputs(tokens, weights), params)
-    is_example_B = batch.decoder_loss_weights.any(axis=1)
     return jnp.sum(rewards_B, where=is_example_B)
 
   def judge(dataset, tokens):
-    fill = -len(tokens) % dataset.batch_size
-    tokens = np.pad(tokens, ((0, fill), (0, 0)))
     total = 0.0
     for row_ids_B, batch in dataset.batches():
-      placed = partitioning.put_batch((batch, tokens[row_ids_B]), mesh)
+      # A reward may refuse what is no example: the last one fills the batch up.
+      existing_B = np.minimum(row_ids_B, len(dataset) - 1)
+      batch = Batch(*(x[existing_B - row_ids_B[0]] for x in batch))
+      placed = partitioning.put_batch(
+        (batch, tokens[existing_B], row_ids_B < len(dataset)), mesh
+      )
       total += float(sums(params, *placed))
       reward.raise_failure()
     return total / len(dataset)

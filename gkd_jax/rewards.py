@@ -10,7 +10,8 @@ Source: Agarwal et al. (2024), arXiv:2306.13649, Eq. 5.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +95,40 @@ def score(
       f'({batch_size},), but gives {rewards_B.shape}.'
     )
   return jax.lax.stop_gradient(rewards_B.astype(jnp.float32))
+
+
+def check_score(
+  function: Score,
+  params: Params,
+  *,
+  batch_size: int,
+  lengths: Mapping[str, int],
+) -> None:
+  """Traces a reward, so that what it refuses is refused before a compilation.
+
+  Args:
+    function: what `Reward.make_score` returned.
+    params: of the reward's model, as arrays or shapes; None if it has none.
+    batch_size: rows that are to be judged at a time.
+    lengths: {'inputs': S, 'targets': T} of these.
+
+  Raises:
+    ValueError: see `score`.
+  """
+  inputs, tokens, weights = (
+    jax.ShapeDtypeStruct((batch_size, lengths[name]), dtype)
+    for name, dtype in (
+      ('inputs', jnp.int32),
+      ('targets', jnp.int32),
+      ('targets', jnp.float32),
+    )
+  )
+  jax.eval_shape(
+    functools.partial(score, function),
+    Batch(inputs, tokens, weights),
+    Outputs(tokens, weights),
+    params,
+  )
 
 
 def leave_one_out_mean(rewards_B: jax.Array, counts_B: jax.Array) -> jax.Array:

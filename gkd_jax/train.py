@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from gkd_jax import (
@@ -32,7 +31,7 @@ from gkd_jax import (
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax import step as step_lib
-from gkd_jax.batch import Batch, Outputs
+from gkd_jax.batch import Batch
 from gkd_jax.model import (
   T5,
   T5Config,
@@ -216,7 +215,12 @@ def train(
       scorer = like_student(sources['reward'].config, student)
       reward_params = abstract_params(scorer, device_mesh)
     score = reward.make_score(vocabulary, scorer)
-    _check_score(score, train_dataset, reward_params)
+    rewards.check_score(
+      score,
+      reward_params,
+      batch_size=train_dataset.batch_size,
+      lengths=train_dataset.task_feature_lengths,
+    )
 
   # From here on files are read whole, and the run's folder is written.
   teacher_model = teacher_params = None
@@ -619,27 +623,6 @@ def _check_reward_baseline(
       f'but BATCH_SIZE {batch_size} in {num_microbatches} NUM_MICROBATCHES '
       "leaves one. Use 'self_critical' or 'none', or larger microbatches."
     )
-
-
-def _check_score(
-  score: rewards.Score, dataset: data.DatasetConfig, params: rewards.Params
-) -> None:
-  """Traces a reward, so that what it refuses is refused now."""
-  lengths = dataset.task_feature_lengths
-  inputs, tokens, weights = (
-    jax.ShapeDtypeStruct((dataset.batch_size, length), dtype)
-    for length, dtype in (
-      (lengths['inputs'], np.int32),
-      (lengths['targets'], np.int32),
-      (lengths['targets'], np.float32),
-    )
-  )
-  jax.eval_shape(
-    functools.partial(rewards.score, score),
-    Batch(inputs, tokens, weights),
-    Outputs(tokens, weights),
-    params,
-  )
 
 
 def _check_best_metric(name: str, names: Sequence[str]) -> None:

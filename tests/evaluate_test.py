@@ -481,6 +481,24 @@ def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path, compile_once):
   assert 0.0 < values['greedy/reward'] < 1.0
 
 
+def test_a_limit_that_would_cut_an_output_is_told_before_one_is_written(
+  config, tmp_path, compile_once, monkeypatch
+):
+  monkeypatch.setattr(evaluate, 'Evaluation', None)
+  conftest.save_model(tmp_path / 'student', STUDENT.config)
+  conftest.save_model(tmp_path / 'judge', TEACHER.config)
+
+  with pytest.raises(ValueError, match='max_input_len is 12, but an output'):
+    evaluate.evaluate_checkpoint(
+      str(tmp_path / 'student'),
+      str(tmp_path / 'eval'),
+      config,
+      GREEDY,
+      reward=rewards.entailment(max_input_len=12),
+      reward_checkpoint_path=str(tmp_path / 'judge'),
+    )
+
+
 def test_a_model_that_nobody_asks_is_refused(config, tmp_path):
   with pytest.raises(ValueError, match='no model is asked for a reward'):
     evaluate.evaluate_checkpoint(

@@ -187,6 +187,14 @@ def test_ids_outside_the_vocabulary_are_refused(path):
     read(path)
 
 
+@pytest.mark.parametrize('token', [7.5, '7', True])
+def test_ids_that_are_no_whole_numbers_are_refused(path, token):
+  write(path, [([5, 1], [8, 1]), ([5, 1], [token, 1])])
+
+  with pytest.raises(ValueError, match='"prediction_ids" of prediction 2 in'):
+    read(path)
+
+
 @pytest.mark.parametrize(
   ['line', 'said'],
   [

@@ -256,6 +256,26 @@ def test_logits_exist_for_one_place_at_a_time(
 # --- Rewards ------------------------------------------------------------------
 
 
+def test_a_function_that_gives_rewards_sees_examples_alone(dataset, greedy):
+  seen = []
+
+  def by_length(inputs, outputs, targets):
+    del outputs, targets
+    seen.extend(inputs)
+    return [1.0 / len(text) for text in inputs]  # refuses an empty one
+
+  reward = rewards.python_function(by_length)
+  score = reward.make_score(dataset.vocabulary, None)
+  judge = programs.make_judge(reward, score, None, SETTINGS['mesh'])
+
+  mean = judge(dataset, greedy)
+
+  texts = [example['inputs'] for example in dataset.examples()]
+  assert set(seen) == set(texts)
+  want = np.mean([1.0 / len(text) for text in texts])
+  assert mean == pytest.approx(want, rel=1e-5)  # a sum of 10 float32 numbers
+
+
 def test_a_function_that_fails_to_give_rewards_ends_an_evaluation(
   dataset, greedy
 ):

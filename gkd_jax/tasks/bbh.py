@@ -136,6 +136,11 @@ def _read_prompt(
       f'"{_THINK}" after a line of dashes.'
     )
   if not chain_of_thought:
+    if not all('answer is ' in shot for shot in shots):
+      raise ValueError(
+        f'{path} has a shot without "answer is ", so its answer cannot be told '
+        'from its chain of thought. BBH_CHAIN_OF_THOUGHT = True shows both.'
+      )
     asked_and_thought = [shot.partition(_THINK) for shot in shots]
     shots = [asked + answer(text) for asked, _, text in asked_and_thought]
   return f'{head}\n\n', [f'{shot}\n\n' for shot in shots]

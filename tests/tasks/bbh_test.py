@@ -187,6 +187,15 @@ def test_a_prompt_without_three_shots_is_told(tmp_path):
     bbh._read_prompt(path, chain_of_thought=False)
 
 
+def test_a_shot_whose_answer_cannot_be_told_is_refused(tmp_path):
+  path = tmp_path / 'navigate.txt'
+  path.write_text('-----\n' + cot_prompt('x').replace('answer is', 'result:'))
+
+  with pytest.raises(ValueError, match='navigate.txt has a shot without'):
+    bbh._read_prompt(path, chain_of_thought=False)
+  bbh._read_prompt(path, chain_of_thought=True)
+
+
 def test_the_fragment_names_the_folder(run_main):
   finished = run_main(
     '--run_mode=eval',
