@@ -13,12 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gkd_jax import figures, tables
 from gkd_jax import jobs as jobs_lib
 from gkd_jax import metrics as metrics_lib
-from gkd_jax.figures import Bars, Line, Panel, Plot
 from gkd_jax.jobs import Job
-from gkd_jax.tables import Column, Mean
+from gkd_jax.report import plots as plots_lib
+from gkd_jax.report import tables
+from gkd_jax.report.plots import Bars, Line, Panel, Plot
+from gkd_jax.report.tables import Column, Mean
 
 _TEACHER = 'teacher'
 _INITIAL = 'initial_student'
@@ -281,7 +282,7 @@ def _plot(folder, results, methods, metric, seeds) -> list[pathlib.Path]:
       }
       for seed in seeds
     ]
-    series[method] = figures.mean_curve(by_seed)
+    series[method] = plots_lib.mean_curve(by_seed)
   label = tables.axis_label(f'greedy/{metric}')
   by_step = Plot(
     'steps of the method',
@@ -306,7 +307,7 @@ def _plot(folder, results, methods, metric, seeds) -> list[pathlib.Path]:
   paths = []
   for name, data in (('by_step', by_step), ('final', final)):
     paths.append(folder / f'{metric}_{name}.png')
-    figures.save(figures.draw(data), paths[-1])
+    plots_lib.save(plots_lib.draw(data), paths[-1])
   return paths
 
 

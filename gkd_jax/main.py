@@ -46,7 +46,7 @@ _RUN_MODES = {
   'export': 'gkd_jax.export.export',
   'compare': 'gkd_jax.compare.compare',
   'sweep': 'gkd_jax.sweep.sweep',
-  'report': 'gkd_jax.report.report',
+  'report': 'gkd_jax.report.report.report',
   'precompile': 'gkd_jax.precompile.precompile',
 }
 # What is run where no file is named: a mode without an experiment.

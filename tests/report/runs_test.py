@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from gkd_jax import runs
+from gkd_jax.report import runs
 from tests import conftest, run_folders
 from tests.run_folders import SFT, gkd
 

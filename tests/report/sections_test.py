@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from gkd_jax import runs, sections
+from gkd_jax.report import runs, sections
 from tests import run_folders
 from tests.run_folders import SFT, gkd
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gkd_jax import runs as runs_lib
-from gkd_jax import tables
-from gkd_jax.runs import Run
+from gkd_jax.report import runs as runs_lib
+from gkd_jax.report import tables
+from gkd_jax.report.runs import Run
 
 ROLES = ('teacher', 'initial student', 'method')
 KL = 'on_student_outputs/reverse_kl'  # KL(student || teacher)
