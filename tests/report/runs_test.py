@@ -328,6 +328,15 @@ def kinds(tmp_path, first, second):
       {'RANDOM_SEED': 0, 'INITIAL_CHECKPOINT_PATH': 'gone/jsd_0.1/seed_0/a'},
       {'RANDOM_SEED': 1, 'INITIAL_CHECKPOINT_PATH': 'gone/jsd_0.1/seed_1/a'},
     ),
+    # A number in a path is not always the seed.
+    (
+      {'RANDOM_SEED': 0, 'INITIAL_CHECKPOINT_PATH': 'models/t5_1_1_base'},
+      {'RANDOM_SEED': 1, 'INITIAL_CHECKPOINT_PATH': 'models/t5_1_1_base'},
+    ),
+    (
+      {'RANDOM_SEED': 0, 'TRAIN_ON_PREDICTIONS': 'runs/1/predictions.jsonl'},
+      {'RANDOM_SEED': 1, 'TRAIN_ON_PREDICTIONS': 'runs/1/predictions.jsonl'},
+    ),
   ],
 )
 def test_these_are_seeds_of_one_experiment(tmp_path, first, second):
