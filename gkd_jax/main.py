@@ -161,7 +161,7 @@ def _run(argv: Sequence[str]) -> None:
     keywords['config_text'] = lambda: _operative_config(gin, bindings)
   if _TFDS_DATA_DIR.value and starts_runs:
     keywords['flags'] = [f'--tfds_data_dir={_TFDS_DATA_DIR.value}']
-  if mode == 'sweep':
+  if starts_runs:
     keywords['check'] = functools.partial(_check_arguments, gin)
   gin.get_configurable(function)(**keywords)
 
