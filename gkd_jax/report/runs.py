@@ -402,8 +402,6 @@ def method(run: Run) -> str:
     return 'SeqKD' if by_teacher else 'SFT'
   if fraction in (0.0, None):
     name = 'supervised KD' if of == 'forward KL' else f'supervised KD, {of}'
-    if by_teacher:
-      name += " on the teacher's outputs"
   elif fraction == 1.0:
     name = f'on-policy GKD, {of}'
   else:
@@ -411,6 +409,8 @@ def method(run: Run) -> str:
     name = f'GKD λ={fraction:g}, {of}'
     if fraction == 0.5:
       name = paper.get(of, name)
+  if by_teacher and fraction != 1.0:
+    name += " on the teacher's outputs"
   if likelihood := settings.get('LIKELIHOOD_WEIGHT'):
     name += f' + {likelihood:g} likelihood'
   return name

@@ -417,6 +417,14 @@ RL = {
       "supervised KD on the teacher's outputs",
     ),
     (gkd(0.5), 'ImitKD'),
+    (
+      gkd(0.5) | {'TRAIN_ON_PREDICTIONS': 'outputs/train.jsonl'},
+      "ImitKD on the teacher's outputs",
+    ),
+    (
+      gkd(1.0) | {'TRAIN_ON_PREDICTIONS': 'outputs/train.jsonl'},
+      'on-policy GKD, forward KL',
+    ),
     (gkd(0.5, 'total_variation'), 'f-distill'),
     (gkd(0.5, 'generalized_jsd', 0.1), 'GKD λ=0.5, JSD(0.1)'),
     (gkd(0.25), 'GKD λ=0.25, forward KL'),
