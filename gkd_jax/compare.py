@@ -8,17 +8,19 @@ there are, and reads what they wrote.
 
 import json
 import pathlib
+import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gkd_jax import figures, tables
 from gkd_jax import jobs as jobs_lib
 from gkd_jax import metrics as metrics_lib
-from gkd_jax.figures import Bars, Line, Panel, Plot
 from gkd_jax.jobs import Job
-from gkd_jax.tables import Column, Mean
+from gkd_jax.report import plots as plots_lib
+from gkd_jax.report import tables
+from gkd_jax.report.plots import Bars, Line, Panel, Plot
+from gkd_jax.report.tables import Column, Mean
 
 _TEACHER = 'teacher'
 _INITIAL = 'initial_student'
@@ -35,6 +37,7 @@ def compare(
   settings: Mapping[str, Mapping[str, Any]] | None = None,
   seeds: Sequence[int] = (0,),
   num_parallel: int = 2,
+  check: Callable[[Sequence[str]], None] | None = None,
   flags: Sequence[str] = (),
 ) -> None:
   """Runs a comparison, or what is left of it, and writes its report.
@@ -55,10 +58,12 @@ def compare(
       overrides for those runs.
     seeds: of the students. The teacher is trained once, with the first.
     num_parallel: processes at a time.
+    check: raises ValueError if gin does not take the arguments of a run.
     flags: of gkd_jax.main, that all runs get.
 
   Raises:
-    ValueError: a run failed, or the folder holds another comparison.
+    ValueError: a setting cannot be, gin does not take those of a run, a run
+      failed or lacks a metric, or the folder holds another comparison.
   """
   folder = pathlib.Path(output_dir)
   settings = settings or {}
@@ -69,6 +74,7 @@ def compare(
     )
   if num_parallel < 1:
     raise ValueError(f'NUM_PARALLEL must be 1 or more, got {num_parallel}.')
+  _check_names(methods, metrics, seeds)
   jobs_lib.check_gin_files(
     (teacher, initial_student, evaluation, *methods.values()), 'compare'
   )
@@ -76,6 +82,8 @@ def compare(
     folder, teacher, initial_student, evaluation, methods, settings, seeds
   )
   jobs = jobs_lib.add_flags(jobs, flags)
+  if check is not None:
+    jobs_lib.check_arguments(jobs, check)
   jobs_lib.check_same(folder / 'comparison.json', jobs)
   start = time.monotonic()
   jobs_lib.run(jobs, folder, num_parallel)
@@ -100,6 +108,30 @@ def compare(
     'Samples, token by token: python -m gkd_jax.main --run_mode=report '
     f'--gin.RUNS={shlex.quote(str(folder))}'
   )
+
+
+def _check_names(methods, metrics, seeds) -> None:
+  """Raises ValueError for what could not be told apart, or is none."""
+  if not isinstance(methods, Mapping) or not methods:
+    raise ValueError(f'METHODS must be {{name: gin file}}, got {methods!r}.')
+  for name in methods:
+    if not re.fullmatch(r'[\w.+-]+', name) or name in (_TEACHER, _INITIAL):
+      raise ValueError(
+        f'METHODS: {name!r} cannot be the name of a method. It becomes a '
+        "folder's: letters, digits, '_', '.', '+' and '-', and neither "
+        f'{_TEACHER} nor {_INITIAL}.'
+      )
+  if not isinstance(metrics, list | tuple) or not metrics:
+    raise ValueError(f"METRICS must be like ('wer',), got {metrics!r}.")
+  if (
+    not isinstance(seeds, list | tuple)
+    or not seeds
+    or not all(isinstance(seed, int) for seed in seeds)
+    or len({*seeds}) < len(seeds)
+  ):
+    raise ValueError(
+      f'SEEDS must be whole numbers, each once, like (0, 1, 2), got {seeds!r}.'
+    )
 
 
 def _jobs(
@@ -199,6 +231,12 @@ def _read_run(folder, method, seed, metrics) -> dict[str, Any]:
   values = json.loads((folder / 'eval_test.json').read_text())
   row = {'method': method, 'seed': seed}
   for name in metrics:
+    for key in (f'greedy/{name}', f'sampled/{name}'):
+      if key not in values:
+        raise ValueError(
+          f'METRICS: {folder}/eval_test.json has no {key!r}. It has: '
+          f'{", ".join(values)}.'
+        )
     row[name] = values[f'greedy/{name}']
     row[f'sampled_{name}'] = values[f'sampled/{name}']
   return {
@@ -281,7 +319,7 @@ def _plot(folder, results, methods, metric, seeds) -> list[pathlib.Path]:
       }
       for seed in seeds
     ]
-    series[method] = figures.mean_curve(by_seed)
+    series[method] = plots_lib.mean_curve(by_seed)
   label = tables.axis_label(f'greedy/{metric}')
   by_step = Plot(
     'steps of the method',
@@ -306,7 +344,7 @@ def _plot(folder, results, methods, metric, seeds) -> list[pathlib.Path]:
   paths = []
   for name, data in (('by_step', by_step), ('final', final)):
     paths.append(folder / f'{metric}_{name}.png')
-    figures.save(figures.draw(data), paths[-1])
+    plots_lib.save(plots_lib.draw(data), paths[-1])
   return paths
 
 

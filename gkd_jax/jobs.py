@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gkd_jax import metrics as metrics_lib
 
@@ -69,6 +69,24 @@ def check_gin_files(files: Iterable[str], setting: str) -> None:
   for file in files:
     if not _find(file).is_file():
       raise ValueError(f'{setting}: there is no gin file {file}.')
+
+
+def check_arguments(
+  jobs: Iterable[Job], check: Callable[[Sequence[str]], None]
+) -> None:
+  """Raises ValueError if a job that is not done could not be run.
+
+  Args:
+    jobs: to be run.
+    check: raises ValueError if gin does not take the arguments of a job.
+  """
+  for job in jobs:
+    if job.result.exists():
+      continue
+    try:
+      check(job.arguments)
+    except ValueError as e:
+      raise ValueError(f'{job.name} cannot be run: {e}') from e
 
 
 def check_same(path: pathlib.Path, jobs: Sequence[Job]) -> None:

@@ -46,7 +46,7 @@ _RUN_MODES = {
   'export': 'gkd_jax.export.export',
   'compare': 'gkd_jax.compare.compare',
   'sweep': 'gkd_jax.sweep.sweep',
-  'report': 'gkd_jax.report.report',
+  'report': 'gkd_jax.report.report.report',
   'precompile': 'gkd_jax.precompile.precompile',
 }
 # What is run where no file is named: a mode without an experiment.
@@ -161,7 +161,7 @@ def _run(argv: Sequence[str]) -> None:
     keywords['config_text'] = lambda: _operative_config(gin, bindings)
   if _TFDS_DATA_DIR.value and starts_runs:
     keywords['flags'] = [f'--tfds_data_dir={_TFDS_DATA_DIR.value}']
-  if mode == 'sweep':
+  if starts_runs:
     keywords['check'] = functools.partial(_check_arguments, gin)
   gin.get_configurable(function)(**keywords)
 

@@ -55,7 +55,7 @@ def _keep_through_step(path: pathlib.Path, step: int) -> None:
       break
     if json.loads(line)['step'] <= step:
       kept.append(line)
-  path.write_text(''.join(kept))
+  write_whole(path, ''.join(kept))
 
 
 def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
@@ -63,7 +63,9 @@ def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
   path = pathlib.Path(run_dir) / 'metrics.jsonl'
   if not path.exists():
     return []
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  # The last line may be cut off: by the end of a run, or half written now.
+  *whole, _ = path.read_text().split('\n')
+  return [json.loads(line) for line in whole]
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

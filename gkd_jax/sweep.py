@@ -88,14 +88,11 @@ def sweep(
     folder, grid, experiment, seeds, settings or {}, before or {}
   )
   jobs = jobs_lib.add_flags(jobs, flags)
-  waiting = [job for job in jobs if not job.result.exists()]
-  for job in waiting if check else ():
-    try:
-      check(job.arguments)
-    except ValueError as e:
-      raise ValueError(f'{job.name} cannot be run: {e}') from e
+  if check is not None:
+    jobs_lib.check_arguments(jobs, check)
   jobs_lib.check_same(folder / 'sweep.json', jobs)
   if print_commands:
+    waiting = [job for job in jobs if not job.result.exists()]
     left = {job.name for job in waiting}
     ready = [job for job in waiting if left.isdisjoint(job.needs)]
     for job in ready:

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -167,6 +168,16 @@ def train(
   rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
   pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
   _check_reward_baseline(objective, train_dataset.batch_size, num_microbatches)
+  for name, value, least in (
+    ('TRAIN_STEPS', total_steps, 1),
+    ('EVAL_PERIOD', eval_period, 0),
+    ('CHECKPOINT_PERIOD', checkpoint_period, 0),
+    ('LOG_PERIOD', log_period, 1),
+  ):
+    if not isinstance(value, int) or value < least:
+      raise ValueError(
+        f'{name} must be a whole number, {least} or more, got {value!r}.'
+      )
   if best_mode not in ('min', 'max'):
     raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
   if best_metric is not None and eval_dataset is None:
@@ -251,8 +262,9 @@ def train(
   judge = None
   if reward is not None:
     judge = programs.make_judge(reward, score, reward_params, device_mesh)
-  evaluations = {
-    split.split: evaluate.Evaluation(
+
+  def make_evaluation(split):
+    return split and evaluate.Evaluation(
       split,
       plan.student,
       teacher_model,
@@ -262,11 +274,11 @@ def train(
       mesh=device_mesh,
       judge=judge,
     )
-    for split in (eval_dataset, final_eval_dataset)
-    if split is not None
-  }
+
+  evaluation = make_evaluation(eval_dataset)
+  final_evaluation = make_evaluation(final_eval_dataset)
   if best_metric is not None:
-    _check_best_metric(best_metric, evaluations[eval_dataset.split].names())
+    _check_best_metric(best_metric, evaluation.names())
   iterator = data.TrainIterator(
     train_dataset,
     seed=seed,
@@ -304,7 +316,7 @@ def train(
       raise_failure=reward.raise_failure if reward else lambda: None,
       writer=metrics_lib.MetricWriter(run_dir, first_step),
       checkpoints=checkpoints,
-      evaluation=evaluations.get(eval_dataset.split) if eval_dataset else None,
+      evaluation=evaluation,
       mesh=device_mesh,
       learning_rate=learning_rate,
       total_steps=total_steps,
@@ -314,14 +326,15 @@ def train(
       log_period=log_period,
     )
   checkpoints.close()
-  if final_eval_dataset is not None:
+  if final_evaluation is not None:
     path = run_dir / f'eval_{final_eval_dataset.split}.json'
     if not path.exists():
       # The teacher's own test metrics are those of its own run.
-      evaluation = evaluations[final_eval_dataset.split]
-      values, _ = evaluation(state.params, with_teacher=False)
+      values, _ = final_evaluation(state.params, with_teacher=False)
       evaluate.write_samples(
-        run_dir, final_eval_dataset.split, evaluation.samples(state.params)
+        run_dir,
+        final_eval_dataset.split,
+        final_evaluation.samples(state.params),
       )
       evaluate.write_results(
         run_dir,
@@ -330,7 +343,7 @@ def train(
           'step': int(state.step),
           'train_seconds': train_seconds,
           **values,
-          **evaluation.notes,
+          **final_evaluation.notes,
         },
       )
       metrics_lib.say(
@@ -661,16 +674,18 @@ def _check_same_config(run_dir: pathlib.Path, config: str) -> None:
 
 def _comparable(config: str) -> list[str]:
   """Lines that must not change: all but comments and where the run lies."""
+  # A long path begins on the next line, and goes on while lines are indented.
+  where = re.compile(r'^MODEL_DIR = .*(?:\n .*)*', re.MULTILINE)
   return [
     line
-    for line in config.splitlines()
-    if line and not line.startswith(('#', 'MODEL_DIR ='))
+    for line in where.sub('', config).splitlines()
+    if line and not line.startswith('#')
   ]
 
 
 def _save_manifest(run_dir: pathlib.Path, config: str) -> None:
   """Writes config.gin and versions.json beside the checkpoints."""
   run_dir.mkdir(parents=True, exist_ok=True)
-  (run_dir / 'config.gin').write_text(config)
+  metrics_lib.write_whole(run_dir / 'config.gin', config)
   versions = {**checkpoint.versions(), 'command': sys.argv}
   (run_dir / 'versions.json').write_text(json.dumps(versions, indent=2) + '\n')

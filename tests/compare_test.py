@@ -525,6 +525,48 @@ def test_settings_for_nobody_are_refused(tmp_path, start):
   assert start.jobs == [] and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'seeds': 3}, 'SEEDS must be whole numbers, each once'),
+    ({'seeds': ()}, 'SEEDS must be whole numbers, each once'),
+    ({'seeds': (0, 0)}, 'SEEDS must be whole numbers, each once'),
+    ({'seeds': (0.5,)}, 'SEEDS must be whole numbers, each once'),
+    ({'metrics': 'wer'}, "METRICS must be like .* got 'wer'"),
+    ({'metrics': ()}, 'METRICS must be like'),
+    ({'methods': {}}, 'METHODS must be'),
+    ({'methods': ('sft.gin',)}, 'METHODS must be'),
+    ({'methods': {'teacher': METHODS['sft']}}, "METHODS: 'teacher' cannot be"),
+    ({'methods': {'a/b': METHODS['sft']}}, "METHODS: 'a/b' cannot be"),
+  ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, start, changes, message):
+  with pytest.raises(ValueError, match=message):
+    run_compare(tmp_path / 'out', **changes)
+
+  assert start.jobs == [] and not (tmp_path / 'out').exists()
+
+
+def test_settings_that_gin_does_not_take_are_refused_at_once(tmp_path, start):
+  def check(arguments):
+    if '--gin.TRAIN_STEP=3' in arguments:
+      raise ValueError('TRAIN_STEP changes nothing')
+
+  with pytest.raises(ValueError, match='seed_0/sft cannot be run: TRAIN_STEP'):
+    run_compare(
+      tmp_path / 'out', settings={'methods': {'TRAIN_STEP': 3}}, check=check
+    )
+
+  assert start.jobs == [] and not (tmp_path / 'out').exists()
+
+
+def test_a_metric_that_the_runs_lack_is_named(tmp_path):
+  finish_all(tmp_path)
+
+  with pytest.raises(ValueError, match="no 'greedy/cer'. It has: .*greedy/wer"):
+    run_compare(tmp_path, metrics=('wer', 'cer'))
+
+
 def test_no_run_at_a_time_is_refused(tmp_path, start):
   with pytest.raises(ValueError, match='NUM_PARALLEL must be'):
     run_compare(tmp_path / 'out', num_parallel=0)

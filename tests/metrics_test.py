@@ -67,6 +67,14 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
   assert [m['step'] for m in metrics.read(tmp_path)] == [1, 2, 3]
 
 
+def test_a_line_that_was_cut_off_is_not_read(tmp_path):
+  write_steps(tmp_path, [1, 2])
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(path.read_text() + '{"step": 3, "lo')
+
+  assert [m['step'] for m in metrics.read(tmp_path)] == [1, 2]
+
+
 def test_a_whole_last_line_without_its_newline_counts_as_cut_off(tmp_path):
   # Otherwise the next line would be appended to it.
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n{"step": 2}')

@@ -21,6 +21,7 @@ from gkd_jax import (
   checkpoint,
   data,
   divergences,
+  evaluate,
   infer,
   metrics,
   objectives,
@@ -344,6 +345,33 @@ def test_an_evaluation_has_task_metrics_and_divergences(whole):
   }
 
 
+def test_a_part_of_a_split_now_and_then_and_the_whole_at_the_end(
+  train_letters, tmp_path, monkeypatch
+):
+  evaluated = []
+
+  class Evaluation(evaluate.Evaluation):
+    def __init__(self, config, *args, **kwargs):
+      self.config = config
+      super().__init__(config, *args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+      evaluated.append(self.config.num_examples)
+      return super().__call__(*args, **kwargs)
+
+  monkeypatch.setattr(evaluate, 'Evaluation', Evaluation)
+  whole = train_letters.dataset('validation')
+
+  train_letters(
+    tmp_path / 'run',
+    total_steps=1,
+    eval_dataset=dataclasses.replace(whole, num_examples=3),
+    final_eval_dataset=whole,
+  )
+
+  assert evaluated == [3, None]
+
+
 def test_the_student_starts_from_the_checkpoint_it_is_given(
   train_letters, teacher, tmp_path
 ):
@@ -459,6 +487,23 @@ def test_a_batch_must_be_divisible_by_its_parts(refused, num_microbatches):
   message = refused(num_microbatches=num_microbatches)
 
   assert 'BATCH_SIZE 8 must be divisible by NUM_MICROBATCHES' in message
+
+
+@pytest.mark.parametrize(
+  'name, value, least',
+  [
+    ('total_steps', 1e3, 1),
+    ('total_steps', 0, 1),
+    ('eval_period', -1, 0),
+    ('checkpoint_period', 0.5, 0),
+    ('log_period', 0, 1),
+  ],
+)
+def test_steps_and_periods_are_whole_numbers(refused, name, value, least):
+  message = refused(**{name: value})
+
+  macro = name.upper().replace('TOTAL', 'TRAIN')
+  assert f'{macro} must be a whole number, {least} or more, got' in message
 
 
 def test_a_batch_must_be_divisible_by_the_devices(refused):
@@ -602,6 +647,19 @@ def test_the_folder_of_another_run_is_refused_with_what_differs(
   assert 'holds another run' in message
   assert '  -SEED = 0\n  +SEED = 1\n' in message
   assert 'BATCH_SIZE' not in message
+
+
+def test_a_long_path_to_the_run_is_no_difference(refused, tmp_path):
+  def config(seed, folder):
+    return f"MODEL_DIR = \\\n    '/{folder}/of/runs'\nSEED = {seed}\n"
+
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.gin').write_text(config(0, 'old'))
+
+  message = refused(config_text=lambda: config(1, 'new'))
+
+  assert '  -SEED = 0\n  +SEED = 1\n' in message
+  assert 'of/runs' not in message
 
 
 def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):

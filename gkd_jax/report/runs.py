@@ -296,30 +296,38 @@ def kind(run: Run) -> frozenset[tuple[str, str]]:
   """Returns what makes a run the same experiment as another, but for its seed.
 
   These are its settings, and those of the runs that it began from. Of a model
-  that is no run it is the path, in which the seed's number stands for any.
+  that is no run it is the path, in which 'seed_0' stands for any seed's.
   """
   return _kind(run.folder, run.settings)
 
 
-def _kind(folder, settings) -> frozenset[tuple[str, str]]:
+def identity(run: Run) -> frozenset[tuple[str, str]]:
+  """Returns what a run shares with its repeats alone: `kind`, and all seeds."""
+  return _kind(run.folder, run.settings, with_seeds=True)
+
+
+def _kind(folder, settings, with_seeds=False) -> frozenset[tuple[str, str]]:
+  free = {*FREE, _INITIAL, _TEACHER}
+  if with_seeds:
+    free.remove('RANDOM_SEED')
   parts = {
-    (name, repr(_any_seed(value, settings)))
+    (name, repr(value if with_seeds else _any_seed(value, settings)))
     for name, value in settings.items()
-    if value is not None and name not in (*FREE, _INITIAL, _TEACHER)
+    if value is not None and name not in free
   }
   for name in (_INITIAL, _TEACHER):
-    if origin := _resolve(folder, settings, name):
-      parts.add((name, repr(_kind_of_folder(origin, settings))))
+    origin = _resolve(folder, settings, name)
+    if origin is None:
+      continue
+    path = origin / 'config.gin'
+    if path.is_file():
+      own = sorted(_kind(origin, _read_file(path), with_seeds))
+    else:
+      own = str(origin) if with_seeds else _any_seed(str(origin), settings)
+    parts.add((name, repr(own)))
   if not settings:
     parts.add(('folder', str(folder)))
   return frozenset(parts)
-
-
-def _kind_of_folder(folder: pathlib.Path, settings: Mapping[str, Any]):
-  path = folder / 'config.gin'
-  if path.is_file():
-    return sorted(_kind(folder, _read_file(path)))
-  return _any_seed(str(folder), settings)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -328,11 +336,15 @@ def _read_file(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _any_seed(value: Any, settings: Mapping[str, Any]) -> Any:
-  """Returns a path with the run's seed replaced; other values as they are."""
-  seed = settings.get('RANDOM_SEED')
+  """Returns a path with the run's seed replaced; other values as they are.
+
+  A number is the seed where the path says so. Others stay: 't5_1_1_base' is no
+  other model for the run with seed 1.
+  """
   if not isinstance(value, str) or '/' not in value or value.startswith('@'):
     return value
-  return re.sub(rf'(?<![\d.]){seed}(?![\d]|\.\d)', '*', value)
+  seed = settings.get('RANDOM_SEED')
+  return re.sub(rf'(seed[_=-]?){seed}(?!\d|\.\d)', r'\1*', value, flags=re.I)
 
 
 # --- What a run did -----------------------------------------------------------
@@ -390,8 +402,6 @@ def method(run: Run) -> str:
     return 'SeqKD' if by_teacher else 'SFT'
   if fraction in (0.0, None):
     name = 'supervised KD' if of == 'forward KL' else f'supervised KD, {of}'
-    if by_teacher:
-      name += " on the teacher's outputs"
   elif fraction == 1.0:
     name = f'on-policy GKD, {of}'
   else:
@@ -399,6 +409,8 @@ def method(run: Run) -> str:
     name = f'GKD λ={fraction:g}, {of}'
     if fraction == 0.5:
       name = paper.get(of, name)
+  if by_teacher and fraction != 1.0:
+    name += " on the teacher's outputs"
   if likelihood := settings.get('LIKELIHOOD_WEIGHT'):
     name += f' + {likelihood:g} likelihood'
   return name

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from gkd_jax import runs, sections
+from gkd_jax.report import runs, sections
 from tests import run_folders
 from tests.run_folders import SFT, gkd
 
@@ -99,6 +99,34 @@ def test_a_run_that_was_copied_is_not_counted_twice(tmp_path):
 
   assert len(section.methods[0].runs) == 2
   assert any('repeats' in note and 'run' in note for note in section.notes)
+
+
+def test_a_study_that_was_run_again_adds_no_seeds(tmp_path):
+  run_folders.study(tmp_path / 'one', WER)
+  again = WER | {'skd': (gkd(0.0), [57.0, 56.0, 70.0])}
+  run_folders.study(tmp_path / 'two', again)
+
+  groups = by_name(section_of(tmp_path))
+
+  assert {name: len(group.runs) for name, group in groups.items()} == {
+    'teacher': 1,
+    'initial student': 3,
+    'SFT': 3,
+    'ImitKD': 3,
+    'supervised KD': 3,
+  }
+
+
+def test_what_began_from_a_repeat_is_measured_against_the_run_that_is_kept(
+  tmp_path,
+):
+  run_folders.study(tmp_path / 'one', WER)
+  again = WER | {'skd': (gkd(0.0), [40.0, 45.0, 50.0])}
+  run_folders.study(tmp_path / 'two', again)
+
+  means = by_name(section_of(tmp_path))['supervised KD'].means
+
+  assert means['gap_closed'].value == pytest.approx(0.5)
 
 
 def test_several_tasks_and_splits_are_several_sections(tmp_path):
@@ -317,6 +345,23 @@ def test_more_is_better_where_the_runs_say_so(tmp_path):
   section = tune(tmp_path, scores, mode='max')
 
   assert section.methods[0].settings['LEARNING_RATE'] == 0.01
+
+
+def test_settings_are_chosen_by_the_seeds_that_all_have(tmp_path):
+  # With seed 0 the lower rate is better; seed 1 is hard for both.
+  for rate, seed, value in ((0.01, 0, 50.0), (0.01, 1, 90.0), (0.03, 0, 60.0)):
+    run_folders.write(
+      tmp_path / f'{rate}_{seed}',
+      {'greedy/wer': value},
+      {1000: value},
+      LEARNING_RATE=rate,
+      RANDOM_SEED=seed,
+      **gkd(0.5),
+    )
+
+  (group,) = section_of(tmp_path).groups
+
+  assert group.settings['LEARNING_RATE'] == 0.01
 
 
 def test_without_a_validation_metric_none_is_chosen(tmp_path):

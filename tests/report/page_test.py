@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from gkd_jax import figures, page
-from gkd_jax.tables import Mean
+from gkd_jax.report import figures, page, plots
+from gkd_jax.report.tables import Mean
 from tests import run_folders
 from tests.run_folders import token
 
@@ -45,9 +45,9 @@ def bars():
     'methods',
     'Methods <1>',
     'Caption & more.',
-    figures.Bars([figures.Panel('WER %', {'SFT': Mean(50.0, 1.0, 2)})]),
+    plots.Bars([plots.Panel('WER %', {'SFT': Mean(50.0, 1.0, 2)})]),
   )
-  return page.Shown(figure, 'methods', figures.draw(figure.data))
+  return page.Shown(figure, 'methods', plots.draw(figure.data))
 
 
 @pytest.fixture(scope='module')

@@ -6,9 +6,9 @@ import re
 import PIL.Image
 import pytest
 
-from gkd_jax import report
+from gkd_jax.report import report
 from tests import run_folders
-from tests.page_test import Tree
+from tests.report.page_test import Tree
 from tests.run_folders import SFT, gkd, samples, token
 
 WER = {

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import json
-import math
-import re
-import xml.etree.ElementTree as ET
 
-import PIL.Image
 import pytest
 
-from gkd_jax import figures, runs, sections
-from gkd_jax.tables import Mean
+from gkd_jax.report import figures, plots, runs, sections
+from gkd_jax.report.tables import Mean
 from tests import run_folders
 from tests.run_folders import SFT, gkd
 
@@ -57,8 +53,8 @@ def test_bars_show_each_method_from_the_initial_student(grid):
   assert greedy.label == 'WER %, greedy'
   assert list(greedy.bars)[:2] == ['supervised KD', 'supervised KD, JSD(0.9)']
   assert greedy.bars['ImitKD'] == mean_of(54.0, 55.0)
-  assert greedy.base == figures.Line('initial student', mean_of(60.0, 62.0))
-  assert greedy.lines == [figures.Line('teacher', of_one(20.0))]
+  assert greedy.base == plots.Line('initial student', mean_of(60.0, 62.0))
+  assert greedy.lines == [plots.Line('teacher', of_one(20.0))]
   assert sampled.label == 'WER %, sampled at T=1'
   assert sampled.bars['ImitKD'] == mean_of(64.0, 65.0)
   assert sampled.lines == []  # the teacher was not sampled from
@@ -77,7 +73,7 @@ def test_a_method_without_a_decoding_has_no_bar_there(tmp_path):
   assert figure.data.panels[1].bars == {'SFT': None, 'ImitKD': of_one(39.0)}
   assert figure.data.panels[0].base is None
   assert 'begin at' not in figure.caption
-  figures.draw(figure.data)
+  plots.draw(figure.data)
 
 
 def test_each_initial_student_has_its_own_bars(tmp_path):
@@ -383,15 +379,6 @@ def test_curves_begin_at_the_initial_student(grid):
   ]
 
 
-def test_curves_have_the_steps_of_all_seeds():
-  points = figures.mean_curve([{0: 1.0, 5: 2.0, 9: 4.0}, {0: 3.0, 9: 8.0}])
-
-  assert [(p.x.value, p.y) for p in points] == [
-    (0.0, mean_of(1.0, 3.0)),
-    (9.0, mean_of(4.0, 8.0)),
-  ]
-
-
 def test_of_many_methods_the_best_are_shown(tmp_path):
   for i in range(11):
     run_folders.write(
@@ -434,102 +421,8 @@ def test_what_is_left_out_is_said_in_a_line_each(grid):
   assert all('\n' not in line for line in left_out)
 
 
-def test_the_numbers_of_a_figure_are_a_table(grid):
-  bars, heat_map, curves = figures.all_of(grid)[0]
-
-  table = figures.rows(bars)
-  assert table[0] == ['', 'WER %, greedy', 'WER %, sampled at T=1']
-  assert table[1] == ['initial student', '61 ± 1', '71 ± 1']
-  assert table[2] == ['teacher', '20', '']
-  assert ['ImitKD', '54.5 ± 0.5', '64.5 ± 0.5'] in table
-  assert figures.rows(heat_map)[1] == ['forward KL', '56 ± 1', '54.5 ± 0.5', '']
-  assert ['ImitKD', '500', '59.5 ± 0.5'] in figures.rows(curves)
-  assert all(len(row) == 3 for row in figures.rows(curves))
-
-
 def test_the_data_of_figures_are_plain(grid):
   for figure in figures.all_of(grid)[0]:
     read = json.loads(json.dumps(figures.as_json(figure), allow_nan=False))
     assert read['kind'] in ('Bars', 'HeatMap', 'Plot')
     assert read['title'] == figure.title
-
-
-# --- Pictures -----------------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def drawn(grid):
-  return {
-    figure.name: figures.draw(figure.data) for figure in figures.all_of(grid)[0]
-  }
-
-
-NAMES = ('methods', 'lambda_divergence', 'training')
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_a_picture_is_not_blank(drawn, tmp_path, name):
-  figures.save(drawn[name], tmp_path / 'figure.png')
-
-  with PIL.Image.open(tmp_path / 'figure.png') as picture:
-    assert picture.format == 'PNG'
-    assert min(picture.size) > 300
-    assert len(picture.convert('RGB').getcolors(1 << 20)) > 10
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_an_svg_needs_nothing_else_and_has_the_pages_colour(drawn, name):
-  code = figures.svg(drawn[name], 'p')
-
-  root = ET.fromstring(code)
-  assert root.tag == '{http://www.w3.org/2000/svg}svg'
-  assert 'viewBox' in root.attrib and 'width' not in root.attrib
-  assert not re.search(r'(?:href|src)="(?!#|data:)|url\((?!#)|@import', code)
-  assert 'currentColor' in code
-  assert figures._INK not in code
-
-
-def test_names_in_two_svgs_differ(drawn):
-  codes = [figures.svg(drawn['methods'], prefix) for prefix in ('a', 'b')]
-  ids = [set(re.findall(r'\bid="([^"]+)"', code)) for code in codes]
-
-  assert ids[0] and not ids[0] & ids[1]
-  for code, there in zip(codes, ids, strict=True):
-    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', code)
-    assert used and {a or b for a, b in used} <= there
-
-
-def test_an_svg_is_the_same_each_time(grid):
-  (figure,) = figures.heat_maps(grid)
-
-  first, second = (figures.svg(figures.draw(figure.data), 'p') for _ in 'ab')
-
-  assert first == second
-
-
-def text_of(drawn_figure):
-  return [
-    text.get_text()
-    for axes in drawn_figure.axes
-    for text in [*axes.texts, *axes.get_xticklabels(), axes.xaxis.label]
-  ]
-
-
-def test_bars_reach_from_the_initial_student_to_the_mean(grid):
-  (figure,) = figures.method_bars(grid)
-
-  axes = figures.draw(figure.data).axes[0]
-
-  bar = axes.patches[list(figure.data.panels[0].bars).index('ImitKD')]
-  assert bar.get_x() == pytest.approx(61.0)
-  assert bar.get_x() + bar.get_width() == pytest.approx(54.5)
-
-
-def test_cells_are_written_and_coloured_by_their_means(drawn):
-  texts = text_of(drawn['lambda_divergence'])
-
-  assert '54.5 ± 0.5' in texts and '–' in texts
-  image = drawn['lambda_divergence'].axes[0].images[0]
-  assert image.get_array()[0, 1] == 54.5
-  assert math.isnan(image.get_array().filled(math.nan)[0, 2])
-  assert image.get_cmap().name == 'cividis_r'  # less is better, so brighter

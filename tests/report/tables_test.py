@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from gkd_jax import tables
-from gkd_jax.tables import Column, Mean
+from gkd_jax.report import tables
+from gkd_jax.report.tables import Column, Mean
 
 
 def test_a_mean_has_the_standard_error_of_the_sample():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from gkd_jax import runs
+from gkd_jax.report import runs
 from tests import conftest, run_folders
 from tests.run_folders import SFT, gkd
 
@@ -328,6 +328,15 @@ def kinds(tmp_path, first, second):
       {'RANDOM_SEED': 0, 'INITIAL_CHECKPOINT_PATH': 'gone/jsd_0.1/seed_0/a'},
       {'RANDOM_SEED': 1, 'INITIAL_CHECKPOINT_PATH': 'gone/jsd_0.1/seed_1/a'},
     ),
+    # A number in a path is not always the seed.
+    (
+      {'RANDOM_SEED': 0, 'INITIAL_CHECKPOINT_PATH': 'models/t5_1_1_base'},
+      {'RANDOM_SEED': 1, 'INITIAL_CHECKPOINT_PATH': 'models/t5_1_1_base'},
+    ),
+    (
+      {'RANDOM_SEED': 0, 'TRAIN_ON_PREDICTIONS': 'runs/1/predictions.jsonl'},
+      {'RANDOM_SEED': 1, 'TRAIN_ON_PREDICTIONS': 'runs/1/predictions.jsonl'},
+    ),
   ],
 )
 def test_these_are_seeds_of_one_experiment(tmp_path, first, second):
@@ -408,6 +417,14 @@ RL = {
       "supervised KD on the teacher's outputs",
     ),
     (gkd(0.5), 'ImitKD'),
+    (
+      gkd(0.5) | {'TRAIN_ON_PREDICTIONS': 'outputs/train.jsonl'},
+      "ImitKD on the teacher's outputs",
+    ),
+    (
+      gkd(1.0) | {'TRAIN_ON_PREDICTIONS': 'outputs/train.jsonl'},
+      'on-policy GKD, forward KL',
+    ),
     (gkd(0.5, 'total_variation'), 'f-distill'),
     (gkd(0.5, 'generalized_jsd', 0.1), 'GKD λ=0.5, JSD(0.1)'),
     (gkd(0.25), 'GKD λ=0.25, forward KL'),

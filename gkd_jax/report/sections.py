@@ -8,12 +8,13 @@ of its method, and says more where several groups have the same.
 import collections
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gkd_jax import runs as runs_lib
-from gkd_jax import tables
-from gkd_jax.runs import Run
+from gkd_jax.report import runs as runs_lib
+from gkd_jax.report import tables
+from gkd_jax.report.runs import Run
 
 ROLES = ('teacher', 'initial student', 'method')
 KL = 'on_student_outputs/reverse_kl'  # KL(student || teacher)
@@ -267,14 +268,24 @@ def _main_metric(runs, where, metric, mode) -> tuple[str, str | None]:
 
 def _without_repeats(runs) -> tuple[list[Run], list[str]]:
   """Drops runs that repeat another, seeds and all: they are no new evidence."""
-  seen, kept, notes = {}, [], []
-  for run in runs:
-    key = (runs_lib.kind(run), run.seed, run.initial, run.teacher)
-    if run.settings and key in seen:
-      notes.append(f'{run.folder} repeats {seen[key]}, and is not counted.')
-      continue
-    seen[key] = run.folder
-    kept.append(run)
+  first: dict[Any, pathlib.Path] = {}
+  stands_for = {
+    run.folder: first.setdefault(runs_lib.identity(run), run.folder)
+    for run in runs
+    if run.settings
+  }
+  repeats = {a: b for a, b in stands_for.items() if a != b}
+  # What began from a repeat is measured against the run that is kept.
+  kept = [
+    dataclasses.replace(
+      run,
+      initial=repeats.get(run.initial, run.initial),
+      teacher=repeats.get(run.teacher, run.teacher),
+    )
+    for run in runs
+    if run.folder not in repeats
+  ]
+  notes = [f'{a} repeats {b}, and is not counted.' for a, b in repeats.items()]
   return kept, notes
 
 
@@ -297,11 +308,22 @@ def _roles(runs: Sequence[Run]) -> dict[Any, str]:
 
 
 def _best_on_validation(kinds, metric, mode):
-  """Returns the runs whose last validation metric is best, on average."""
+  """Returns the runs whose last validation metric is best, on average.
+
+  The average is over the seeds that all have, if there are any: a seed that
+  one lacks may be an easy one.
+  """
   if len(kinds) == 1:
     return kinds[0]
+  shared = set.intersection(*({run.seed for run in kind} for kind in kinds))
   scores = [
-    tables.mean([last_on_validation(run, metric) for run in kind])
+    tables.mean(
+      [
+        last_on_validation(run, metric)
+        for run in kind
+        if not shared or run.seed in shared
+      ]
+    )
     for kind in kinds
   ]
   if mode is None or None in scores:

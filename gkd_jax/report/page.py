@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from gkd_jax import figures as figures_lib
+from gkd_jax.report import figures as figures_lib
+from gkd_jax.report import plots
 
 # Upper ends, in nats, of the colours of tokens; the last colour has none.
 _NATS = (0.05, 0.2, 0.5, 1.0, 2.0)
@@ -27,7 +28,7 @@ class Shown:
 
   figure: figures_lib.Figure
   file: str
-  drawn: Any  # what figures.draw returned
+  drawn: Any  # what plots.draw returned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +149,12 @@ def _table(
 
 def _figure(shown: Shown) -> str:
   figure = shown.figure
-  svg = figures_lib.svg(shown.drawn, shown.file)
+  svg = plots.svg(shown.drawn, shown.file)
   svg = svg.replace(
     '<svg', f'<svg role="img" aria-label="{escape(figure.title)}"', 1
   )
-  numbers = _table(figures_lib.rows(figure), figure.title)
-  wide = ' class="wide"' if isinstance(figure.data, figures_lib.Bars) else ''
+  numbers = _table(plots.rows(figure.data), figure.title)
+  wide = ' class="wide"' if isinstance(figure.data, plots.Bars) else ''
   return (
     f'<figure{wide}><h4>{escape(figure.title)}</h4>'
     f'<div class="scroll">{svg}</div>'

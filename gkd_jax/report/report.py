@@ -13,12 +13,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gkd_jax import figures, page, sections, tables
 from gkd_jax import metrics as metrics_lib
-from gkd_jax import runs as runs_lib
-from gkd_jax.runs import Run
-from gkd_jax.sections import Group, Section
-from gkd_jax.tables import Column
+from gkd_jax.report import figures, page, plots, sections, tables
+from gkd_jax.report import runs as runs_lib
+from gkd_jax.report.runs import Run
+from gkd_jax.report.sections import Group, Section
+from gkd_jax.report.tables import Column
 
 _MAX_METRICS = 4  # of a task, in the table; the others are in report.json
 
@@ -56,7 +56,7 @@ def report(
   parts = [_part(section, len(all_sections) > 1) for section in all_sections]
   for part in parts:
     for shown in part.figures:
-      figures.save(shown.drawn, folder / f'{shown.file}.png')
+      plots.save(shown.drawn, folder / f'{shown.file}.png')
   not_used = [f'{_shown(path)}: {why}.' for path, why in unused]
   content = {
     'report.json': json.dumps(
@@ -120,7 +120,7 @@ def _part(section: Section, one_of_several: bool) -> page.Part:
     if section.also_run
     else [],
     figures=[
-      page.Shown(figure, f'{prefix}{figure.name}', figures.draw(figure.data))
+      page.Shown(figure, f'{prefix}{figure.name}', plots.draw(figure.data))
       for figure in of_section
     ],
     left_out=left_out,
