@@ -37,7 +37,7 @@ def compare(
   settings: Mapping[str, Mapping[str, Any]] | None = None,
   seeds: Sequence[int] = (0,),
   num_parallel: int = 2,
-  check: Callable[[Sequence[str]], None] | None = None,
+  check: Callable[[Sequence[str], str], None] | None = None,
   flags: Sequence[str] = (),
 ) -> None:
   """Runs a comparison, or what is left of it, and writes its report.
@@ -58,7 +58,7 @@ def compare(
       overrides for those runs.
     seeds: of the students. The teacher is trained once, with the first.
     num_parallel: processes at a time.
-    check: raises ValueError if gin does not take the arguments of a run.
+    check: see `jobs.check_arguments`.
     flags: of gkd_jax.main, that all runs get.
 
   Raises:

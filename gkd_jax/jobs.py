@@ -72,19 +72,20 @@ def check_gin_files(files: Iterable[str], setting: str) -> None:
 
 
 def check_arguments(
-  jobs: Iterable[Job], check: Callable[[Sequence[str]], None]
+  jobs: Iterable[Job], check: Callable[[Sequence[str], str], None]
 ) -> None:
   """Raises ValueError if a job that is not done could not be run.
 
   Args:
     jobs: to be run.
-    check: raises ValueError if gin does not take the arguments of a job.
+    check: (arguments, name of the result) -> None; raises ValueError if gin
+      does not take them, or a run with them would not write that file.
   """
   for job in jobs:
     if job.result.exists():
       continue
     try:
-      check(job.arguments)
+      check(job.arguments, job.result.name)
     except ValueError as e:
       raise ValueError(f'{job.name} cannot be run: {e}') from e
 

@@ -35,6 +35,7 @@ import sys
 import tokenize
 import traceback
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -179,8 +180,10 @@ def _check_mode(gin, mode: str, files: Sequence[str]) -> None:
     )
 
 
-def _check_arguments(gin, arguments: Sequence[str]) -> None:
+def _check_arguments(gin, arguments: Sequence[str], result: str) -> None:
   """Raises ValueError if gin would not take another run's arguments.
+
+  Or if that run would not write the file, `result`, that says it is done.
 
   It parses them, in place of what this run was configured with (and which it
   has by now).
@@ -197,7 +200,29 @@ def _check_arguments(gin, arguments: Sequence[str]) -> None:
     [_quote_strings(binding) for binding in of['--gin_bindings']],
     needs_files=True,
   )
-  _check_mode(gin, of['--run_mode'][-1], of['--gin_file'])
+  mode = of['--run_mode'][-1]
+  _check_mode(gin, mode, of['--gin_file'])
+  if mode == 'train' and result.startswith('eval_'):
+    written = None
+    if _macro(gin, 'FINAL_EVAL') is not None:
+      written = f'eval_{_macro(gin, "TEST_SPLIT")}.json'
+    if written != result:
+      raise ValueError(
+        f'it is done when it has written {result}, but FINAL_EVAL and '
+        f'TEST_SPLIT make it write {written or "none"}. Set FINAL_EVAL = '
+        "'@final_eval/data.DatasetConfig()' and TEST_SPLIT, or say which file "
+        "it ends with: {'result': 'eval_validation.json'}."
+      )
+
+
+def _macro(gin, name: str) -> Any:
+  """Returns a macro's value, None where it is not set."""
+  try:
+    value = gin.query_parameter(f'{name}/gin.macro.value')
+  except ValueError:
+    return None
+  is_macro = str(value).startswith('%')
+  return _macro(gin, str(value)[1:]) if is_macro else value
 
 
 def _parse(

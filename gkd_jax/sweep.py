@@ -57,7 +57,7 @@ def sweep(
   before: Mapping[str, Spec] | None = None,
   num_parallel: int = 1,
   print_commands: bool = False,
-  check: Callable[[Sequence[str]], None] | None = None,
+  check: Callable[[Sequence[str], str], None] | None = None,
   flags: Sequence[str] = (),
 ) -> None:
   """Runs a grid, or what is left of it.
@@ -74,7 +74,7 @@ def sweep(
     num_parallel: processes at a time.
     print_commands: print the commands that can be run now, side by side, one a
       line, and stop.
-    check: raises ValueError if gin does not take the arguments of a run.
+    check: see `jobs.check_arguments`.
     flags: of gkd_jax.main, that all runs get.
 
   Raises:

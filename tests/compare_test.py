@@ -548,7 +548,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, start, changes, message):
 
 
 def test_settings_that_gin_does_not_take_are_refused_at_once(tmp_path, start):
-  def check(arguments):
+  def check(arguments, result):
+    del result
     if '--gin.TRAIN_STEP=3' in arguments:
       raise ValueError('TRAIN_STEP changes nothing')
 

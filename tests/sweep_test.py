@@ -334,6 +334,39 @@ GRID = {{'a': {{'good': {{'BETA': 0.5}}, 'bad': {{'BETTA': 0.5}}}}}}
   )
 
 
+@pytest.mark.parametrize(
+  ['settings', 'message'],
+  [
+    ({'FINAL_EVAL': None}, 'make it write none'),
+    ({'TEST_SPLIT': 'validation'}, 'make it write eval_validation.json'),
+  ],
+)
+def test_a_run_that_would_never_be_done_is_refused_before_any_run(
+  tmp_path, run_main, settings, message
+):
+  config = tmp_path / 'sweep.gin'
+  config.write_text(
+    f"""include 'gin/runs/sweep.gin'
+EXPERIMENT = '{GKD}'
+SETTINGS = {{'INITIAL_CHECKPOINT_PATH': 'x', 'TEACHER_CHECKPOINT_PATH': 'y'}}
+GRID = {{'a': {{'b': {settings}}}}}
+"""
+  )
+
+  refused = run_main(
+    '--run_mode=sweep',
+    f'--gin_file={config}',
+    f'--gin.MODEL_DIR={tmp_path}/out',
+  )
+
+  assert refused.code == 1
+  assert 'a=b/seed_0 cannot be run: it is done when it has written' in (
+    refused.err
+  )
+  assert message in refused.err
+  assert not (tmp_path / 'out').exists()
+
+
 def test_a_file_of_another_mode_is_refused_before_any_run(tmp_path, run_main):
   config = tmp_path / 'sweep.gin'
   config.write_text(
@@ -461,11 +494,17 @@ def test_all_runs_look_for_data_where_the_sweep_is_told_to(tmp_path, run_main):
 
 def test_what_gin_takes_is_asked_of_the_runs_that_are_left(run):
   asked = []
-  run(check=asked.append)
+
+  def check(arguments, result):
+    del arguments
+    asked.append(result)
+
+  run(check=check)
+  assert set(asked) == {'predictions_train.jsonl', 'eval_test.json'}
   assert len(asked) == 5
 
   asked.clear()
-  run(check=asked.append)
+  run(check=check)
 
   assert asked == []
 
