@@ -186,12 +186,13 @@ def heat_maps(section: Section) -> list[Figure] | str:
 
 def data_efficiency(section: Section) -> list[Figure] | str:
   """Returns the main metric by the number of training examples."""
-  vary = ('TRAIN_NUM_EXAMPLES', *section.tuned)
+  macro = 'TRAIN_NUM_EXAMPLES'
+  vary = (macro, *section.tuned)
   series = {}
   for name, groups in sections.strata(
-    section.methods, vary, lambda g: g.method
+    section.methods, vary, lambda g: g.method, before=(macro,)
   ).items():
-    by_number = {g.settings.get('TRAIN_NUM_EXAMPLES'): g for g in groups}
+    by_number = {g.settings.get(macro): g for g in groups}
     if len(by_number) > 1:
       series[name] = by_number
   if not series:
@@ -210,6 +211,13 @@ def data_efficiency(section: Section) -> list[Figure] | str:
     ticks[of_all] = 'all'
   used = [g for by in series.values() for g in by.values()]
   base, lines = _levels(section, section.metric, used)
+  if base is None:  # those that began with as many examples are one more line
+    initial = _of_role(section, 'initial student', used)
+    of_initial = {g.settings.get(macro): g for g in initial}
+    if len(of_initial) == len(initial) > 1:
+      series = {'initial student': of_initial} | series
+      names = {group.name for group in initial}
+      lines = [line for line in lines if line.name not in names]
   return [
     Figure(
       'data_efficiency',

@@ -292,13 +292,19 @@ def _without_step(path: pathlib.Path) -> pathlib.Path:
 
 
 @functools.lru_cache(maxsize=4096)
-def kind(run: Run) -> frozenset[tuple[str, str]]:
+def kind(
+  run: Run, without: frozenset[str] = frozenset()
+) -> frozenset[tuple[str, str]]:
   """Returns what makes a run the same experiment as another, but for its seed.
 
   These are its settings, and those of the runs that it began from. Of a model
   that is no run it is the path, in which 'seed_0' stands for any seed's.
+
+  Args:
+    run: any.
+    without: settings to leave out, of the runs that it began from, too.
   """
-  return _kind(run.folder, run.settings)
+  return _kind(run.folder, run.settings, without=without)
 
 
 def identity(run: Run) -> frozenset[tuple[str, str]]:
@@ -306,8 +312,10 @@ def identity(run: Run) -> frozenset[tuple[str, str]]:
   return _kind(run.folder, run.settings, with_seeds=True)
 
 
-def _kind(folder, settings, with_seeds=False) -> frozenset[tuple[str, str]]:
-  free = {*FREE, _INITIAL, _TEACHER}
+def _kind(
+  folder, settings, with_seeds=False, without=frozenset()
+) -> frozenset[tuple[str, str]]:
+  free = {*FREE, *without, _INITIAL, _TEACHER}
   if with_seeds:
     free.remove('RANDOM_SEED')
   parts = {
@@ -321,7 +329,7 @@ def _kind(folder, settings, with_seeds=False) -> frozenset[tuple[str, str]]:
       continue
     path = origin / 'config.gin'
     if path.is_file():
-      own = sorted(_kind(origin, _read_file(path), with_seeds))
+      own = sorted(_kind(origin, _read_file(path), with_seeds, without))
     else:
       own = str(origin) if with_seeds else _any_seed(str(origin), settings)
     parts.add((name, repr(own)))

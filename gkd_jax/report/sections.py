@@ -487,7 +487,10 @@ def _order(group: Group) -> tuple:
 
 
 def strata(
-  groups: Sequence[Group], vary: Sequence[str], name: Callable[[Group], str]
+  groups: Sequence[Group],
+  vary: Sequence[str],
+  name: Callable[[Group], str],
+  before: Sequence[str] = (),
 ) -> dict[str, list[Group]]:
   """Puts groups together that differ in some settings alone.
 
@@ -495,13 +498,14 @@ def strata(
     groups: to sort.
     vary: macros that may differ.
     name: of what groups that belong together have in common.
+    before: of `vary`, those in which what they began from may differ, too.
 
   Returns:
     {name, told apart by their other settings: groups}.
   """
   together = collections.defaultdict(list)
   for group in groups:
-    together[name(group), rest(group, vary)].append(group)
+    together[name(group), rest(group, vary, before)].append(group)
   names = unique_names(
     [(name, some[0].runs[0]) for (name, _), some in together.items()],
     ignore=vary,
@@ -509,12 +513,20 @@ def strata(
   return dict(zip(names, together.values(), strict=True))
 
 
-def rest(group: Group, vary: Sequence[str]) -> frozenset[tuple[str, str]]:
-  """Returns all settings of a group but some macros, and what those decide."""
+def rest(
+  group: Group, vary: Sequence[str], before: Sequence[str] = ()
+) -> frozenset[tuple[str, str]]:
+  """Returns all settings of a group but some macros, and what those decide.
+
+  Args:
+    group: of runs.
+    vary: these macros.
+    before: of them, those that are left out of what it began from, too.
+  """
   of_divergence = 'DIVERGENCE' in vary
   return frozenset(
     (name, value)
-    for name, value in runs_lib.kind(group.runs[0])
+    for name, value in runs_lib.kind(group.runs[0], frozenset(before))
     if name not in vary
     and not (of_divergence and name.startswith('divergences.'))
   )

@@ -249,6 +249,51 @@ def test_data_efficiency_is_by_number_of_examples_all_last(tmp_path):
   assert '"all" is the whole training split' in figure.caption
 
 
+def test_initial_students_of_as_few_examples_are_a_line_of_their_own(tmp_path):
+  run_folders.write(tmp_path / 'teacher', {'greedy/wer': 20.0}, **SFT)
+  for number, wer in ((100, 80.0), (1000, 60.0)):
+    few = {'TRAIN_NUM_EXAMPLES': number}
+    initial = run_folders.write(
+      tmp_path / f'initial_{number}', {'greedy/wer': wer}, **SFT, **few
+    )
+    run_folders.write(
+      tmp_path / f'skd_{number}',
+      {'greedy/wer': wer - 5.0},
+      INITIAL_CHECKPOINT_PATH=initial,
+      TEACHER_CHECKPOINT_PATH=tmp_path / 'teacher',
+      **gkd(0.0),
+      **few,
+    )
+
+  (figure,) = figures.data_efficiency(section_of(tmp_path))
+
+  lines = {
+    name: [(figure.data.x_ticks[p.x.value], p.y) for p in points]
+    for name, points in figure.data.series.items()
+  }
+  assert lines == {
+    'initial student': [('100', of_one(80.0)), ('1,000', of_one(60.0))],
+    'supervised KD': [('100', of_one(75.0)), ('1,000', of_one(55.0))],
+  }
+  assert [line.name for line in figure.data.lines] == ['teacher']
+
+
+def test_students_that_began_otherwise_are_no_line_of_data_efficiency(tmp_path):
+  for number, width in ((100, 16), (1000, 32)):
+    initial = run_folders.write(
+      tmp_path / f'initial_{number}', {'greedy/wer': 60.0}, **SFT, EMB_DIM=width
+    )
+    run_folders.write(
+      tmp_path / f'skd_{number}',
+      {'greedy/wer': 55.0},
+      INITIAL_CHECKPOINT_PATH=initial,
+      TRAIN_NUM_EXAMPLES=number,
+      **gkd(0.0),
+    )
+
+  assert 'needs a method' in figures.data_efficiency(section_of(tmp_path))
+
+
 def test_data_efficiency_needs_two_numbers_of_examples(grid):
   assert 'TRAIN_NUM_EXAMPLES' in figures.data_efficiency(grid)
 
