@@ -219,57 +219,50 @@ def t5_vocabulary():
 @pytest.fixture(scope='session')
 def small_vocabulary(tmp_path_factory):
   """A SentencePiece vocabulary that writes ASCII but `<`, as T5's does not."""
-  import sentencepiece
-
   from gkd_jax import vocabularies
 
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(
-      [
-        'summarize: the answer is a number',
-        *map(chr, {*range(33, 127)} - {ord('<')}),
-      ]
-    ),
-    model_writer=model,
-    model_type='char',
+  sentences = [
+    'summarize: the answer is a number',
+    *map(chr, {*range(33, 127)} - {ord('<')}),
+  ]
+  path = tmp_path_factory.mktemp('vocabulary') / 'small.model'
+  train_sentencepiece(
+    path,
+    sentences,
     vocab_size=110,
     hard_vocab_limit=False,
     character_coverage=1.0,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    minloglevel=2,
   )
-  path = tmp_path_factory.mktemp('vocabulary') / 'small.model'
-  path.write_bytes(model.getvalue())
   return vocabularies.sentencepiece(path)
 
 
 @pytest.fixture(scope='session')
 def sentencepiece_models(tmp_path_factory):
   """Three vocabularies of one size; the first two are equal."""
+  folder = tmp_path_factory.mktemp('vocabularies')
+  paths = [folder / f'{i}.model' for i in range(3)]
+  for path, text in zip(paths, ('ab', 'ab', 'cd'), strict=True):
+    train_sentencepiece(path, [text] * 9, vocab_size=6)
+  return paths
+
+
+def train_sentencepiece(path, sentences, **settings) -> None:
+  """Writes a model of single letters, with T5's special ids."""
   import sentencepiece
 
-  folder = tmp_path_factory.mktemp('vocabularies')
-  paths = []
-  for i, text in enumerate(('ab', 'ab', 'cd')):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter([text] * 9),
-      model_writer=model,
-      model_type='char',
-      vocab_size=6,
-      pad_id=0,
-      eos_id=1,
-      unk_id=2,
-      bos_id=-1,
-      minloglevel=2,
-    )
-    paths.append(folder / f'{i}.model')
-    paths[-1].write_bytes(model.getvalue())
-  return paths
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(sentences),
+    model_writer=model,
+    model_type='char',
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+    **settings,
+  )
+  path.write_bytes(model.getvalue())
 
 
 @pytest.fixture(scope='session')
