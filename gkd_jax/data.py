@@ -225,6 +225,9 @@ def _reading_options() -> tf.data.Options:
   options = tf.data.Options()
   # Reading is cheap; the cores belong to the model.
   options.threading.private_threadpool_size = 2
+  # TensorFlow's tuner sleeps for up to a minute at a time, and whoever lets the
+  # dataset go, as at the end of a run, waits for it to wake up.
+  options.autotune.enabled = False
   options.deterministic = True
   return options
 
