@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -101,7 +102,8 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
   if config.split not in task.splits:
     raise ValueError(
       f'Task {name!r} has no split {config.split!r}. It has: '
-      f'{", ".join(sorted(task.splits))}.'
+      f'{", ".join(sorted(task.splits))}. What need not be measured is left '
+      'out by EVAL = None (during training) or FINAL_EVAL = None (at its end).'
     )
   if missing := set(seqio_tasks.FEATURES) - set(task.output_features):
     raise ValueError(
@@ -197,12 +199,22 @@ class TrainIterator(Iterator[Batch]):
     ds = ds.batch(config.batch_size // num_shards, drop_remainder=True)
     self._iterator = iter(ds.prefetch(2).with_options(_reading_options()))
     self._name = f'process_{shard}_of_{num_shards}'
+    self._task_name = config.mixture_or_task_name
+    self._was_read = False
 
   def __next__(self) -> Batch:
-    """Returns numpy arrays [rows of this host, ...]."""
-    return _to_batch(
+    """Returns numpy arrays [rows of this host, ...].
+
+    Raises:
+      ValueError: the first time, if the position cannot be saved.
+    """
+    batch = _to_batch(
       {name: x.numpy() for name, x in next(self._iterator).items()}
     )
+    if not self._was_read:
+      _check_can_be_saved(self._iterator, self._task_name)
+      self._was_read = True
+    return batch
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes the position into a folder."""
@@ -219,6 +231,21 @@ class TrainIterator(Iterator[Batch]):
         'saved by another number of hosts.'
       )
     tf.train.Checkpoint(iterator=self._iterator).read(path).assert_consumed()
+
+
+def _check_can_be_saved(iterator: tf.data.Iterator, name: str) -> None:
+  # TensorFlow finds out when a position is saved: hours after the start, then.
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      tf.train.Checkpoint(iterator=iterator).write(os.path.join(folder, 'x'))
+    except tf.errors.FailedPreconditionError as e:
+      raise ValueError(
+        f'The position in the data of task {name!r} cannot be saved, so no run '
+        'on it could be resumed. Its preprocessors may use TensorFlow alone: '
+        'no tf.py_function or tf.numpy_function, and nothing that draws '
+        'without a seed. (JSON lines are read by gin/tasks/json_lines.gin.) '
+        f'TensorFlow says: {e.message.splitlines()[0]}'
+      ) from e
 
 
 def _reading_options() -> tf.data.Options:

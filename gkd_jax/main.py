@@ -56,6 +56,9 @@ _GIN_FILE_OF_MODE = {
   'report': 'gin/runs/report.gin',
 }
 
+# What the paper calls a setting -> what we call it.
+_FROM_PAPER = {'LAMBDA': 'STUDENT_DATA_FRACTION'}
+
 _RUN_MODE = flags.DEFINE_string(
   'run_mode', 'train', f'One of: {", ".join(_RUN_MODES)}.'
 )
@@ -94,7 +97,13 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.ERROR)
   try:
     _run(argv)
-  except (ValueError, OSError, ImportError, FloatingPointError) as e:
+  except (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+  ) as e:
     if not _is_ours(e):
       raise
     # gin adds which functions it was calling. Our messages say what to change;
@@ -126,7 +135,7 @@ def _run(argv: Sequence[str]) -> None:
   if not files:
     raise ValueError(
       '--gin_file is missing. Name an experiment, e.g. '
-      '--gin_file=configs/quickstart.gin.'
+      '--gin_file=configs/cmudict_g2p/sft.gin.'
     )
   if mode == 'precompile' and _TOPOLOGY.value is None:
     raise ValueError('--topology is missing. Name a slice, e.g. v5e:4x4.')
@@ -171,13 +180,23 @@ def _check_mode(gin, mode: str, files: Sequence[str]) -> None:
   """Raises ValueError if the files that were parsed are for another mode."""
   # What is compiled is what train would run.
   configured_as = 'train' if mode == 'precompile' else mode
-  selector = '.'.join(_RUN_MODES[configured_as].split('.')[-2:])
-  if f'{selector}.' not in gin.config_str():
+  config = gin.config_str()
+  configured = [name for name in _RUN_MODES if f'{_selector(name)}.' in config]
+  if configured_as not in configured:
     raise ValueError(
-      f'{", ".join(files)} does not configure --run_mode={mode}: it '
-      f'sets nothing of {selector}. Files for this mode include '
-      f'gin/runs/{configured_as}.gin.'
+      f'{", ".join(files)} does not configure --run_mode={mode}: it sets '
+      f'nothing of {_selector(configured_as)}.'
+      + (
+        f' It is for --run_mode={configured[0]}.'
+        if configured
+        else f' Files for this mode include gin/runs/{configured_as}.gin.'
+      )
     )
+
+
+def _selector(mode: str) -> str:
+  """Returns what gin calls the function of a mode: train.train."""
+  return '.'.join(_RUN_MODES[mode].split('.')[-2:])
 
 
 def _check_arguments(gin, arguments: Sequence[str], result: str) -> None:
@@ -274,6 +293,11 @@ def _parse(
   for name in sorted(defined - used):
     raise ValueError(
       f'{name} changes nothing: no setting of this experiment reads it.'
+      + (
+        " (Of a sweep's runs, SETTINGS and GRID set what is in them.)"
+        if 'sweep.sweep.' in config
+        else ''
+      )
       + _nearest(name, used)
     )
 
@@ -353,16 +377,25 @@ def _explain(gin, message: str) -> str:
 
 
 def _who_sets(function: str) -> str:
-  """Says which macros a function's arguments come from."""
+  """Says which macros a function's arguments come from, and their values."""
   import gin
 
+  config = gin.config_str()
   binding = rf'^(?:.*/)?(?:\w+\.)?{function}\.\w+ =\s+%(\w+)'
-  macros = re.findall(binding, gin.config_str(), re.MULTILINE)
-  return f' Look at what {function} is given: {", ".join(macros)}.'
+  given = [
+    f'{macro} = {value}'
+    for macro in re.findall(binding, config, re.MULTILINE)
+    for value in re.findall(rf'^{macro} =\s+(.+)', config, re.MULTILINE)
+  ]
+  return f' Look at what {function} is given: {", ".join(given)}.'
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+  # The case of a name says nothing about which one was meant.
+  of_upper = {other.upper(): other for other in names}
+  meant = _FROM_PAPER.get(name.upper(), name.upper())
+  near = difflib.get_close_matches(meant, list(of_upper), n=1, cutoff=0.5)
+  near = [of_upper[other] for other in near]
   if near:
     return f' Did you mean {near[0]}?'
   return f' There are: {", ".join(sorted(set(names)))}.' if names else ''
@@ -372,10 +405,13 @@ def _is_ours(error: BaseException) -> bool:
   """Whether it is about a setting; else its traceback is wanted.
 
   It is if we raised it on purpose, or gin did, or any library while gin builds
-  the parts, before the run itself has begun.
+  the parts, before the run itself has begun. A TypeError we never raise on
+  purpose.
   """
   folder = _raised_in(error)
-  if folder.is_relative_to(_ROOT / 'gkd_jax') or folder.name == 'gin':
+  if not isinstance(error, TypeError) and (
+    folder.is_relative_to(_ROOT / 'gkd_jax') or folder.name == 'gin'
+  ):
     return True
   frames = traceback.extract_tb(error.__traceback__)
   files = {pathlib.Path(frame.filename) for frame in frames}

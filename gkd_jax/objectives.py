@@ -95,6 +95,11 @@ class Objective:
         'Objective.divergence is not set. Name one, e.g. '
         '@divergences.forward_kl, or set the weight to 0.'
       )
+    if self.divergence is not None and not callable(self.divergence):
+      raise ValueError(
+        'Objective.divergence must be a function, such as '
+        f'@divergences.forward_kl, got {self.divergence!r}.'
+      )
     if self.teacher_temperature <= 0.0:
       raise ValueError(
         'Objective.teacher_temperature must be positive, got '

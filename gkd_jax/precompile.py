@@ -134,7 +134,9 @@ def precompile(
   )
   pretrained.check_dtype('TEACHER_DTYPE', teacher_dtype)
   if teacher is None and teacher_checkpoint_path is not None:
-    teacher = pretrained.open_checkpoint(teacher_checkpoint_path).config
+    teacher = pretrained.open_checkpoint(
+      teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH'
+    ).config
   if teacher is None and plan.needs_teacher:
     raise ValueError(
       'This method needs a teacher: set TEACHER, its shape (such as '
@@ -149,7 +151,9 @@ def precompile(
     )
   pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
   if reward_model is None and reward_checkpoint_path is not None:
-    reward_model = pretrained.open_checkpoint(reward_checkpoint_path).config
+    reward_model = pretrained.open_checkpoint(
+      reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH'
+    ).config
   score = reward_params = None
   if reward is not None:
     judge = None

@@ -57,17 +57,21 @@ class Pretrained(NamedTuple):
     )
 
 
-def open_checkpoint(path: str) -> Pretrained:
+def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
   """Finds out what a path holds. Reads descriptions and headers alone.
 
   Args:
     path: a run folder, a step in it, a Hugging Face folder, a T5X checkpoint or
       a folder of those; local or gs://.
+    setting: what it is called in gin.
 
   Raises:
     ValueError: it is none of these, or is not whole.
   """
-  folder = checkpoint.find(path, _is_checkpoint)
+  try:
+    folder = checkpoint.find(path, _is_checkpoint)
+  except ValueError as e:
+    raise ValueError(f'{setting}: {e}') from e
   if checkpoint.is_checkpoint(folder):
     saved = checkpoint.describe(folder)
     return Pretrained(
@@ -104,6 +108,7 @@ def check_fits(
   vocabulary: str,
   num_ids: int,
   config: T5Config | None = None,
+  setting: str = 'STUDENT',
 ) -> None:
   """Raises ValueError if a model is of no use; lists the first differences.
 
@@ -112,6 +117,7 @@ def check_fits(
     vocabulary: the task's, as `vocabularies.describe` says it.
     num_ids: ids of the task's tokenizer.
     config: the shape it must have; None: any.
+    setting: what that shape is called in gin.
   """
   differences = []
   # A foreign tokenizer is known in part: its model, not how many extra ids.
@@ -121,7 +127,7 @@ def check_fits(
     )
   if config is not None:
     differences += [
-      f'{field}: {was} in the checkpoint, {want} wanted'
+      f'{field}: {was} in the checkpoint, {want} in {setting}'
       for field, was in dataclasses.asdict(source.config).items()
       if field not in _FREE_FIELDS and was != (want := getattr(config, field))
     ]

@@ -132,6 +132,10 @@ def train(
       partitioning.check_spread(
         'EVAL_BATCH_SIZE', dataset.batch_size, device_mesh
       )
+  if not isinstance(policy, policies.Policy):
+    raise ValueError(
+      f'POLICY must be a policy, such as @policies.student(), got {policy!r}.'
+    )
   plan = make_plan(
     mesh=device_mesh,
     student=student,
@@ -183,7 +187,7 @@ def train(
   if best_metric is not None and eval_dataset is None:
     raise ValueError(
       f'BEST_METRIC is {best_metric!r}, but nothing is evaluated during '
-      'training: set EVAL_SPLIT, or BEST_METRIC = None.'
+      'training: leave EVAL as it is, or set BEST_METRIC = None.'
     )
   vocabulary = data.get_vocabulary(train_dataset)
   num_ids = vocabulary.vocab_size
@@ -206,19 +210,33 @@ def train(
   _check_same_config(run_dir, config_text())
   sources = {}
   if teacher_checkpoint_path is not None:
-    sources['teacher'] = pretrained.open_checkpoint(teacher_checkpoint_path)
+    sources['teacher'] = pretrained.open_checkpoint(
+      teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH'
+    )
     pretrained.check_fits(
-      sources['teacher'], description.vocabulary, num_ids, teacher
+      sources['teacher'],
+      description.vocabulary,
+      num_ids,
+      teacher,
+      'TEACHER (None takes any)',
     )
   if initial_checkpoint_path is not None:
-    sources['student'] = pretrained.open_checkpoint(initial_checkpoint_path)
+    sources['student'] = pretrained.open_checkpoint(
+      initial_checkpoint_path, 'INITIAL_CHECKPOINT_PATH'
+    )
     pretrained.check_fits(
       sources['student'], description.vocabulary, num_ids, student
     )
   if reward_checkpoint_path is not None:
-    sources['reward'] = pretrained.open_checkpoint(reward_checkpoint_path)
+    sources['reward'] = pretrained.open_checkpoint(
+      reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH'
+    )
     pretrained.check_fits(
-      sources['reward'], description.vocabulary, num_ids, reward_model
+      sources['reward'],
+      description.vocabulary,
+      num_ids,
+      reward_model,
+      'REWARD_MODEL (None takes any)',
     )
   score = scorer = reward_params = None
   if reward is not None:

@@ -9,7 +9,7 @@ import sentencepiece
 import seqio
 
 from gkd_jax import data, vocabularies
-from gkd_jax.tasks import cmudict_g2p
+from gkd_jax.tasks import _common, cmudict_g2p
 from tests import conftest
 from tests.conftest import LENGTHS, take, words
 
@@ -151,6 +151,39 @@ def test_a_position_of_another_number_of_hosts_is_refused(
 
   with pytest.raises(ValueError, match='another number of hosts'):
     one_of_two.restore(tmp_path)
+
+
+def test_a_task_whose_position_cannot_be_saved_is_refused_at_once():
+  import tensorflow as tf
+
+  def shout(dataset):
+    def upper(text):
+      text = tf.py_function(lambda x: x.numpy().upper(), [text], tf.string)
+      return tf.ensure_shape(text, [])
+
+    return dataset.map(lambda x: {**x, 'inputs': upper(x['inputs'])})
+
+  rows = _common.RowsSource(
+    lambda split: {'inputs': ['a'], 'targets': ['b']}, ['train']
+  )
+  features = dict.fromkeys(LENGTHS, seqio.Feature(seqio.ByteVocabulary()))
+  name = 'with_python'
+  seqio.TaskRegistry.add(
+    name,
+    source=rows,
+    preprocessors=[shout, *_common.TOKENIZE],
+    output_features=features,
+    metric_fns=[],
+  )
+
+  with pytest.raises(
+    ValueError, match="'with_python' cannot be saved.*EagerPy"
+  ):
+    next(
+      data.TrainIterator(
+        data.DatasetConfig(name, LENGTHS, batch_size=1), seed=0
+      )
+    )
 
 
 # --- Inputs for a model that writes -------------------------------------------

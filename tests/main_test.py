@@ -581,6 +581,7 @@ def refused(run_main, tmp_path):
   'arguments, nearest',
   [
     (['--gin.TRAIN_STPES=3'], 'TRAIN_STEPS'),
+    (['--gin.train_steps=3'], 'TRAIN_STEPS'),
     (['--gin.model.T5Config.emb_dmi=3'], 'emb_dim'),
     (['--gin.optax.adafactor.min_dim_size=3'], 'min_dim_size_to_factor'),
     (['--gin.train.train.sede=3'], 'seed'),
@@ -653,7 +654,10 @@ def test_a_missing_include_is_refused(refused, tmp_path):
     ([], '--gin_file is missing'),
     ([STUDENT, '--gin.TRAIN_STEPS'], "'TRAIN_STEPS' is not of the form NAME"),
     ([STUDENT, 'stray'], "Unexpected arguments ['stray']"),
-    ([STUDENT, '--run_mode=eval'], 'does not configure --run_mode=eval'),
+    (
+      [STUDENT, '--run_mode=eval'],
+      'nothing of evaluate.evaluate_checkpoint. It is for --run_mode=train',
+    ),
     ([STUDENT, '--run_mode=eval'], 'this mode include gin/runs/eval.gin.'),
   ],
 )
@@ -727,7 +731,23 @@ NO_FILES = gin_flags(INITIAL_CHECKPOINT_PATH=None, TEACHER_CHECKPOINT_PATH='x')
       [STUDENT, '--gin.VOCAB_SIZE=100'],
       ['embeds 100 ids', 'cmudict_g2p', '259'],
     ),
-    ([JSD, *NO_FILES], ['x is not there', 'MODEL_DIR that has been trained']),
+    (
+      [JSD, *NO_FILES],
+      ['TEACHER_CHECKPOINT_PATH: x is not there', 'MODEL_DIR that has been'],
+    ),
+    (
+      [FORWARD_KL, *NO_FILES, '--gin.DIVERGENCE=reverse_kl'],
+      ["must be a function, such as @divergences.forward_kl, got 'reverse_kl'"],
+    ),
+    (
+      [FORWARD_KL, *NO_FILES, '--gin.POLICY=student'],
+      ["POLICY must be a policy, such as @policies.student(), got 'student'"],
+    ),
+    (
+      [STUDENT, '--gin.LEARNING_RATE=1e-2x'],
+      ["schedule is given: LEARNING_RATE = '1e-2x', WARMUP_STEPS = "],
+    ),
+    ([STUDENT, '--gin.TRAIN_STEPS=abc'], ["TRAIN_STEPS = 'abc'"]),
     (
       [JSD, *NO_FILES, '--gin.TEACHER_DTYPE=bf16'],
       ["TEACHER_DTYPE must be 'float32', 'bfloat16' or None, got 'bf16'"],
@@ -748,6 +768,12 @@ def test_settings_that_do_not_fit_are_refused(refused, arguments, parts):
   for part in parts:
     assert part in message
   assert message.count('\n') == 1
+
+
+def test_what_the_paper_calls_a_setting_leads_to_our_name(refused):
+  message = refused(FORWARD_KL, *NO_FILES, '--gin.LAMBDA=1')
+
+  assert 'Did you mean STUDENT_DATA_FRACTION?' in message
 
 
 def test_of_a_module_only_what_it_offers_is_suggested(refused):
@@ -778,7 +804,7 @@ def test_what_a_library_refuses_while_the_parts_are_built_is_an_error_too(
 
   assert 'requires positive decay_steps' in message
   assert 'warmup_cosine_decay_schedule is given: ' in message
-  assert 'WARMUP_STEPS' in message and 'TRAIN_STEPS' in message
+  assert 'WARMUP_STEPS = ' in message and 'TRAIN_STEPS = 1' in message
   assert message.count('\n') == 1
 
 
@@ -809,7 +835,7 @@ def test_an_initial_checkpoint_of_another_size_is_refused(
     STUDENT, *SMALL, f'--gin.INITIAL_CHECKPOINT_PATH={tmp_path}/start'
   )
 
-  assert 'emb_dim: 8 in the checkpoint, 16 wanted' in message
+  assert 'emb_dim: 8 in the checkpoint, 16 in STUDENT' in message
 
 
 def test_a_metric_that_is_not_measured_cannot_choose_the_best(refused, letters):

@@ -111,8 +111,8 @@ def test_another_architecture_is_refused_with_what_differs(run_dir):
     )
 
   assert str(error.value).splitlines()[1:] == [
-    '  mlp_dim: 10 in the checkpoint, 11 wanted',
-    '  logits_via_embedding: False in the checkpoint, True wanted',
+    '  mlp_dim: 10 in the checkpoint, 11 in STUDENT',
+    '  logits_via_embedding: False in the checkpoint, True in STUDENT',
   ]
 
 

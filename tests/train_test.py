@@ -592,6 +592,7 @@ def test_predictions_of_another_task_are_refused(
 def test_a_checkpoint_path_where_nothing_is(refused, tmp_path):
   message = refused(initial_checkpoint_path=str(tmp_path / 'nowhere'))
 
+  assert message.startswith('INITIAL_CHECKPOINT_PATH: ')
   assert 'nowhere is not there' in message
 
 
@@ -601,7 +602,7 @@ def test_an_initial_checkpoint_of_another_shape(refused, teacher):
     student=dataclasses.replace(STUDENT, mlp_dim=11),
   )
 
-  assert 'mlp_dim: 10 in the checkpoint, 11 wanted' in message
+  assert 'mlp_dim: 10 in the checkpoint, 11 in STUDENT' in message
 
 
 def test_a_teacher_of_another_shape_than_said(refused, teacher):
@@ -612,7 +613,8 @@ def test_a_teacher_of_another_shape_than_said(refused, teacher):
 
   # Its type of numbers is the student's, whatever is said.
   assert message.endswith(
-    'does not fit the model:\n  mlp_dim: 10 in the checkpoint, 11 wanted'
+    'does not fit the model:\n  mlp_dim: 10 in the checkpoint, 11 in TEACHER '
+    '(None takes any)'
   )
 
 

@@ -104,6 +104,11 @@ def _part(section: Section, one_of_several: bool) -> page.Part:
   named = [(group.name, group.means) for group in section.groups]
   methods = [(group.name, group.means) for group in section.methods]
   names = [name for name, _ in named]
+  if methods and not any('gap_closed' in means for _, means in methods):
+    left_out.append(
+      '"gap closed": it needs the runs of the initial student and of the '
+      'teacher, too. Add their folders to RUNS.'
+    )
   return page.Part(
     heading=f'{section.task}, {section.split} split' if one_of_several else '',
     summary=_summary(section),

@@ -138,6 +138,25 @@ def read_json_lines(
   return columns
 
 
+def exact_match_and_rouge(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, Any]:
+  """Returns exact match and ROUGE-L in percent.
+
+  And, as a note, the bounds of ROUGE-L's 95% confidence interval. They are the
+  metrics of natural_instructions.
+  """
+  exact = sum(
+    t.strip() == p.strip() for t, p in zip(targets, predictions, strict=True)
+  )
+  means, bounds = rouge(targets, predictions, ['rougeL'])
+  return {
+    'exact_match': 100 * exact / len(targets),
+    **means,
+    'rouge_95_percent_interval': bounds,
+  }
+
+
 def rouge(
   targets: Sequence[str], predictions: Sequence[str], types: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, list[float]]]:

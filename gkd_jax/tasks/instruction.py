@@ -15,7 +15,6 @@ is built.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -91,31 +90,13 @@ def _not_empty(dataset: tf.data.Dataset) -> tf.data.Dataset:
   )
 
 
-def exact_match_and_rouge(
-  targets: Sequence[str], predictions: Sequence[str]
-) -> dict[str, Any]:
-  """Returns exact match and ROUGE-L in percent, natural_instructions' metrics.
-
-  And, as a note, the bounds of ROUGE-L's 95% confidence interval.
-  """
-  exact = sum(
-    t.strip() == p.strip() for t, p in zip(targets, predictions, strict=True)
-  )
-  means, bounds = _common.rouge(targets, predictions, ['rougeL'])
-  return {
-    'exact_match': 100 * exact / len(targets),
-    **means,
-    'rouge_95_percent_interval': bounds,
-  }
-
-
 def _task(name, source, *preprocessors) -> seqio.Task:
   return seqio.Task(
     name,
     source=source,
     preprocessors=[*preprocessors, _not_empty, *_common.TOKENIZE],
     output_features=_common.T5_FEATURES,
-    metric_fns=[exact_match_and_rouge],
+    metric_fns=[_common.exact_match_and_rouge],
   )
 
 

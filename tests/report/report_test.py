@@ -220,6 +220,13 @@ def test_each_task_has_its_part(two_tasks):
   ]
 
 
+def test_why_there_is_no_gap_closed_is_said(two_tasks):
+  report.report(f'{two_tasks}/runs/xsum/*', output_dir=str(two_tasks / 'out'))
+
+  text = (two_tasks / 'out' / 'report.md').read_text()
+  assert '- "gap closed": it needs the runs of the initial student' in text
+
+
 def test_title_metric_and_mode_can_be_chosen(two_tasks, run_main):
   done = run_main(
     '--run_mode=report',

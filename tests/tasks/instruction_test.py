@@ -7,7 +7,7 @@ import pytest
 import seqio
 
 from gkd_jax import data, vocabularies
-from gkd_jax.tasks import instruction
+from gkd_jax.tasks import _common
 from tests import conftest, tfds
 
 LENGTHS = {'inputs': 96, 'targets': 32}
@@ -221,7 +221,7 @@ def test_a_single_source_can_be_evaluated(config):
 
 
 def test_metrics_of_empty_predictions():
-  got = instruction.exact_match_and_rouge(['a', 'b'], ['', ''])
+  got = _common.exact_match_and_rouge(['a', 'b'], ['', ''])
 
   assert got['exact_match'] == got['rougeL'] == 0.0
 
