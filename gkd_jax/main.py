@@ -110,7 +110,9 @@ def main(argv: Sequence[str]) -> None:
     # a library's do not know of gin.
     message, *calls = re.split(r'\n  In call to configurable ', str(e))
     if calls and not _raised_in(e).is_relative_to(_ROOT / 'gkd_jax'):
-      message += _who_sets(calls[0].split()[0].strip("'"))
+      message = (
+        message.rstrip('.') + '.' + _who_sets(calls[0].split()[0].strip("'"))
+      )
     sys.exit(f'Error: {message}')
   except KeyboardInterrupt:
     print(
@@ -186,11 +188,8 @@ def _check_mode(gin, mode: str, files: Sequence[str]) -> None:
     raise ValueError(
       f'{", ".join(files)} does not configure --run_mode={mode}: it sets '
       f'nothing of {_selector(configured_as)}.'
-      + (
-        f' It is for --run_mode={configured[0]}.'
-        if configured
-        else f' Files for this mode include gin/runs/{configured_as}.gin.'
-      )
+      + (f' It is for --run_mode={configured[0]}.' if configured else '')
+      + f' Files for this mode include gin/runs/{configured_as}.gin.'
     )
 
 

@@ -745,7 +745,7 @@ NO_FILES = gin_flags(INITIAL_CHECKPOINT_PATH=None, TEACHER_CHECKPOINT_PATH='x')
     ),
     (
       [STUDENT, '--gin.LEARNING_RATE=1e-2x'],
-      ["schedule is given: LEARNING_RATE = '1e-2x', WARMUP_STEPS = "],
+      ['_schedule is given: ', "LEARNING_RATE = '1e-2x'"],
     ),
     ([STUDENT, '--gin.TRAIN_STEPS=abc'], ["TRAIN_STEPS = 'abc'"]),
     (
