@@ -411,14 +411,18 @@ def evaluate_checkpoint(
     'task': dataset.mixture_or_task_name,
   }
   if teacher_checkpoint_path is not None:
-    teacher, teacher_params, folder = load(teacher_checkpoint_path)
+    teacher, teacher_params, folder = load(
+      teacher_checkpoint_path, setting='TEACHER_CHECKPOINT_PATH'
+    )
     origin['teacher_checkpoint'] = str(folder)
   judge = None
   if reward is not None:
     reward_model = reward_params = None
     if reward_checkpoint_path is not None:
       reward_model, reward_params, _ = load(
-        reward_checkpoint_path, dtype=reward_dtype
+        reward_checkpoint_path,
+        dtype=reward_dtype,
+        setting='REWARD_CHECKPOINT_PATH',
       )
     score = reward.make_score(vocabulary, reward_model)
     rewards.check_score(

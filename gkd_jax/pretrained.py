@@ -154,6 +154,7 @@ def load_model(
   num_ids: int,
   mesh: Mesh,
   dtype: str | None = None,
+  setting: str = 'CHECKPOINT_PATH',
 ) -> tuple[T5, Params, epath.Path]:
   """Loads a model as its checkpoint says it is, and says what it is.
 
@@ -163,6 +164,7 @@ def load_model(
     num_ids: see `check_fits`.
     mesh: where the parameters go.
     dtype: of the parameters; None: as saved.
+    setting: what the path is called in gin.
 
   Returns:
     The model, its parameters, and the folder they came from.
@@ -170,7 +172,7 @@ def load_model(
   Raises:
     ValueError: no checkpoint, or its vocabulary is not the task's.
   """
-  source = open_checkpoint(path)
+  source = open_checkpoint(path, setting)
   check_fits(source, vocabulary, num_ids)
   metrics_lib.say(f'Model: {source}')
   model = T5(source.config)
@@ -195,7 +197,8 @@ def config_of(path: str, **changes) -> T5Config:
       f'The checkpoint {path} says what {", ".join(sorted(fixed))} is; only '
       f'{", ".join(_FREE_FIELDS)} can be chosen.'
     )
-  return dataclasses.replace(open_checkpoint(path).config, **changes)
+  config = open_checkpoint(path, 'INITIAL_CHECKPOINT_PATH').config
+  return dataclasses.replace(config, **changes)
 
 
 def architecture(config: T5Config) -> str:

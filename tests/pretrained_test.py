@@ -80,6 +80,17 @@ def test_a_path_that_is_not_there_is_refused(tmp_path):
     pretrained.open_checkpoint(tmp_path / 'nowhere')
 
 
+def test_the_setting_that_names_a_wrong_path_is_said(tmp_path):
+  nowhere = tmp_path / 'nowhere'
+
+  with pytest.raises(ValueError, match='^INITIAL_CHECKPOINT_PATH: .*nowhere'):
+    pretrained.config_of(nowhere)
+  with pytest.raises(ValueError, match='^TEACHER_CHECKPOINT_PATH: .*nowhere'):
+    pretrained.load_model(
+      nowhere, BYTES, 259, MESH, setting='TEACHER_CHECKPOINT_PATH'
+    )
+
+
 # --- Whether it fits ----------------------------------------------------------
 
 

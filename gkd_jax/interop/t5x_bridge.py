@@ -106,6 +106,7 @@ class GKDModel(models.EncoderDecoderModel):
       vocabularies.describe(vocabulary),
       vocabulary.vocab_size,
       mesh,
+      setting='TEACHER_CHECKPOINT_PATH',
     )
     # It computes as the student does.
     config = dataclasses.replace(
