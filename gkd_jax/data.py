@@ -212,15 +212,31 @@ class TrainIterator(Iterator[Batch]):
       {name: x.numpy() for name, x in next(self._iterator).items()}
     )
     if not self._was_read:
-      _check_can_be_saved(self._iterator, self._task_name)
+      # TensorFlow finds out in saving whether it can: hours later, otherwise.
+      with tempfile.TemporaryDirectory() as folder:
+        self.save(folder)
       self._was_read = True
     return batch
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes the position into a folder."""
-    tf.train.Checkpoint(iterator=self._iterator).write(
-      os.path.join(directory, self._name)
-    )
+    """Writes the position into a folder.
+
+    Raises:
+      ValueError: the task is not made of TensorFlow alone.
+    """
+    try:
+      tf.train.Checkpoint(iterator=self._iterator).write(
+        os.path.join(directory, self._name)
+      )
+    except tf.errors.FailedPreconditionError as e:
+      raise ValueError(
+        f'The position in the data of task {self._task_name!r} cannot be '
+        'saved, so no run on it could be resumed. Its preprocessors may use '
+        'TensorFlow alone: no tf.py_function or tf.numpy_function, and nothing '
+        'that draws without a seed. (JSON lines are read by '
+        'gin/tasks/json_lines.gin.) TensorFlow says: '
+        f'{e.message.splitlines()[0]}'
+      ) from e
 
   def restore(self, directory: str | os.PathLike) -> None:
     """Goes to the position that `save` wrote."""
@@ -231,21 +247,6 @@ class TrainIterator(Iterator[Batch]):
         'saved by another number of hosts.'
       )
     tf.train.Checkpoint(iterator=self._iterator).read(path).assert_consumed()
-
-
-def _check_can_be_saved(iterator: tf.data.Iterator, name: str) -> None:
-  # TensorFlow finds out when a position is saved: hours after the start, then.
-  with tempfile.TemporaryDirectory() as folder:
-    try:
-      tf.train.Checkpoint(iterator=iterator).write(os.path.join(folder, 'x'))
-    except tf.errors.FailedPreconditionError as e:
-      raise ValueError(
-        f'The position in the data of task {name!r} cannot be saved, so no run '
-        'on it could be resumed. Its preprocessors may use TensorFlow alone: '
-        'no tf.py_function or tf.numpy_function, and nothing that draws '
-        'without a seed. (JSON lines are read by gin/tasks/json_lines.gin.) '
-        f'TensorFlow says: {e.message.splitlines()[0]}'
-      ) from e
 
 
 def _reading_options() -> tf.data.Options:

@@ -132,10 +132,6 @@ def train(
       partitioning.check_spread(
         'EVAL_BATCH_SIZE', dataset.batch_size, device_mesh
       )
-  if not isinstance(policy, policies.Policy):
-    raise ValueError(
-      f'POLICY must be a policy, such as @policies.student(), got {policy!r}.'
-    )
   plan = make_plan(
     mesh=device_mesh,
     student=student,
@@ -209,35 +205,34 @@ def train(
   )
   _check_same_config(run_dir, config_text())
   sources = {}
-  if teacher_checkpoint_path is not None:
-    sources['teacher'] = pretrained.open_checkpoint(
-      teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH'
-    )
-    pretrained.check_fits(
-      sources['teacher'],
-      description.vocabulary,
-      num_ids,
+  for role, path, setting, shape, shape_setting in (
+    (
+      'teacher',
+      teacher_checkpoint_path,
+      'TEACHER_CHECKPOINT_PATH',
       teacher,
       'TEACHER (None takes any)',
-    )
-  if initial_checkpoint_path is not None:
-    sources['student'] = pretrained.open_checkpoint(
-      initial_checkpoint_path, 'INITIAL_CHECKPOINT_PATH'
-    )
-    pretrained.check_fits(
-      sources['student'], description.vocabulary, num_ids, student
-    )
-  if reward_checkpoint_path is not None:
-    sources['reward'] = pretrained.open_checkpoint(
-      reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH'
-    )
-    pretrained.check_fits(
-      sources['reward'],
-      description.vocabulary,
-      num_ids,
+    ),
+    (
+      'student',
+      initial_checkpoint_path,
+      'INITIAL_CHECKPOINT_PATH',
+      student,
+      'STUDENT',
+    ),
+    (
+      'reward',
+      reward_checkpoint_path,
+      'REWARD_CHECKPOINT_PATH',
       reward_model,
       'REWARD_MODEL (None takes any)',
-    )
+    ),
+  ):
+    if path is not None:
+      sources[role] = pretrained.open_checkpoint(path, setting)
+      pretrained.check_fits(
+        sources[role], description.vocabulary, num_ids, shape, shape_setting
+      )
   score = scorer = reward_params = None
   if reward is not None:
     if 'reward' in sources:
@@ -412,6 +407,10 @@ def make_plan(
   Raises:
     ValueError: they do not fit together.
   """
+  if not isinstance(policy, policies.Policy):
+    raise ValueError(
+      f'POLICY must be a policy, such as @policies.student(), got {policy!r}.'
+    )
   target_len = train_dataset.task_feature_lengths['targets']
   if max_decode_len not in (None, target_len):
     raise ValueError(

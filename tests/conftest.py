@@ -246,15 +246,15 @@ def sentencepiece_models(tmp_path_factory):
   return paths
 
 
-def train_sentencepiece(path, sentences, **settings) -> None:
-  """Writes a model of single letters, with T5's special ids."""
+def train_sentencepiece(path, sentences, model_type='char', **settings) -> None:
+  """Writes a model, of single letters by default, with T5's special ids."""
   import sentencepiece
 
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(sentences),
     model_writer=model,
-    model_type='char',
+    model_type=model_type,
     pad_id=0,
     eos_id=1,
     unk_id=2,

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
-import io
 import time
 
 import numpy as np
 import pytest
-import sentencepiece
 import seqio
 
 from gkd_jax import data, vocabularies
@@ -377,21 +375,14 @@ def test_what_one_more_byte_adds(validation):
 def in_pieces(letters, tmp_path_factory):
   """A split whose vocabulary is of SentencePiece, with bytes for the rest."""
   path = tmp_path_factory.mktemp('pieces') / 'pieces.model'
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(['the cat and the dog and the end'] * 99),
-    model_writer=model,
+  conftest.train_sentencepiece(
+    path,
+    ['the cat and the dog and the end'] * 99,
     model_type='bpe',
     byte_fallback=True,
     vocab_size=300,
     hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    minloglevel=2,
   )
-  path.write_bytes(model.getvalue())
   return data.EvalDataset(
     data.DatasetConfig(
       letters,

@@ -26,6 +26,8 @@ T5_FEATURES: Mapping[str, seqio.Feature] = {
   'targets': _FEATURE,
 }
 
+SPLITS = ('train', 'validation', 'test')
+
 # The preprocessors that every task ends with.
 TOKENIZE = (
   seqio.preprocessors.tokenize,
@@ -104,6 +106,15 @@ class RowsSource(seqio.FunctionDataSource):
 
   def num_input_examples(self, split: str) -> int:
     return len(next(iter(self._columns(split).values())))
+
+
+def check_splits(setting: str, files: Mapping[str, str]) -> None:
+  """Raises ValueError unless these are files of SPLITS, one or more."""
+  if not isinstance(files, Mapping) or not files or set(files) - {*SPLITS}:
+    raise ValueError(
+      f"{setting} must be {{'train': file, 'validation': file, 'test': file}} "
+      f'or some of these, got {files!r}.'
+    )
 
 
 def check_files(setting: str, files: Mapping[str, str]) -> None:

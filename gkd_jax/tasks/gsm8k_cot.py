@@ -112,13 +112,9 @@ def make_task(
     shots_file: JSON lines of {question, answer}: the worked examples of the
       prompt, all of them, in this order.
   """
-  splits = ('train', 'validation', 'test')
+  splits = _common.SPLITS
   if files is not None:
-    if not files or set(files) - set(splits):
-      raise ValueError(
-        "GSM8K_FILES must be {'train': file, 'validation': file, 'test': "
-        f'file}} or some of these, got {dict(files)}.'
-      )
+    _common.check_splits('GSM8K_FILES', files)
     if 'train' not in files and shots_file is None:
       raise ValueError(
         "GSM8K_FILES has no 'train' to take the worked examples of the prompt "

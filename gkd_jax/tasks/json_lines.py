@@ -15,8 +15,6 @@ import seqio
 
 from gkd_jax.tasks import _common
 
-_SPLITS = ('train', 'validation', 'test')
-
 
 def make_task(name: str, files: Mapping[str, str]) -> seqio.Task:
   """Returns the task.
@@ -27,11 +25,7 @@ def make_task(name: str, files: Mapping[str, str]) -> seqio.Task:
       out. They are read into memory; fields other than inputs and targets are
       ignored.
   """
-  if not isinstance(files, Mapping) or not files or set(files) - {*_SPLITS}:
-    raise ValueError(
-      "JSON_LINES_FILES must be {'train': file, 'validation': file, 'test': "
-      f'file}} or some of these, got {files!r}.'
-    )
+  _common.check_splits('JSON_LINES_FILES', files)
   _common.check_files('JSON_LINES_FILES', files)
 
   def columns(split):
@@ -41,7 +35,9 @@ def make_task(name: str, files: Mapping[str, str]) -> seqio.Task:
 
   return seqio.Task(
     name,
-    source=_common.RowsSource(columns, [s for s in _SPLITS if s in files]),
+    source=_common.RowsSource(
+      columns, [s for s in _common.SPLITS if s in files]
+    ),
     preprocessors=[*_common.TOKENIZE],
     output_features=_common.T5_FEATURES,
     metric_fns=[_common.exact_match_and_rouge],
