@@ -13,7 +13,7 @@ LAYERS = (
   {'batch', 'divergences', 'diversity', 'partitioning', 'calculator'},
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies', 'rewards'},
-  {'step', 'checkpoint', 'metrics', 'interop', 'json_lines'},
+  {'step', 'checkpoint', 'metrics', 'interop', 'json_lines', 'costs'},
   {'pretrained', 'predictions', 'jobs', 'vocabularies', 'report'},
   {'seqio_tasks', 'data', 'programs', 'evaluate', 'infer', 'tasks'},
   {'train', 'precompile', 'compare', 'sweep', 'export', 't5x_bridge'},
