@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times one step of on-policy distillation: ours, and the same work of others.
+
+    python scripts/bench_step.py --peers=torch --torch_python=PATH
+
+prints, from one run on one machine: the time of each phase and of the step, how
+far above its floor each is (FLOPs over the measured peak of matrix products,
+bytes over the measured bandwidth), compile time, peak memory, and the same for
+the peers.
+
+Everybody does the same work: random weights of the same shapes, inputs and
+outputs without padding (no EOS is drawn), sampling at temperature 1 from the
+whole vocabulary, one divergence, AdamW. Each contender runs in a process of its
+own, and they take turns; times are medians over all of its processes, after
+warm-up.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+_STUDENT = flags.DEFINE_string('student', 't5_1_1_small', 'A published size.')
+_TEACHER = flags.DEFINE_string('teacher', 't5_1_1_base', 'A published size.')
+_BATCH = flags.DEFINE_integer('batch', 8, 'Rows.')
+_INPUTS = flags.DEFINE_integer('inputs', 128, 'Tokens of an input.')
+_TARGETS = flags.DEFINE_integer('targets', 64, 'Tokens of an output.')
+_DIVERGENCE = flags.DEFINE_enum(
+  'divergence',
+  'generalized_jsd',
+  ['forward_kl', 'reverse_kl', 'generalized_jsd'],
+  'The JSD has beta 0.5.',
+)
+_DTYPES = flags.DEFINE_list(
+  'dtypes', 'float32,bfloat16', 'Types to measure; master weights are float32.'
+)
+_PEERS = flags.DEFINE_list('peers', [], 'Of torch and t5x.')
+_TORCH_PYTHON = flags.DEFINE_string(
+  'torch_python', sys.executable, 'A Python with torch, transformers and trl.'
+)
+_T5X_PYTHON = flags.DEFINE_string(
+  't5x_python', sys.executable, 'A Python that can import t5x.'
+)
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Processes of each contender.')
+_STEPS = flags.DEFINE_integer('steps', 3, 'Timed steps of each process.')
+_WARMUP = flags.DEFINE_integer('warmup', 2, 'Steps before these.')
+_JSON = flags.DEFINE_string('json', None, 'File for all figures.')
+_WORKER = flags.DEFINE_string('worker', None, 'For bench_step.py itself.')
+
+_HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(_HERE.parent))  # gkd_jax of this checkout
+_PHASES = ('student_encoder', 'sampling', 'teacher', 'student', 'optimizer')
+# Large buffers in huge pages, and not given back: for everybody, it takes tens
+# of percent off a step.
+_MALLOC = (
+  'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:'
+  'glibc.malloc.trim_threshold=34359738368:glibc.malloc.top_pad=268435456'
+)
+
+
+def main(argv):
+  del argv
+  if _WORKER.value:
+    print(json.dumps(_measure(json.loads(_WORKER.value))))
+    return
+  work = _work()
+  contenders = _contenders()
+  results = {name: [] for name in contenders}
+  machine = _run(
+    [sys.executable, __file__, '--worker', json.dumps({'machine': True})]
+  )
+  for i in range(_ROUNDS.value):
+    for name, (program, dtype) in contenders.items():
+      print(f'round {i + 1}: {name}', file=sys.stderr, flush=True)
+      results[name].append(
+        _run([*program, json.dumps(work | {'dtype': dtype})])
+      )
+  report = _report(work, machine, results)
+  print(_table(work, report))
+  if _JSON.value:
+    pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + '\n')
+
+
+def _work() -> dict:
+  """Returns what everybody does, as JSON can hold it."""
+  from gkd_jax import model
+
+  def shape(size):
+    config = model.published(size)
+    return {
+      name: getattr(config, name)
+      for name in (
+        'vocab_size',
+        'emb_dim',
+        'num_heads',
+        'head_dim',
+        'mlp_dim',
+        'num_encoder_layers',
+        'num_decoder_layers',
+      )
+    }
+
+  return {
+    'student': shape(_STUDENT.value),
+    'teacher': shape(_TEACHER.value),
+    'batch': _BATCH.value,
+    'inputs': _INPUTS.value,
+    'targets': _TARGETS.value,
+    'divergence': _DIVERGENCE.value,
+    'warmup': _WARMUP.value,
+    'steps': _STEPS.value,
+  }
+
+
+def _contenders() -> dict:
+  """Returns {name: (work -> command, dtype)}, in the order of their turns."""
+  programs = {
+    'ours': [sys.executable, __file__, '--worker'],
+    'torch': [_TORCH_PYTHON.value, str(_HERE / 'bench_torch.py')],
+    't5x': [_T5X_PYTHON.value, str(_HERE / 'bench_t5x.py')],
+  }
+  if unknown := set(_PEERS.value) - set(programs):
+    raise app.UsageError(f'--peers may have torch and t5x: {sorted(unknown)}.')
+  return {
+    f'{name}_{dtype}': (programs[name], dtype)
+    for dtype in _DTYPES.value
+    for name in ('ours', *_PEERS.value)
+  }
+
+
+def _run(command: list[str]) -> dict:
+  """Returns the JSON that a process prints last."""
+  environment = os.environ | {'GLIBC_TUNABLES': _MALLOC}
+  environment['TRL_EXPERIMENTAL_SILENCE'] = '1'
+  finished = subprocess.run(
+    command, env=environment, capture_output=True, text=True, check=False
+  )
+  if finished.returncode:
+    raise SystemExit(f'{command[:2]} failed:\n{finished.stderr[-4000:]}')
+  return json.loads(finished.stdout.strip().splitlines()[-1])
+
+
+# --- What is measured, in a process of its own --------------------------------
+
+
+def _measure(work: dict) -> dict:
+  if 'machine' in work:
+    return _measure_machine()
+  return _measure_ours(work)
+
+
+def _measure_machine() -> dict:
+  """Returns the peaks that floors are computed with: FLOPs and bytes a second.
+
+  Each is the best of several shapes and runs.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  def best(function, *args, runs=8):
+    compiled = jax.jit(function).lower(*args).compile()
+    seconds = []
+    for _ in range(runs):
+      start = time.perf_counter()
+      jax.block_until_ready(compiled(*args))
+      seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+  peaks = {}
+  for dtype in ('float32', 'bfloat16'):
+    rates = []
+    for m, k, n in ((2048, 2048, 2048), (1024, 768, 2048), (512, 768, 32128)):
+      x, w = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+      product = functools.partial(
+        jnp.matmul, preferred_element_type=jnp.float32
+      )
+      rates.append(2.0 * m * k * n / best(product, x, w))
+    peaks[dtype] = max(rates)
+  x = jnp.ones(2**28, jnp.float32)  # 1 GiB: larger than any cache
+  return {
+    'peak_flops': peaks,
+    'bandwidth': 4.0 * x.size / best(jnp.sum, x),
+    'device': jax.devices()[0].device_kind,
+    'cores': os.cpu_count(),
+    'jax': jax.__version__,
+  }
+
+
+def _measure_ours(work: dict) -> dict:
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from gkd_jax import divergences, objectives, policies, sampler
+  from gkd_jax import model as model_lib
+  from gkd_jax import step as step_lib
+  from gkd_jax.batch import EOS_ID, MASKED_LOGIT, Batch
+
+  class Endless(model_lib.T5):
+    """Never draws EOS, so that every output is as long as it may be."""
+
+    def decode_step(self, cache, tokens_B):
+      logits, cache = super().decode_step(cache, tokens_B)
+      return logits.at[:, EOS_ID].set(MASKED_LOGIT), cache
+
+  def shape(name):
+    return model_lib.T5Config(**work[name], dtype=work['dtype'])
+
+  student, teacher = Endless(shape('student')), model_lib.T5(shape('teacher'))
+  divergence = getattr(divergences, work['divergence'])
+  if work['divergence'] == 'generalized_jsd':
+    divergence = functools.partial(divergence, beta=0.5)
+  objective = objectives.Objective(divergence)
+  optimizer = optax.adamw(1e-4)
+  num_ids = work['student']['vocab_size']
+  size = (work['batch'], work['inputs'])
+  inputs = jax.random.randint(jax.random.key(0), size, 2, num_ids)
+  # Its outputs are not read; their shape says how long ours may be.
+  targets = jnp.ones((work['batch'], work['targets']), jnp.int32)
+  batch = Batch(inputs, targets, jnp.ones(targets.shape, jnp.float32))
+
+  def init(model, seed):
+    return jax.jit(functools.partial(model_lib.init_params, model))(
+      jax.random.key(seed)
+    )
+
+  teacher_params = jax.tree.map(
+    lambda x: x.astype(work['dtype']), init(teacher, 1)
+  )
+  state = step_lib.init_state(init(student, 2), optimizer)
+  train_step = step_lib.make_train_step(
+    student=student,
+    teacher=teacher,
+    policy=policies.student(),
+    objective=objective,
+    optimizer=optimizer,
+    student_sampler=sampler.ANCESTRAL,
+    teacher_sampler=sampler.ANCESTRAL,
+    num_ids=num_ids,
+    seed=0,
+  )
+  start = time.perf_counter()
+  compiled = (
+    jax.jit(train_step, donate_argnums=0)
+    .lower(state, teacher_params, batch)
+    .compile()
+  )
+  compile_seconds = time.perf_counter() - start
+
+  def run(function, *args, carried=0):
+    """Times calls; the first `carried` arguments are the last call's results."""
+    seconds = []
+    for i in range(work['warmup'] + work['steps']):
+      start = time.perf_counter()
+      results = jax.block_until_ready(function(*args))
+      if i >= work['warmup']:
+        seconds.append(time.perf_counter() - start)
+      if carried:
+        args = (*results[:carried], *args[carried:])
+    return seconds, results
+
+  steps, (state, metrics) = run(
+    compiled, state, teacher_params, batch, carried=1
+  )
+  assert metrics['target_tokens'] == targets.size, metrics
+  assert metrics['on_policy'] == metrics['truncated'] == 1.0, metrics
+  assert jnp.isfinite(metrics['loss'])
+  peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+  # The phases, each compiled by itself.
+  def encode(params, inputs):
+    return student.apply({'params': params}, inputs, method='encode')
+
+  def sample(params, encoded, inputs):
+    return policies.rollout(
+      student,
+      params,
+      inputs,
+      jax.random.key(0),
+      sampler.ANCESTRAL,
+      encoded=encoded,
+      row_ids_B=jnp.arange(work['batch']),
+      max_decode_len=work['targets'],
+      num_ids=num_ids,
+    ).tokens
+
+  def loss(params, teacher_params, teacher_hidden, inputs, tokens):
+    weights, _ = objectives.coefficients(
+      jnp.ones(tokens.shape, jnp.float32), 'sequence'
+    )
+    return objectives.weighted_sums(
+      objective.terms(num_ids),
+      step_lib.unembed(student),
+      step_lib.unembed(teacher),
+      objective.chunk_tokens,
+      student.head_params(params),
+      step_lib.hidden_states(student, params, inputs, tokens),
+      teacher.head_params(teacher_params),
+      teacher_hidden,
+      tokens,
+      weights,
+    )['loss']
+
+  def update(params, opt_state, grads):
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  phases = {}
+  params = state.params
+  phases['student_encoder'], encoded = run(jax.jit(encode), params, inputs)
+  phases['sampling'], tokens = run(jax.jit(sample), params, encoded, inputs)
+  phases['teacher'], teacher_hidden = run(
+    jax.jit(functools.partial(step_lib.hidden_states, teacher)),
+    teacher_params,
+    inputs,
+    tokens,
+  )
+  phases['student'], grads = run(
+    jax.jit(jax.grad(loss)),
+    params,
+    teacher_params,
+    teacher_hidden,
+    inputs,
+    tokens,
+  )
+  phases['optimizer'], _ = run(
+    jax.jit(update, donate_argnums=(0, 1)),
+    params,
+    state.opt_state,
+    grads,
+    carried=2,
+  )
+  return {
+    'step': steps,
+    'phases': phases,
+    'compile': compile_seconds,
+    'peak_memory': peak_memory,
+    'setting': f'jax {jax.__version__}: one program; {work["dtype"]} operands, '
+    'float32 sums and master weights',
+  }
+
+
+# --- What is said of it -------------------------------------------------------
+
+
+def _report(work, machine, results) -> dict:
+  """Returns every figure: medians in seconds, floors, and speedups."""
+  report = {'work': work, 'machine': machine, 'contenders': {}}
+  for name, rounds in results.items():
+    dtype = name.rpartition('_')[2]
+    floors = _floors(work, machine, dtype)
+    medians = {
+      phase: statistics.median(t for r in rounds for t in r['phases'][phase])
+      for phase in rounds[0]['phases']
+    }
+    step = statistics.median(t for r in rounds for t in r['step'])
+    report['contenders'][name] = {
+      'step': step,
+      'phases': medians,
+      'floors': floors,
+      'share_of_floor': floors['step'] / step,
+      'tokens_per_second': work['batch'] * work['targets'] / step,
+      'compile': rounds[0]['compile'],
+      'peak_memory': max(r['peak_memory'] for r in rounds),
+      'setting': rounds[0]['setting'],
+      'rounds': rounds,
+    }
+  steps = {name: c['step'] for name, c in report['contenders'].items()}
+  report['speedup'] = {
+    name: seconds / steps[f'ours_{name.rpartition("_")[2]}']
+    for name, seconds in steps.items()
+    if not name.startswith('ours')
+  }
+  return report
+
+
+def _floors(work, machine, dtype) -> dict:
+  """Returns the least seconds of each phase, and of the step.
+
+  The phase 'student' is measured with its encoder, which a step runs once.
+  """
+  from gkd_jax import costs, model
+
+  width = {'float32': 4, 'bfloat16': 2}[dtype]
+  cost = costs.of_step(
+    model.T5Config(**work['student']),
+    model.T5Config(**work['teacher']),
+    batch_size=work['batch'],
+    input_length=work['inputs'],
+    target_length=work['targets'],
+    weight_bytes=width,
+    teacher_weight_bytes=width,
+  )
+  peak = machine['peak_flops'][dtype], machine['bandwidth']
+  floors = {phase: cost[phase].seconds(*peak) for phase in _PHASES}
+  floors['step'] = sum(floors.values())
+  floors['student'] += floors['student_encoder']
+  return floors
+
+
+def _table(work, report) -> str:
+  """Returns the figures as Markdown."""
+  machine = report['machine']
+  lines = [
+    f'Batch {work["batch"]}, {work["inputs"]} tokens in, {work["targets"]} out,'
+    f' {work["divergence"]}; {machine["cores"]} cores ({machine["device"]}), '
+    f'jax {machine["jax"]}; peaks: '
+    + ', '.join(
+      f'{flops / 1e9:.0f} GFLOP/s {dtype}'
+      for dtype, flops in machine['peak_flops'].items()
+    )
+    + f', {machine["bandwidth"] / 1e9:.0f} GB/s.',
+    '',
+    '| ms (share of its floor) | ' + ' | '.join(report['contenders']) + ' |',
+    '|---' * (len(report['contenders']) + 1) + '|',
+  ]
+
+  def cell(contender, phase):
+    seconds = contender['phases'].get(phase)
+    if seconds is None:
+      return ''
+    share = contender['floors'][phase] / seconds
+    return f'{1e3 * seconds:.0f} ({share:.0%})'
+
+  contenders = report['contenders'].values()
+  for phase in _PHASES:
+    cells = ' | '.join(cell(c, phase) for c in contenders)
+    lines.append(f'| {phase.replace("_", " ")} | {cells} |')
+  rows = {
+    '**step**': lambda c: (
+      f'**{1e3 * c["step"]:.0f}** ({c["share_of_floor"]:.0%})'
+    ),
+    'target tokens/s': lambda c: f'{c["tokens_per_second"]:.0f}',
+    'compile, s': lambda c: f'{c["compile"]:.1f}' if c['compile'] else '',
+    'peak memory, GB': lambda c: f'{c["peak_memory"] / 1e9:.2f}',
+  }
+  for name, show in rows.items():
+    lines.append(f'| {name} | {" | ".join(show(c) for c in contenders)} |')
+  lines += [
+    '',
+    'The phase `student` is its forward and backward pass with the objective, '
+    'its encoder run again.',
+    *(f'- {name}: {c["setting"]}' for name, c in report['contenders'].items()),
+    *(
+      f'- {speedup:.2f} times as fast as {name}'
+      for name, speedup in report['speedup'].items()
+    ),
+  ]
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  app.run(main)

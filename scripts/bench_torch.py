@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step of bench_step.py with PyTorch and Hugging Face transformers.
+
+Run by bench_step.py, with a Python that has torch, transformers and trl: takes
+the work as JSON, prints what it measured as JSON. Knows nothing of gkd_jax.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+work = json.loads(sys.argv[1])
+# One thread a core, each on its own: before torch starts any.
+os.environ['OMP_NUM_THREADS'] = str(os.cpu_count())
+os.environ['GOMP_CPU_AFFINITY'] = f'0-{os.cpu_count() - 1}'
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from trl.experimental.gkd import GKDTrainer  # noqa: E402
+
+DTYPE = getattr(torch, work['dtype'])
+BETAS = {'forward_kl': 0.0, 'generalized_jsd': 0.5, 'reverse_kl': 1.0}
+EOS_ID = 1
+
+
+def model(shape):
+  config = transformers.T5Config(
+    vocab_size=shape['vocab_size'],
+    d_model=shape['emb_dim'],
+    d_kv=shape['head_dim'],
+    d_ff=shape['mlp_dim'],
+    num_layers=shape['num_encoder_layers'],
+    num_decoder_layers=shape['num_decoder_layers'],
+    num_heads=shape['num_heads'],
+    dropout_rate=0.0,
+    feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False,
+    decoder_start_token_id=0,
+  )
+  made = transformers.T5ForConditionalGeneration(config)
+  return made.to(DTYPE).eval()
+
+
+class Clock:
+  """Seconds since it was last asked."""
+
+  def __init__(self):
+    self.last = time.perf_counter()
+
+  def __call__(self):
+    now = time.perf_counter()
+    passed, self.last = now - self.last, now
+    return passed
+
+
+def main():
+  torch.manual_seed(0)
+  student, teacher = model(work['student']), model(work['teacher'])
+  teacher.requires_grad_(False)
+  optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+  length = work['targets']
+  inputs = torch.randint(
+    2, work['student']['vocab_size'], (work['batch'], work['inputs'])
+  )
+  phases = {'sampling': [], 'teacher': [], 'student': [], 'optimizer': []}
+  steps = []
+  for i in range(work['warmup'] + work['steps']):
+    whole, clock, seconds = Clock(), Clock(), {}
+    with torch.inference_mode():
+      tokens = student.generate(
+        inputs,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        min_new_tokens=length,
+        max_new_tokens=length,
+      )
+    tokens = tokens.clone()
+    seconds['sampling'] = clock()
+    assert tokens.shape == (work['batch'], length + 1), tokens.shape
+    assert not (tokens[:, 1:] == EOS_ID).any()
+    with torch.inference_mode():
+      teacher_logits = teacher(
+        input_ids=inputs, decoder_input_ids=tokens[:, :-1]
+      ).logits
+    teacher_logits = teacher_logits.clone()
+    seconds['teacher'] = clock()
+    logits = student(
+      input_ids=inputs, decoder_input_ids=tokens[:, :-1], use_cache=False
+    ).logits
+    loss = GKDTrainer.generalized_jsd_loss(
+      logits, teacher_logits, beta=BETAS[work['divergence']]
+    )
+    loss.backward()
+    seconds['student'] = clock()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds['optimizer'] = clock()
+    assert torch.isfinite(loss)
+    if i >= work['warmup']:
+      steps.append(whole())
+      for name, value in seconds.items():
+        phases[name].append(value)
+  print(
+    json.dumps(
+      {
+        'step': steps,
+        'phases': phases,
+        'compile': None,
+        'peak_memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * 1024,
+        'setting': f'torch {torch.__version__}, transformers '
+        f'{transformers.__version__}: eager, '
+        f'{student.config._attn_implementation} attention, dynamic cache, '
+        'fused AdamW, threads bound to cores',
+      }
+    )
+  )
+
+
+if __name__ == '__main__':
+  main()
