@@ -65,7 +65,8 @@ _MALLOC = (
 )
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Measures everybody in turn, and prints the table."""
   del argv
   if _WORKER.value:
     print(json.dumps(_measure(json.loads(_WORKER.value))))
@@ -255,7 +256,7 @@ def _measure_ours(work: dict) -> dict:
   compile_seconds = time.perf_counter() - start
 
   def run(function, *args, carried=0):
-    """Times calls; the first `carried` arguments are the last call's results."""
+    """Times calls; `carried` results of one are the next one's arguments."""
     seconds = []
     for i in range(work['warmup'] + work['steps']):
       start = time.perf_counter()
