@@ -101,8 +101,7 @@ def main() -> None:
         'step': steps,
         'phases': phases,
         'compile': None,
-        'peak_memory': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * 1024,
+        'peak_memory': peak_kib * 1024,
         'setting': f'torch {torch.__version__}, transformers '
         f'{transformers.__version__}: eager, '
         f'{student.config._attn_implementation} attention, dynamic cache, '
