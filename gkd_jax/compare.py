@@ -86,7 +86,7 @@ def compare(
     jobs_lib.check_arguments(jobs, check)
   jobs_lib.check_same(folder / 'comparison.json', jobs)
   start = time.monotonic()
-  jobs_lib.run(jobs, folder, num_parallel)
+  jobs_lib.run(jobs, num_parallel)
   results = collect(folder, list(methods), metrics, seeds)
   results['seconds'] = round(time.monotonic() - start, 1)
   metrics_lib.write_whole(

@@ -8,7 +8,6 @@ skips what is done, and says which failed.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -149,7 +148,6 @@ def _find(file: str) -> pathlib.Path:
 
 def run(
   jobs: Sequence[Job],
-  folder: pathlib.Path,
   num_parallel: int,
   *,
   keep_going: bool = False,
@@ -158,7 +156,6 @@ def run(
 
   Args:
     jobs: each after those that it needs.
-    folder: of them all; compiled programs are kept in it.
     num_parallel: processes at a time.
     keep_going: where one fails, run those that do not need it.
 
@@ -170,12 +167,6 @@ def run(
   waiting = [job for job in jobs if job.name not in done]
   if done:
     metrics_lib.say(f'{len(done)} of {len(jobs)} runs are done already.')
-  environment = {
-    # Runs of one kind compile much the same programs.
-    'JAX_COMPILATION_CACHE_DIR': str(folder.absolute() / 'compilation_cache'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    **os.environ,
-  }
   running: dict[subprocess.Popen, Job] = {}
   failed: dict[str, str] = {}
   start = said = time.monotonic()
@@ -187,7 +178,7 @@ def run(
           failed[job.name] = f'{job.name} was not run: it needs {broken[0]}.'
         elif len(running) < num_parallel and done.issuperset(job.needs):
           waiting.remove(job)
-          running[_start(job, environment)] = job
+          running[_start(job)] = job
           metrics_lib.say(f'[{_clock(start)}] {job.command}')
       for process in [p for p in running if p.poll() is not None]:
         job = running.pop(process)
@@ -221,7 +212,7 @@ def run(
     )
 
 
-def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
+def _start(job: Job) -> subprocess.Popen:
   job.folder.mkdir(parents=True, exist_ok=True)
   with open(f'{job.folder}.log', 'a') as log:
     return subprocess.Popen(
@@ -229,7 +220,6 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen:
       stdout=log,
       stderr=log,
       stdin=subprocess.DEVNULL,
-      env={**environment},
     )
 
 

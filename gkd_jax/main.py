@@ -123,6 +123,25 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(130)
 
 
+def _keep_compiled_programs() -> None:
+  """Lets JAX keep what it compiles, for later runs and those beside this one.
+
+  Whoever sets JAX's own variables is obeyed: JAX_COMPILATION_CACHE_DIR, or
+  JAX_ENABLE_COMPILATION_CACHE=false.
+  """
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    folder = os.path.join(home, 'gkd_jax', 'compiled')
+    try:
+      os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+      print(f'Compiled programs are not kept: {e}', file=sys.stderr)
+      return
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
+  # By default those are not kept that took less than a second; there are many.
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+
+
 def _run(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'Unexpected arguments {argv[1:]}. Flags begin with --.')
@@ -144,6 +163,8 @@ def _run(argv: Sequence[str]) -> None:
   for flag in (_TOPOLOGY, _OUTPUT):
     if mode != 'precompile' and flag.value is not None:
       raise ValueError(f'--{flag.name} is for --run_mode=precompile.')
+  if mode != 'precompile':  # which says how long compiling takes
+    _keep_compiled_programs()
   import gin
 
   bindings = [_quote_strings(binding) for binding in _GIN_BINDINGS.value]

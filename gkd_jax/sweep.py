@@ -103,7 +103,7 @@ def sweep(
       'command again.'
     )
     return
-  jobs_lib.run(jobs, folder, num_parallel, keep_going=True)
+  jobs_lib.run(jobs, num_parallel, keep_going=True)
   metrics_lib.say(f'All {len(jobs)} runs are done: {folder}')
 
 

@@ -265,18 +265,25 @@ def train_sentencepiece(path, sentences, model_type='char', **settings) -> None:
   path.write_bytes(model.getvalue())
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compiled_programs(tmp_path_factory) -> pathlib.Path:
+  """Where processes that tests start keep what they compile: not at home."""
+  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  folder = folder or str(tmp_path_factory.mktemp('compiled'))
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
+  return pathlib.Path(folder)
+
+
 @pytest.fixture(scope='session')
-def compile_once(tmp_path_factory) -> None:
+def compile_once(compiled_programs) -> None:
   """Programs are compiled once for all tests, those in other processes too.
 
   Compiling takes most of the time of a tiny run.
   """
   import jax
 
-  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
-  folder = folder or str(tmp_path_factory.mktemp('compiled'))
   settings = {
-    'jax_compilation_cache_dir': folder,
+    'jax_compilation_cache_dir': str(compiled_programs),
     'jax_persistent_cache_min_compile_time_secs': 0.0,
   }
   for name, value in settings.items():

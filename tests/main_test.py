@@ -211,6 +211,28 @@ def test_the_same_command_again_does_nothing_but_say_so(run, command, run_main):
 
 
 @pytest.mark.slow
+def test_a_second_start_compiles_nothing(
+  run, command, run_main, compiled_programs, tmp_path
+):
+  before = {file.name for file in compiled_programs.glob('*-cache')}
+
+  again = run_main(*command, f'--gin.MODEL_DIR={tmp_path}/again')
+
+  assert again.code == 0, again.err
+  assert before
+  assert {file.name for file in compiled_programs.glob('*-cache')} == before
+
+
+def test_compiled_programs_are_kept_at_home(monkeypatch, tmp_path):
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+
+  finished = run_python('-m', 'gkd_jax.main', '--gin_file=nowhere.gin')
+
+  assert finished.returncode == 1
+  assert (tmp_path / 'gkd_jax' / 'compiled').is_dir()
+
+
 def test_other_settings_for_the_same_folder_are_refused(run, command, run_main):
   before = tree_of(run.folder)
 
