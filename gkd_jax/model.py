@@ -49,6 +49,9 @@ class T5Config:
     dropout_rate: in training, everywhere T5X has it.
     dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
     remat: recompute each layer in the backward pass, to save memory.
+    scan_layers: a stack of layers is compiled as one loop, where all positions
+      are computed at once. Compiles faster; takes a copy of the weights while
+      it runs. The parameters, and their names, are the same.
     relpos_buckets: of the relative position bias.
     relpos_max_distance: from which on all distances share a bucket.
     relpos_bias_per_layer: each layer has its own bias (umT5, and T5X's
@@ -68,6 +71,7 @@ class T5Config:
   dropout_rate: float = 0.0
   dtype: str = 'float32'
   remat: bool = False
+  scan_layers: bool = False
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
   relpos_bias_per_layer: bool = False
@@ -315,8 +319,7 @@ class Encoder(nn.Module):
     if not self.config.relpos_bias_per_layer:
       bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
     x_BSD = self.dropout(x_BSD, deterministic=deterministic)
-    for layer in self.layers:
-      x_BSD = layer(x_BSD, bias, mask, deterministic)
+    x_BSD = _run_layers(self, EncoderLayer, x_BSD, bias, mask, deterministic)
     x_BSD = self.encoder_norm(x_BSD)
     return self.dropout(x_BSD, deterministic=deterministic)
 
@@ -347,10 +350,16 @@ class Decoder(nn.Module):
       bias = self.relpos_bias(length, length)
     causal_mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
-    for layer in self.layers:
-      x_BTD = layer(
-        x_BTD, encoded_BSD, bias, causal_mask, encoder_mask, deterministic
-      )
+    x_BTD = _run_layers(
+      self,
+      DecoderLayer,
+      x_BTD,
+      encoded_BSD,
+      bias,
+      causal_mask,
+      encoder_mask,
+      deterministic,
+    )
     x_BTD = self.decoder_norm(x_BTD)
     return self.dropout(x_BTD, deterministic=deterministic)
 
@@ -402,6 +411,40 @@ class Decoder(nn.Module):
       step=cache.step + 1, self_keys=tuple(keys), self_values=tuple(values)
     )
     return self.decoder_norm(x_B1D), cache
+
+
+def _run_layers(stack, layer_class, x, *args):
+  """Runs the layers of an encoder or decoder on x; the last of args is
+  `deterministic`.
+  """
+  c = stack.config
+  if not c.scan_layers or stack.is_initializing():
+    for layer in stack.layers:
+      x = layer(x, *args)
+    return x
+  # The state keeps a name for each layer, as T5X's checkpoints do, and the
+  # optimizer sees each by itself.
+  params = jax.tree.map(
+    lambda *leaves: jnp.stack(leaves),
+    *[layer.variables['params'] for layer in stack.layers],
+  )
+  rngs = None
+  if c.dropout_rate > 0.0 and not args[-1]:
+    rngs = jax.random.split(stack.make_rng('dropout'), len(stack.layers))
+
+  def run_layer(x, layer):
+    params, rng = layer
+    x = layer_class(c, parent=None).apply(
+      {'params': params},
+      x,
+      *args,
+      rngs=None if rng is None else {'dropout': rng},
+    )
+    return x, None
+
+  if c.remat:
+    run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+  return jax.lax.scan(run_layer, x, (params, rngs))[0]
 
 
 class T5(nn.Module):

@@ -22,7 +22,7 @@ from gkd_jax.model import SIZES, T5, T5Config, abstract_params
 Params = Any
 
 # Fields of T5Config that do not change what the parameters mean.
-_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat')
+_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
 # In a run folder: what a Hugging Face checkpoint had beside its weights.
 _SIDE_FOLDER = 'huggingface_files'
 

@@ -444,8 +444,15 @@ def make_plan(
 
 
 def like_student(config: T5Config, student: T5Config) -> T5:
-  """Returns a model that computes in the student's type of numbers."""
-  return T5(dataclasses.replace(config, dtype=student.dtype))
+  """Returns a model that computes in the student's type of numbers.
+
+  And is compiled as the student is.
+  """
+  return T5(
+    dataclasses.replace(
+      config, dtype=student.dtype, scan_layers=student.scan_layers
+    )
+  )
 
 
 def compile_step(
