@@ -7,6 +7,7 @@ statistics and the attention softmax are float32 whatever `dtype` is.
 Source: Raffel et al. (2020), arXiv:1910.10683; T5X, `t5x/examples/t5`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -84,6 +85,38 @@ def _matmul_bwd(operands, d_out):
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """An einsum of two arrays of one type, like `matmul` in how it is computed.
+
+  Args:
+    equation: of einsum; each index is in at least two of the three arrays.
+    x: first array.
+    y: second array.
+
+  Returns:
+    The result in float32. The gradients have the type of x and y.
+  """
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _contract_fwd(equation, x, y):
+  return contract(equation, x, y), (x, y)
+
+
+def _contract_bwd(equation, operands, d_out):
+  x, y = operands
+  of_operands, of_out = equation.split('->')
+  of_x, of_y = of_operands.split(',')
+  d_out = d_out.astype(x.dtype)
+  d_x = contract(f'{of_out},{of_y}->{of_x}', d_out, y)
+  d_y = contract(f'{of_out},{of_x}->{of_y}', d_out, x)
+  return d_x.astype(x.dtype), d_y.astype(y.dtype)
+
+
+contract.defvjp(_contract_fwd, _contract_bwd)
 
 
 class RMSNorm(nn.Module):
@@ -281,19 +314,14 @@ class Attention(nn.Module):
       [B, Q, D].
     """
     query_BHQK = self._split(self.query(x_BQD))
-    logits_BHQL = jnp.einsum(
-      'BHQK,BHLK->BHQL',
-      query_BHQK,
-      key_BHLK,
-      preferred_element_type=jnp.float32,
-    )
+    logits_BHQL = contract('BHQK,BHLK->BHQL', query_BHQK, key_BHLK)
     if bias is not None:
       logits_BHQL += bias.astype(jnp.float32)
     if mask is not None:
       logits_BHQL = jnp.where(mask, logits_BHQL, MASKED_LOGIT)
     probs_BHQL = jax.nn.softmax(logits_BHQL).astype(self.dtype)
     probs_BHQL = self.dropout(probs_BHQL, deterministic=deterministic)
-    out_BHQK = jnp.einsum('BHQL,BHLK->BHQK', probs_BHQL, value_BHLK)
+    out_BHQK = contract('BHQL,BHLK->BHQK', probs_BHQL, value_BHLK)
     out_BQHK = out_BHQK.swapaxes(1, 2)
     return self.out(out_BQHK.reshape(*x_BQD.shape[:2], -1))
 
