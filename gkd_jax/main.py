@@ -32,12 +32,15 @@ import os
 import pathlib
 import re
 import sys
+import time
 import tokenize
 import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
+
+_START = time.monotonic()
 
 # Run mode -> the function that gin configures and main calls.
 _RUN_MODES = {
@@ -191,6 +194,11 @@ def _run(argv: Sequence[str]) -> None:
     return
   keywords = {}
   if mode == 'train':
+    from gkd_jax import metrics
+
+    metrics.say(
+      f'Imported what is needed in {time.monotonic() - _START:.1f} s.'
+    )
     keywords['config_text'] = lambda: _operative_config(gin, bindings)
   if _TFDS_DATA_DIR.value and starts_runs:
     keywords['flags'] = [f'--tfds_data_dir={_TFDS_DATA_DIR.value}']

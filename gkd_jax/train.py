@@ -125,6 +125,7 @@ def train(
     ValueError: something does not fit together. All such errors come before
       anything is compiled or written.
   """
+  started = time.monotonic()
   run_dir = pathlib.Path(model_dir).absolute()
   device_mesh = mesh()
   for dataset in (eval_dataset, final_eval_dataset):
@@ -333,6 +334,7 @@ def train(
       mesh=device_mesh,
       learning_rate=learning_rate,
       total_steps=total_steps,
+      started=started,
       train_seconds=train_seconds,
       eval_period=eval_period or total_steps,
       checkpoint_period=checkpoint_period or total_steps,
@@ -490,6 +492,7 @@ def _loop(
   mesh,
   learning_rate,
   total_steps,
+  started,
   train_seconds,
   eval_period,
   checkpoint_period,
@@ -512,7 +515,13 @@ def _loop(
   metrics_lib.say(f'Compiled the step in {time.monotonic() - start:.1f} s.')
 
   log = _Log(
-    writer, learning_rate, total_steps, first_step, log_period, raise_failure
+    writer,
+    learning_rate,
+    total_steps,
+    first_step,
+    log_period,
+    raise_failure,
+    started,
   )
   clock = time.monotonic()
   for step in range(first_step + 1, total_steps + 1):
@@ -552,12 +561,20 @@ class _Log:
   """Reads the metrics of a step after the next one was dispatched."""
 
   def __init__(
-    self, writer, learning_rate, total_steps, first_step, period, raise_failure
+    self,
+    writer,
+    learning_rate,
+    total_steps,
+    first_step,
+    period,
+    raise_failure,
+    started,
   ):
     self._writer = writer
     self._learning_rate = learning_rate
     self._period = period
     self._raise_failure = raise_failure
+    self._started = started
     self._progress = metrics_lib.Progress(total_steps, first_step, 10.0)
     self._pending = None
     self._window = []
@@ -579,6 +596,10 @@ class _Log:
     self._pending = None
     values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
     self._raise_failure()
+    if self._started is not None:
+      seconds = time.monotonic() - self._started
+      metrics_lib.say(f'First step done {seconds:.1f} s after the imports.')
+      self._started = None
     if not math.isfinite(values['loss']) or not math.isfinite(
       values['grad_norm']
     ):

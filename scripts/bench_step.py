@@ -38,6 +38,9 @@ _DIVERGENCE = flags.DEFINE_enum(
   ['forward_kl', 'reverse_kl', 'generalized_jsd'],
   'The JSD has beta 0.5.',
 )
+_CHUNK_TOKENS = flags.DEFINE_integer(
+  'chunk_tokens', 256, 'Objective.chunk_tokens of ours; on CPU 256 is best.'
+)
 _DTYPES = flags.DEFINE_list(
   'dtypes', 'float32,bfloat16', 'Types to measure; master weights are float32.'
 )
@@ -49,7 +52,7 @@ _T5X_PYTHON = flags.DEFINE_string(
   't5x_python', sys.executable, 'A Python that can import t5x.'
 )
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Processes of each contender.')
-_STEPS = flags.DEFINE_integer('steps', 3, 'Timed steps of each process.')
+_STEPS = flags.DEFINE_integer('steps', 5, 'Timed steps of each process.')
 _WARMUP = flags.DEFINE_integer('warmup', 2, 'Steps before these.')
 _JSON = flags.DEFINE_string('json', None, 'File for all figures.')
 _WORKER = flags.DEFINE_string('worker', None, 'For bench_step.py itself.')
@@ -115,6 +118,7 @@ def _work() -> dict:
     'inputs': _INPUTS.value,
     'targets': _TARGETS.value,
     'divergence': _DIVERGENCE.value,
+    'chunk_tokens': _CHUNK_TOKENS.value,
     'warmup': _WARMUP.value,
     'steps': _STEPS.value,
   }
@@ -218,7 +222,9 @@ def _measure_ours(work: dict) -> dict:
   divergence = getattr(divergences, work['divergence'])
   if work['divergence'] == 'generalized_jsd':
     divergence = functools.partial(divergence, beta=0.5)
-  objective = objectives.Objective(divergence)
+  objective = objectives.Objective(
+    divergence, chunk_tokens=work['chunk_tokens']
+  )
   optimizer = optax.adamw(1e-4)
   num_ids = work['student']['vocab_size']
   size = (work['batch'], work['inputs'])

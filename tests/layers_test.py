@@ -13,6 +13,62 @@ def softmax(logits):
   return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def product_and_gradients(function, x, y, d_out):
+  out, gradients = jax.vjp(function, x, y)
+  return out, *gradients(d_out)
+
+
+@pytest.mark.parametrize('num_devices', [1, 2])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_matmul_rounds_operands_only_backwards_as_forwards(
+  dtype, num_devices, monkeypatch
+):
+  # With one device transposes are written out on CPU, with more they are not.
+  monkeypatch.setattr(jax, 'device_count', lambda: num_devices)
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, 3, 40)), dtype)
+  kernel = jnp.asarray(rng.standard_normal((40, 50)), jnp.float32)
+  d_out = jnp.asarray(rng.standard_normal((2, 3, 50)), jnp.float32)
+
+  got = product_and_gradients(layers.matmul, x, kernel, d_out)
+
+  x64, kernel64, d_out64 = (
+    np.float64(jnp.asarray(a, dtype)) for a in (x, kernel, d_out)
+  )
+  want = (
+    x64 @ kernel64,
+    np.float64(jnp.asarray(d_out64 @ kernel64.T, dtype)),
+    np.einsum('btd,btf->df', x64, d_out64),
+  )
+  assert [a.dtype for a in got] == [jnp.float32, x.dtype, jnp.float32]
+  # Sums of 6 to 50 terms near 1 in float32. Where the result is bfloat16, an
+  # error of that size may turn its last rounding the other way.
+  last_bit = {'float32': 0.0, 'bfloat16': 2.0**-7}[dtype]
+  for a, b, rtol in zip(got, want, (0.0, last_bit, 0.0), strict=True):
+    np.testing.assert_allclose(np.float64(a), b, atol=1e-5, rtol=rtol)
+
+
+@pytest.mark.parametrize('equation', ['bqk,blk->bql', 'bql,blk->bqk'])
+def test_contract_has_the_gradients_of_einsum(equation):
+  sizes = {'b': 2, 'q': 3, 'l': 5, 'k': 4}
+  operands, result = equation.split('->')
+  rng = np.random.default_rng(0)
+  x, y, d_out = (
+    rng.standard_normal([sizes[i] for i in indices]).astype(np.float32)
+    for indices in (*operands.split(','), result)
+  )
+
+  got = product_and_gradients(
+    lambda *xy: layers.contract(equation, *xy), x, y, d_out
+  )
+
+  want = product_and_gradients(
+    lambda *xy: jnp.einsum(equation, *xy), x, y, d_out
+  )
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # float32 rounding
+
+
 @pytest.mark.parametrize('bidirectional', [True, False])
 @pytest.mark.parametrize('num_buckets, max_distance', [(32, 128), (8, 20)])
 def test_relative_position_bucket_equals_exact_integer_arithmetic(
