@@ -105,7 +105,7 @@ def start(monkeypatch):
     def wait(self):
       pass
 
-  def start(job, environment):
+  def start(job):
     assert set(job.needs) <= set(start.finished)
     start.jobs.append(job)
     start.running.append(job.name)

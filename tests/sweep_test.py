@@ -417,7 +417,7 @@ def run(monkeypatch, tmp_path):
     sweep.sweep(str(tmp_path / 'out'), **(settings | changes))
 
   run.started, run.exit_codes = [], {}
-  monkeypatch.setattr(jobs, '_start', lambda job, environment: Process(job))
+  monkeypatch.setattr(jobs, '_start', lambda job: Process(job))
   monkeypatch.setattr(jobs.time, 'sleep', lambda seconds: None)
   return run
 
