@@ -194,11 +194,7 @@ def _run(argv: Sequence[str]) -> None:
     return
   keywords = {}
   if mode == 'train':
-    from gkd_jax import metrics
-
-    metrics.say(
-      f'Imported what is needed in {time.monotonic() - _START:.1f} s.'
-    )
+    keywords['import_seconds'] = time.monotonic() - _START
     keywords['config_text'] = lambda: _operative_config(gin, bindings)
   if _TFDS_DATA_DIR.value and starts_runs:
     keywords['flags'] = [f'--tfds_data_dir={_TFDS_DATA_DIR.value}']

@@ -76,6 +76,7 @@ def train(
   best_metric: str | None = None,
   best_mode: str = 'min',
   config_text: Callable[[], str] = str,
+  import_seconds: float = 0.0,
 ) -> None:
   """Trains a student and evaluates it. A run that was interrupted goes on.
 
@@ -120,12 +121,13 @@ def train(
     best_mode: 'min' or 'max'.
     config_text: returns the resolved configuration, which is saved with the
       run and must be the same when it goes on.
+    import_seconds: that the process spent before; to be told.
 
   Raises:
     ValueError: something does not fit together. All such errors come before
       anything is compiled or written.
   """
-  started = time.monotonic()
+  started = time.monotonic() - import_seconds
   run_dir = pathlib.Path(model_dir).absolute()
   device_mesh = mesh()
   for dataset in (eval_dataset, final_eval_dataset):
@@ -335,6 +337,7 @@ def train(
       learning_rate=learning_rate,
       total_steps=total_steps,
       started=started,
+      import_seconds=import_seconds,
       train_seconds=train_seconds,
       eval_period=eval_period or total_steps,
       checkpoint_period=checkpoint_period or total_steps,
@@ -493,6 +496,7 @@ def _loop(
   learning_rate,
   total_steps,
   started,
+  import_seconds,
   train_seconds,
   eval_period,
   checkpoint_period,
@@ -522,6 +526,7 @@ def _loop(
     log_period,
     raise_failure,
     started,
+    import_seconds,
   )
   clock = time.monotonic()
   for step in range(first_step + 1, total_steps + 1):
@@ -569,12 +574,14 @@ class _Log:
     period,
     raise_failure,
     started,
+    import_seconds,
   ):
     self._writer = writer
     self._learning_rate = learning_rate
     self._period = period
     self._raise_failure = raise_failure
     self._started = started
+    self._import_seconds = import_seconds
     self._progress = metrics_lib.Progress(total_steps, first_step, 10.0)
     self._pending = None
     self._window = []
@@ -598,7 +605,10 @@ class _Log:
     self._raise_failure()
     if self._started is not None:
       seconds = time.monotonic() - self._started
-      metrics_lib.say(f'First step done {seconds:.1f} s after the imports.')
+      metrics_lib.say(
+        f'First step done after {seconds:.1f} s, of which imports took '
+        f'{self._import_seconds:.1f} s.'
+      )
       self._started = None
     if not math.isfinite(values['loss']) or not math.isfinite(
       values['grad_norm']
