@@ -24,9 +24,11 @@ Run modes:
 """
 
 import ast
+import ctypes
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import pathlib
@@ -145,6 +147,28 @@ def _keep_compiled_programs() -> None:
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 
+def _keep_memory() -> None:
+  """Lets the process keep the memory it frees, where the CPU does the work.
+
+  A step's buffers are large. The C library would give them back to the system
+  after each step, and the system would fill them with zeros again: a fifth of
+  the time of a step of T5 small. With an accelerator they lie there.
+  """
+  accelerators = ('libtpu', 'jax_cuda12_plugin', 'jax_cuda13_plugin')
+  if os.environ.get('JAX_PLATFORMS') != 'cpu' and any(
+    map(importlib.util.find_spec, accelerators)
+  ):
+    return
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if mallopt is None:  # glibc has it
+    return
+  trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
+  mallopt(arena_max, 1)  # in others large buffers are given back all the same
+  mallopt(mmap_max, 0)
+  mallopt(trim_threshold, 2**31 - 1)
+  mallopt(top_pad, 2**26)
+
+
 def _run(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'Unexpected arguments {argv[1:]}. Flags begin with --.')
@@ -168,6 +192,8 @@ def _run(argv: Sequence[str]) -> None:
       raise ValueError(f'--{flag.name} is for --run_mode=precompile.')
   if mode != 'precompile':  # which says how long compiling takes
     _keep_compiled_programs()
+  if mode in ('train', 'eval', 'infer'):
+    _keep_memory()
   import gin
 
   bindings = [_quote_strings(binding) for binding in _GIN_BINDINGS.value]

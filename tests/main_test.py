@@ -233,6 +233,31 @@ def test_compiled_programs_are_kept_at_home(monkeypatch, tmp_path):
   assert (tmp_path / 'gkd_jax' / 'compiled').is_dir()
 
 
+@pytest.mark.parametrize('kept', [True, False])
+def test_memory_that_was_freed_is_kept_for_the_next_step(kept):
+  program = f"""
+import pathlib, threading
+import numpy as np
+from gkd_jax import main
+
+def resident():  # in MiB
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  return pages * 4096 / 2**20
+
+if {kept}:
+  main._keep_memory()
+before = resident()
+thread = threading.Thread(target=lambda: bool(np.ones(2**27, np.uint8)[0]))
+thread.start()
+thread.join()
+print(resident() - before)
+"""
+
+  grown = float(run_python('-c', program).stdout)
+
+  assert (grown > 100.0) == kept  # of 128
+
+
 def test_other_settings_for_the_same_folder_are_refused(run, command, run_main):
   before = tree_of(run.folder)
 
