@@ -27,8 +27,13 @@ import time
 
 from absl import app, flags
 
-_STUDENT = flags.DEFINE_string('student', 't5_1_1_small', 'A published size.')
-_TEACHER = flags.DEFINE_string('teacher', 't5_1_1_base', 'A published size.')
+_STUDENT = flags.DEFINE_string(
+  'student',
+  't5_1_1_small',
+  'A published size; or vocabulary, width, heads, width of a head, of the '
+  'feed-forward block, and layers, e.g. 384,16,2,8,32,1.',
+)
+_TEACHER = flags.DEFINE_string('teacher', 't5_1_1_base', 'Likewise.')
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows.')
 _INPUTS = flags.DEFINE_integer('inputs', 128, 'Tokens of an input.')
 _TARGETS = flags.DEFINE_integer('targets', 64, 'Tokens of an output.')
@@ -61,9 +66,9 @@ _HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # gkd_jax of this checkout
 _PHASES = ('student_encoder', 'sampling', 'teacher', 'student', 'optimizer')
 # Large buffers in huge pages, and not given back: for everybody, it takes tens
-# of percent off a step.
+# of percent off a step. In one arena: others give large buffers back anyway.
 _MALLOC = (
-  'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:'
+  'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:'
   'glibc.malloc.trim_threshold=34359738368:glibc.malloc.top_pad=268435456'
 )
 
@@ -97,7 +102,11 @@ def _work() -> dict:
   from gkd_jax import model
 
   def shape(size):
-    config = model.published(size)
+    if size in model.SIZES:
+      config = model.published(size)
+    else:
+      *numbers, num_layers = map(int, size.split(','))
+      config = model.T5Config(*numbers, num_layers, num_layers)
     return {
       name: getattr(config, name)
       for name in (
