@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import operator
 import os
-import pathlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +21,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from gkd_jax import metrics as metrics_lib
 from gkd_jax.model import T5Config, named_params
 from gkd_jax.step import TrainState
 
 _PREFIX = 'checkpoint'
 _MAX_DIFFERENCES = 5
+
+# What reading a file that was cut off or overwritten raises.
+_DAMAGE = (ValueError, TypeError, KeyError, OSError, RuntimeError)
 
 # Packages whose versions can change a result.
 _VERSIONS_OF = (
@@ -72,6 +75,7 @@ class Saved(NamedTuple):
 
   state: TrainState
   train_seconds: float
+  to_evaluate: bool  # the run was interrupted while it evaluated this state
 
 
 class _IteratorHandler(ocp.CheckpointHandler):
@@ -98,13 +102,14 @@ class _RestoreIterator(ocp.args.CheckpointArgs):
 
 
 class Checkpoints:
-  """The checkpoints of one run: the last and the best are kept."""
+  """The checkpoints of one run: the last ones and the best are kept."""
 
   def __init__(
     self,
     run_dir: str | os.PathLike,
     model: ModelDescription,
     *,
+    keep: int = 1,
     best_metric: str | None = None,
     best_mode: str = 'min',
   ):
@@ -113,15 +118,19 @@ class Checkpoints:
     Args:
       run_dir: of the run.
       model: saved with each checkpoint.
+      keep: so many of the last.
       best_metric: keeps the checkpoint that is best by this metric, too.
       best_mode: 'min' or 'max'.
     """
     self._model = model
-    keep = [checkpoint_managers.LatestN(n=1)]
+    self._folder = epath.Path(run_dir).absolute()
+    # Orbax reads these of all checkpoints when it opens a folder.
+    _set_aside(self._folder, _damaged_descriptions(self._folder))
+    policies = [checkpoint_managers.LatestN(n=keep)]
     value = None
     if best_metric is not None:
       value = operator.itemgetter(best_metric)
-      keep.append(
+      policies.append(
         checkpoint_managers.BestN(
           get_metric_fn=value,
           reverse=best_mode == 'min',
@@ -130,13 +139,13 @@ class Checkpoints:
         )
       )
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(run_dir).absolute(),
+      self._folder,
       options=ocp.CheckpointManagerOptions(
         step_prefix=_PREFIX,
         # The policy decides. Without best_fn no metrics would be saved, and a
         # run that goes on would not know which of its checkpoints is the best.
         best_fn=value,
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
       ),
     )
@@ -152,6 +161,7 @@ class Checkpoints:
     *,
     train_seconds: float,
     metrics: dict[str, float] | None = None,
+    to_evaluate: bool = False,
   ) -> None:
     """Saves a state; parameters are copied at once and written meanwhile."""
     step = int(state.step)
@@ -167,12 +177,21 @@ class Checkpoints:
           {
             'step': step,
             'train_seconds': train_seconds,
+            'to_evaluate': to_evaluate,
             'model': self._model.to_json(),
           }
         ),
       ),
       metrics=metrics,
     )
+
+  def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds to a checkpoint that was saved without; it may be the best."""
+    if jax.process_index() == 0:
+      folder = self._folder / f'{_PREFIX}_{step}'
+      (folder / 'metrics').mkdir(exist_ok=True)
+      (folder / 'metrics' / 'metrics').write_text(json.dumps(metrics))
+    self._manager.reload()
 
   def restore(
     self, abstract_state: TrainState, data_iterator: Any
@@ -183,33 +202,105 @@ class Checkpoints:
       abstract_state: shapes, dtypes and shardings of the state.
       data_iterator: of this run's data.
 
+    Where the newest cannot be read, the one before is restored; the former is
+    kept under another name.
+
     Returns:
       None if there is none.
+
+    Raises:
+      ValueError: it is of another model, or none can be read.
     """
-    step = self.latest_step()
-    if step is None:
-      return None
-    folder = epath.Path(self._manager.directory) / f'{_PREFIX}_{step}'
-    check_shapes(folder, saved_shapes(folder), shapes(abstract_state.params))
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract_state.params),
-        opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
-        data=_RestoreIterator(data_iterator),
-        description=ocp.args.JsonRestore(),
-      ),
-    )
-    state = TrainState(
-      jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding),
-      restored.params,
-      restored.opt_state,
-    )
-    return Saved(state, restored.description['train_seconds'])
+    damaged = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      folder = self._folder / f'{_PREFIX}_{step}'
+      try:
+        saved = saved_shapes(folder)
+      except _DAMAGE as e:
+        damaged.append((folder, e))
+        continue
+      check_shapes(folder, saved, shapes(abstract_state.params))
+      try:
+        restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract_state.params),
+            opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
+            data=_RestoreIterator(data_iterator),
+            description=ocp.args.JsonRestore(),
+          ),
+        )
+      except _DAMAGE as e:
+        damaged.append((folder, e))
+        continue
+      _set_aside(self._folder, damaged)
+      if damaged:
+        self._manager.reload()
+      state = TrainState(
+        jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding),
+        restored.params,
+        restored.opt_state,
+      )
+      return Saved(
+        state,
+        restored.description['train_seconds'],
+        restored.description.get('to_evaluate', False),
+      )
+    _set_aside(self._folder, damaged)  # raises, if these are all
+    return None
 
   def close(self) -> None:
     """Waits until all is written."""
     self._manager.close()
+
+
+Damaged = Sequence[tuple[epath.Path, Exception]]
+
+
+def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
+  """Returns checkpoints that do not say what they hold, and why not."""
+  damaged = []
+  for step in _steps(run_dir):
+    folder = run_dir / f'{_PREFIX}_{step}'
+    names = ['_CHECKPOINT_METADATA', 'description/metadata']
+    if (folder / 'metrics').is_dir():
+      names.append('metrics/metrics')
+    try:
+      for name in names:
+        json.loads((folder / name).read_text())
+    except _DAMAGE as e:
+      damaged.append((folder, e))
+  return damaged
+
+
+def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
+  """Renames checkpoints that cannot be read: their steps are saved again.
+
+  Raises:
+    ValueError: there are no others.
+  """
+  if not damaged:
+    return
+  reasons = {folder: _first_line(error) for folder, error in damaged}
+  if len(reasons) == len(_steps(run_dir)):
+    raise ValueError(
+      'No checkpoint of this run can be read:'
+      + ''.join(f'\n  {folder}: {why}' for folder, why in reasons.items())
+      + '\nTo start afresh remove them, or choose another MODEL_DIR.'
+    )
+  for folder, why in reasons.items():
+    name = f'damaged_{folder.name}'
+    metrics_lib.say(
+      f'{folder} cannot be read ({why}). It is called {name} now; the run goes '
+      'on from the one before.'
+    )
+    if jax.process_index() == 0:
+      folder.rename(run_dir / name)
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip().split('\n')[0]
+  return f'{type(error).__name__}: {text[:200]}'
 
 
 def is_checkpoint(folder: epath.Path) -> bool:

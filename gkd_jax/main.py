@@ -119,13 +119,14 @@ def main(argv: Sequence[str]) -> None:
         message.rstrip('.') + '.' + _who_sets(calls[0].split()[0].strip("'"))
       )
     sys.exit(f'Error: {message}')
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as e:
     print(
-      'Interrupted. A training run goes on from its last checkpoint '
+      str(e)
+      or 'Interrupted. A training run goes on from its last checkpoint '
       '(CHECKPOINT_PERIOD) with the same command.',
       file=sys.stderr,
     )
-    sys.exit(130)
+    sys.exit(getattr(e, 'exit_code', 130))
 
 
 def _keep_compiled_programs() -> None:

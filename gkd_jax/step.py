@@ -71,7 +71,8 @@ def make_train_step(
   """Returns `train_step(state, teacher_params, batch) -> (state, metrics)`.
 
   It is pure and not yet jitted; donate `state`, not the teacher. A reward with
-  a model of its own gets that model's parameters as a fourth argument.
+  a model of its own gets that model's parameters as a fourth argument. Where
+  loss or gradient is not finite, only `state.step` changes.
 
   Args:
     student: model that learns; `model` says what is asked of a model.
@@ -122,8 +123,16 @@ def make_train_step(
     grads, sums = _over_microbatches(grads_and_sums, batch, num_microbatches)
     count = jnp.maximum(sums.pop('count'), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # What is not finite would spoil every step to come.
+    finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
 
     of_rewards = _reward_metrics(sums)
     sequences = sums.pop('sequences')
@@ -135,7 +144,7 @@ def make_train_step(
       **{name: total / count for name, total in sums.items()},
       **per_sequence,
       **of_rewards,
-      'grad_norm': optax.tree.norm(grads),
+      'grad_norm': grad_norm,
       'param_norm': optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -20,6 +20,7 @@ from gkd_jax import (
   checkpoint,
   data,
   evaluate,
+  interruption,
   objectives,
   partitioning,
   policies,
@@ -73,6 +74,8 @@ def train(
   eval_period: int = 1000,
   checkpoint_period: int = 1000,
   log_period: int = 10,
+  max_skipped_steps: int = 10,
+  keep_checkpoints: int = 2,
   best_metric: str | None = None,
   best_mode: str = 'min',
   config_text: Callable[[], str] = str,
@@ -116,6 +119,9 @@ def train(
     eval_period: steps; 0: only at the end.
     checkpoint_period: steps; one more is saved at the end; 0: only that.
     log_period: steps whose metrics are averaged into one line.
+    max_skipped_steps: a step whose loss or gradient is not finite changes
+      nothing; after so many in a row the run stops.
+    keep_checkpoints: the last ones that are kept.
     best_metric: name of a validation metric; its best checkpoint is kept
       beside the last.
     best_mode: 'min' or 'max'.
@@ -126,6 +132,8 @@ def train(
   Raises:
     ValueError: something does not fit together. All such errors come before
       anything is compiled or written.
+    interruption.Interrupted: SIGTERM or Ctrl-C came; the run is saved.
+    FloatingPointError: too many steps were skipped; the run is saved.
   """
   started = time.monotonic() - import_seconds
   run_dir = pathlib.Path(model_dir).absolute()
@@ -176,6 +184,8 @@ def train(
     ('EVAL_PERIOD', eval_period, 0),
     ('CHECKPOINT_PERIOD', checkpoint_period, 0),
     ('LOG_PERIOD', log_period, 1),
+    ('MAX_SKIPPED_STEPS', max_skipped_steps, 1),
+    ('KEEP_CHECKPOINTS', keep_checkpoints, 1),
   ):
     if not isinstance(value, int) or value < least:
       raise ValueError(
@@ -302,72 +312,83 @@ def train(
     num_shards=jax.process_count(),
   )
 
-  was_there = (run_dir / 'config.gin').exists()
-  _save_manifest(run_dir, config_text())
-  # One vocabulary serves both; the student's own files come first.
-  folders = [sources[k].folder for k in ('student', 'teacher') if k in sources]
-  pretrained.keep_side_files(folders, run_dir)
-  del sources  # they may hold what was read
-  state = jax.jit(
-    lambda p: step_lib.init_state(p, plan.optimizer),
-    out_shardings=_shardings(plan.state),
-  )(params)
-  del params  # the state owns them now, and will be donated
-  checkpoints = checkpoint.Checkpoints(
-    run_dir, description, best_metric=best_metric, best_mode=best_mode
-  )
-  train_seconds = 0.0
-  if saved := checkpoints.restore(plan.state, iterator):
-    state, train_seconds = saved
-    metrics_lib.say(f'Resuming after step {int(state.step)}.')
-  elif was_there:
-    metrics_lib.say('The run was interrupted before its first checkpoint.')
-  first_step = int(state.step)
-  if first_step < total_steps:
-    state, train_seconds = _loop(
-      train_step,
-      state,
-      (teacher_params, reward_params),
-      iterator,
-      raise_failure=reward.raise_failure if reward else lambda: None,
-      writer=metrics_lib.MetricWriter(run_dir, first_step),
-      checkpoints=checkpoints,
-      evaluation=evaluation,
-      mesh=device_mesh,
-      learning_rate=learning_rate,
-      total_steps=total_steps,
-      started=started,
-      import_seconds=import_seconds,
-      train_seconds=train_seconds,
-      eval_period=eval_period or total_steps,
-      checkpoint_period=checkpoint_period or total_steps,
-      log_period=log_period,
+  run_dir.mkdir(parents=True, exist_ok=True)
+  with interruption.locked(run_dir, 'MODEL_DIR'):
+    was_there = (run_dir / 'config.gin').exists()
+    _save_manifest(run_dir, config_text())
+    # One vocabulary serves both; the student's own files come first.
+    folders = [
+      sources[k].folder for k in ('student', 'teacher') if k in sources
+    ]
+    pretrained.keep_side_files(folders, run_dir)
+    del sources  # they may hold what was read
+    state = jax.jit(
+      lambda p: step_lib.init_state(p, plan.optimizer),
+      out_shardings=_shardings(plan.state),
+    )(params)
+    del params  # the state owns them now, and will be donated
+    checkpoints = checkpoint.Checkpoints(
+      run_dir,
+      description,
+      keep=keep_checkpoints,
+      best_metric=best_metric,
+      best_mode=best_mode,
     )
-  checkpoints.close()
-  if final_evaluation is not None:
-    path = run_dir / f'eval_{final_eval_dataset.split}.json'
-    if not path.exists():
-      # The teacher's own test metrics are those of its own run.
-      values, _ = final_evaluation(state.params, with_teacher=False)
-      evaluate.write_samples(
-        run_dir,
-        final_eval_dataset.split,
-        final_evaluation.samples(state.params),
+    train_seconds, to_evaluate = 0.0, False
+    if saved := checkpoints.restore(plan.state, iterator):
+      state, train_seconds, to_evaluate = saved
+      metrics_lib.say(f'Resuming after step {int(state.step)}.')
+    elif was_there:
+      metrics_lib.say('The run was interrupted before its first checkpoint.')
+    first_step = int(state.step)
+    if first_step < total_steps or to_evaluate:
+      state, train_seconds = _loop(
+        train_step,
+        state,
+        (teacher_params, reward_params),
+        iterator,
+        raise_failure=reward.raise_failure if reward else lambda: None,
+        writer=metrics_lib.MetricWriter(run_dir, first_step),
+        checkpoints=checkpoints,
+        evaluation=evaluation,
+        mesh=device_mesh,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        started=started,
+        import_seconds=import_seconds,
+        train_seconds=train_seconds,
+        eval_period=eval_period or total_steps,
+        checkpoint_period=checkpoint_period or total_steps,
+        log_period=log_period,
+        max_skipped_steps=max_skipped_steps,
+        to_evaluate=to_evaluate,
+        run_dir=run_dir,
       )
-      evaluate.write_results(
-        run_dir,
-        final_eval_dataset.split,
-        {
-          'step': int(state.step),
-          'train_seconds': train_seconds,
-          **values,
-          **final_evaluation.notes,
-        },
-      )
-      metrics_lib.say(
-        f'{final_eval_dataset.split}: {evaluate.format_metrics(values)}'
-      )
-  metrics_lib.say(f'Done: {run_dir}')
+    checkpoints.close()
+    if final_evaluation is not None:
+      path = run_dir / f'eval_{final_eval_dataset.split}.json'
+      if not path.exists():
+        # The teacher's own test metrics are those of its own run.
+        values, _ = final_evaluation(state.params, with_teacher=False)
+        evaluate.write_samples(
+          run_dir,
+          final_eval_dataset.split,
+          final_evaluation.samples(state.params),
+        )
+        evaluate.write_results(
+          run_dir,
+          final_eval_dataset.split,
+          {
+            'step': int(state.step),
+            'train_seconds': train_seconds,
+            **values,
+            **final_evaluation.notes,
+          },
+        )
+        metrics_lib.say(
+          f'{final_eval_dataset.split}: {evaluate.format_metrics(values)}'
+        )
+    metrics_lib.say(f'Done: {run_dir}')
 
 
 class Plan(NamedTuple):
@@ -501,16 +522,34 @@ def _loop(
   eval_period,
   checkpoint_period,
   log_period,
+  max_skipped_steps,
+  to_evaluate,
+  run_dir,
 ):
   """Runs steps up to total_steps; returns the state and the seconds spent.
 
   The device is never waited for but to read the metrics of the step before
   the one it works on. `train_seconds` counts neither compilation nor
   evaluation. `constants` are the parameters of teacher and reward, and
-  `raise_failure` that of the reward.
+  `raise_failure` that of the reward. `to_evaluate`: the evaluation of the state
+  that is given was interrupted.
   """
   teacher_params, reward_params = constants
   first_step = int(state.step)
+
+  def evaluate_now(step):
+    values, table = evaluation(state.params)
+    writer.write(step, {f'validation/{k}': v for k, v in values.items()})
+    writer.text(step, 'samples', table)
+    metrics_lib.say(f'step {step}  {evaluate.format_metrics(values)}\n{table}')
+    return values
+
+  if to_evaluate:
+    checkpoints.add_metrics(first_step, evaluate_now(first_step))
+  if first_step == total_steps:
+    writer.close()
+    return state, train_seconds
+
   batch = partitioning.put_batch(next(iterator), mesh)
   start = time.monotonic()
   compiled = compile_step(
@@ -525,38 +564,58 @@ def _loop(
     first_step,
     log_period,
     raise_failure,
+    max_skipped_steps,
+    run_dir / 'skipped_steps.jsonl',
     started,
     import_seconds,
   )
+  signals = interruption.Signals()
   clock = time.monotonic()
-  for step in range(first_step + 1, total_steps + 1):
-    if batch is None:
-      batch = partitioning.put_batch(next(iterator), mesh)
-    state, step_metrics = compiled(state, teacher_params, batch, reward_params)
-    batch = None
-    log.dispatched(step, step_metrics)
-    last = step == total_steps
-    evaluates = evaluation is not None and (last or step % eval_period == 0)
-    saves = last or step % checkpoint_period == 0
-    if not (evaluates or saves):
-      continue
+  with signals.noted():
+    for step in range(first_step + 1, total_steps + 1):
+      if batch is None:
+        batch = partitioning.put_batch(next(iterator), mesh)
+      state, step_metrics = compiled(
+        state, teacher_params, batch, reward_params
+      )
+      log.dispatched(step, step_metrics, batch)
+      batch = None
+      last = step == total_steps
+      stops = signals.received is not None or log.too_many_skipped
+      evaluates = evaluation is not None and (last or step % eval_period == 0)
+      saves = last or stops or step % checkpoint_period == 0
+      if not (evaluates or saves):
+        continue
 
-    log.flush()
-    train_seconds += time.monotonic() - clock
-    values = None
-    if evaluates:
-      values, table = evaluation(state.params)
-      writer.write(step, {f'validation/{k}': v for k, v in values.items()})
-      writer.text(step, 'samples', table)
-      metrics_lib.say(
-        f'step {step}  {evaluate.format_metrics(values)}\n{table}'
-      )
-    if saves:
-      checkpoints.save(
-        state, iterator, train_seconds=train_seconds, metrics=values
-      )
-    clock = time.monotonic()
-    log.restart_clock()
+      log.flush()
+      train_seconds += time.monotonic() - clock
+      values, evaluated = None, not evaluates
+      if evaluates and not log.too_many_skipped:
+        try:
+          with signals.at_once():
+            values, evaluated = evaluate_now(step), True
+        except interruption.Interrupted:
+          stops = True
+      if saves or stops:
+        checkpoints.save(
+          state,
+          iterator,
+          train_seconds=train_seconds,
+          metrics=values,
+          to_evaluate=not evaluated,
+        )
+      if stops or log.too_many_skipped:
+        checkpoints.close()
+        writer.close()
+        log.close()
+        log.raise_if_too_many_skipped()
+        raise interruption.Interrupted(
+          f'Stopped after step {step}, which is saved. The same command goes '
+          'on from there.',
+          signals.exit_code,
+        )
+      clock = time.monotonic()
+      log.restart_clock()
   log.close()
   writer.close()
   return state, train_seconds
@@ -573,6 +632,8 @@ class _Log:
     first_step,
     period,
     raise_failure,
+    max_skipped_steps,
+    skipped_path,
     started,
     import_seconds,
   ):
@@ -580,8 +641,11 @@ class _Log:
     self._learning_rate = learning_rate
     self._period = period
     self._raise_failure = raise_failure
+    self._max_skipped_steps = max_skipped_steps
+    self._skipped_path = skipped_path
     self._started = started
     self._import_seconds = import_seconds
+    self._skipped = []  # messages, of the steps just before
     self._progress = metrics_lib.Progress(total_steps, first_step, 10.0)
     self._pending = None
     self._window = []
@@ -591,15 +655,28 @@ class _Log:
   def restart_clock(self):
     self._clock = time.monotonic()
 
-  def dispatched(self, step, step_metrics):
+  @property
+  def too_many_skipped(self) -> bool:
+    return len(self._skipped) >= self._max_skipped_steps
+
+  def raise_if_too_many_skipped(self):
+    if self.too_many_skipped:
+      raise FloatingPointError(
+        f'{self._skipped[-1]} It is number {len(self._skipped)} in a row '
+        f'(MAX_SKIPPED_STEPS). These steps changed nothing, and the run is '
+        'saved. Lower LEARNING_RATE or set MAX_GRAD_NORM, and start again, in '
+        f'another MODEL_DIR; {self._skipped_path} has the batches.'
+      )
+
+  def dispatched(self, step, step_metrics, batch):
     self.flush()
-    self._pending = (step, step_metrics)
+    self._pending = (step, step_metrics, batch)
 
   def flush(self):
     """Waits for the pending step, if any, and logs it."""
     if self._pending is None:
       return
-    step, device_metrics = self._pending
+    step, device_metrics, batch = self._pending
     self._pending = None
     values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
     self._raise_failure()
@@ -610,22 +687,25 @@ class _Log:
         f'{self._import_seconds:.1f} s.'
       )
       self._started = None
-    if not math.isfinite(values['loss']) or not math.isfinite(
-      values['grad_norm']
-    ):
+    if not math.isfinite(values['param_norm']):
       raise FloatingPointError(
-        f'Step {step}: loss {values["loss"]}, gradient norm '
-        f'{values["grad_norm"]}. Nothing was saved since; lower LEARNING_RATE '
-        'or set MAX_GRAD_NORM, and start again: the run goes on from its last '
-        'checkpoint.'
+        f'Step {step}: the parameters are not finite any more. Lower '
+        'LEARNING_RATE or set MAX_GRAD_NORM, and start again: the run goes on '
+        'from its last checkpoint.'
       )
-    self._window.append(values)
+    if math.isfinite(values['loss']) and math.isfinite(values['grad_norm']):
+      self._skipped = []
+      self._window.append(values)
+    else:
+      self._skip(step, values, batch)
     self._on_policy.append(values['on_policy'])
     if step % self._period:
       return
     now = time.monotonic()
     seconds, self._clock = now - self._clock, now
     window, self._window = self._window, []
+    if not window:
+      return
     mean = {}
     for name in window[0]:
       # There is no reward in a step in which the student wrote nothing.
@@ -648,6 +728,23 @@ class _Log:
       on_policy=sum(self._on_policy) / len(self._on_policy),
       tokens_per_second=tokens_per_second,
     )
+
+  def _skip(self, step, values, batch):
+    """Reports a step that was skipped, and writes down its batch."""
+    message = (
+      f'Step {step} was skipped: loss {values["loss"]}, gradient norm '
+      f'{values["grad_norm"]}.'
+    )
+    self._skipped.append(message)
+    metrics_lib.say(message)
+    line = {'step': step}
+    for name in ('loss', 'grad_norm'):
+      line[name] = str(values[name])
+    if batch.encoder_input_tokens.is_fully_addressable:
+      line['inputs'] = batch.encoder_input_tokens.tolist()
+      line['targets'] = batch.decoder_target_tokens.tolist()
+    with open(self._skipped_path, 'a') as file:
+      file.write(json.dumps(line) + '\n')
 
   def close(self):
     self._progress.close()

@@ -6,8 +6,10 @@ import functools
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import time
 import types
 
@@ -29,6 +31,7 @@ from gkd_jax import (
   rewards,
   sampler,
 )
+from gkd_jax.interruption import Interrupted
 from gkd_jax.model import T5Config, param_shapes
 from tests import conftest
 
@@ -104,6 +107,7 @@ def distil(train_letters, teacher):
     final_eval_dataset=train_letters.dataset('test'),
     eval_period=3,
     checkpoint_period=3,
+    keep_checkpoints=1,
     # It is what is minimised: its highest value is not the last.
     best_metric='on_dataset_outputs/forward_kl',
     best_mode='max',
@@ -120,30 +124,86 @@ def whole(distil, tmp_path_factory):
   return types.SimpleNamespace(folder=folder, said=said, compiled=compiled)
 
 
-@pytest.fixture(scope='module')
-def resumed(distil, tmp_path_factory):
-  """The same run, killed in its fifth step, and started again."""
-  folder = tmp_path_factory.mktemp('resumed')
-  batches = []
+def kill(distil, folder):
+  """Ends a run in its fifth step as SIGKILL would."""
 
-  def die_in_step_5(self):
-    batches.append(None)
-    if len(batches) == 5:
-      raise KeyboardInterrupt
-    return take(self)
+  def die():
+    raise KeyboardInterrupt
 
-  take = data.TrainIterator.__next__
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(data.TrainIterator, '__next__', die_in_step_5)
-    with pytest.raises(KeyboardInterrupt):
-      distil(folder)
+  with in_step(5, die), pytest.raises(KeyboardInterrupt):
+    distil(folder)
   # What a killed process leaves: a line beyond its checkpoint, one cut off.
   lines = metrics.read(folder)
   assert max(line['step'] for line in lines) == 3
   with (folder / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 4, "train/loss": 99.0}\n{"step": 5, "tra')
   wait_for(folder / 'checkpoint_3')
-  return types.SimpleNamespace(folder=folder, said=distil(folder))
+
+
+def terminate(distil, folder):
+  """Sends SIGTERM to a run in its fifth step."""
+  with in_step(5, send_sigterm), pytest.raises(Interrupted) as error:
+    distil(folder)
+  assert error.value.exit_code == 75
+  assert 'after step 5, which is saved' in str(error.value)
+
+
+def terminate_in_evaluation(distil, folder):
+  """Sends SIGTERM to a run that evaluates after its third step."""
+
+  def interrupted(self, *args, **kwargs):
+    send_sigterm()
+    raise AssertionError('the signal should have ended the evaluation')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate.Evaluation, '__call__', interrupted)
+    with pytest.raises(Interrupted):
+      distil(folder)
+  assert max(line['step'] for line in metrics.read(folder)) == 3
+
+
+def damage(distil, folder):
+  """Cuts the files of a run's last checkpoint off in the middle."""
+  distil(folder)
+  for path in (folder / 'checkpoint_6').rglob('*'):
+    if path.is_file():
+      os.truncate(path, path.stat().st_size // 2)
+  for name in ('eval_test.json', 'samples_test.json'):
+    (folder / name).unlink()
+
+
+@contextlib.contextmanager
+def in_step(number, action):
+  """Does something when a run asks for that step's batch."""
+  batches = []
+  take = data.TrainIterator.__next__
+
+  def take_and_act(self):
+    batches.append(None)
+    if len(batches) == number:
+      action()
+    return take(self)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(data.TrainIterator, '__next__', take_and_act)
+    yield
+
+
+def send_sigterm():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(
+  scope='module',
+  params=[(kill, 3), (terminate, 5), (terminate_in_evaluation, 3), (damage, 3)],
+  ids=lambda param: param[0].__name__,
+)
+def resumed(request, distil, tmp_path_factory):
+  """The same run, ended before its time, and started again."""
+  end, step = request.param
+  folder = tmp_path_factory.mktemp('resumed')
+  end(distil, folder)
+  return types.SimpleNamespace(folder=folder, said=distil(folder), step=step)
 
 
 def wait_for(folder, seconds=30.0):
@@ -158,7 +218,7 @@ def wait_for(folder, seconds=30.0):
 
 
 def test_a_resumed_run_says_where_it_goes_on(resumed):
-  assert 'Resuming after step 3.' in resumed.said
+  assert f'Resuming after step {resumed.step}.' in resumed.said
 
 
 @pytest.mark.parametrize('item', ['params', 'opt_state'])
@@ -431,16 +491,82 @@ def test_a_student_is_trained_on_what_its_teacher_wrote(
   }
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
+# --- What is not finite -------------------------------------------------------
+
+
+@contextlib.contextmanager
+def spoilt_batches(*numbers):
+  """The loss of these batches is not a number."""
+  count = itertools.count(1)
+  take = data.TrainIterator.__next__
+
+  def take_and_spoil(self):
+    batch = take(self)
+    if next(count) not in numbers:
+      return batch
+    return batch._replace(
+      decoder_loss_weights=np.nan * batch.decoder_loss_weights
+    )
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(data.TrainIterator, '__next__', take_and_spoil)
+    yield
+
+
+def skipped(folder):
+  lines = (folder / 'skipped_steps.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_batch_written_down(
   train_letters, tmp_path
 ):
-  with pytest.raises(FloatingPointError, match='Step 2: .* LEARNING_RATE'):
+  batches = conftest.take(
+    data.TrainIterator(train_letters.dataset('train'), seed=0), 3
+  )
+
+  with spoilt_batches(2):
+    said = train_letters(tmp_path, total_steps=3)
+
+  (line,) = skipped(tmp_path)
+  assert line['step'] == 2
+  assert line['loss'] == 'nan'
+  assert line['inputs'] == batches[1].encoder_input_tokens.tolist()
+  assert 'Step 2 was skipped: loss nan' in said
+  steps = [line['step'] for line in metrics.read(tmp_path)]
+  assert steps == [1, 3]
+
+
+def test_a_run_of_skipped_steps_ends_with_the_last_good_state(
+  train_letters, tmp_path
+):
+  train_letters(tmp_path / 'good', total_steps=1)
+
+  with spoilt_batches(*range(2, 10)):
+    with pytest.raises(FloatingPointError, match='number 3 in a row'):
+      train_letters(tmp_path / 'run', total_steps=9, max_skipped_steps=3)
+
+  assert [line['step'] for line in skipped(tmp_path / 'run')][:3] == [2, 3, 4]
+  for item in ('params', 'opt_state'):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      arrays(tmp_path / 'run', item),
+      arrays(tmp_path / 'good', item),
+    )
+
+
+def test_parameters_that_are_not_finite_end_the_run_unsaved(
+  train_letters, tmp_path
+):
+  with pytest.raises(FloatingPointError, match='Step 1: .* LEARNING_RATE'):
     train_letters(
-      tmp_path / 'run',
+      tmp_path,
       optimizer=optax.sgd,
       learning_rate=optax.constant_schedule(np.float32(np.inf)),
       total_steps=4,
     )
+
+  assert not list(tmp_path.glob('checkpoint_*'))
 
 
 # --- What is refused, before anything is compiled or written ------------------

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets a run save before it stops, and keeps a folder to one process."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Iterator
+
+from gkd_jax import metrics as metrics_lib
+
+
+class Interrupted(KeyboardInterrupt):
+  """A signal asked the run to stop.
+
+  Attributes:
+    exit_code: that the process ends with: 75 (EX_TEMPFAIL, "try again") after
+      SIGTERM, as a scheduler sends it; 130 after Ctrl-C, as shells have it.
+  """
+
+  def __init__(self, message: str, exit_code: int):
+    """Keeps what to say and how to end."""
+    super().__init__(message)
+    self.exit_code = exit_code
+
+
+class Signals:
+  """Notes SIGTERM and Ctrl-C; a second Ctrl-C ends the process as usual.
+
+  Attributes:
+    received: the first one's number; None: there was none.
+  """
+
+  def __init__(self):
+    """Nothing was received yet, and nothing is noted."""
+    self.received: int | None = None
+    self._at_once = False
+
+  @property
+  def exit_code(self) -> int:
+    return 130 if self.received == signal.SIGINT else os.EX_TEMPFAIL
+
+  @contextlib.contextmanager
+  def noted(self) -> Iterator[None]:
+    """Within it signals are noted; outside they end the process."""
+    if threading.current_thread() is not threading.main_thread():
+      yield  # Python lets no other thread handle signals
+      return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, self._note) for number in numbers]
+    try:
+      yield
+    finally:
+      for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """Within it a signal raises `Interrupted`, one that came before, too."""
+    self._at_once = True
+    try:
+      self._raise_if_received()
+      yield
+    finally:
+      self._at_once = False
+
+  def _note(self, number, frame):
+    del frame
+    if self.received is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    if self.received is None:
+      self.received = number
+      name = signal.Signals(number).name
+      metrics_lib.say(f'{name}: saving, then stopping.')
+    if self._at_once:
+      self._raise_if_received()
+
+  def _raise_if_received(self):
+    if self.received is not None:
+      raise Interrupted('Interrupted.', self.exit_code)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, setting: str) -> Iterator[None]:
+  """Keeps every other process out of a folder, which must be there.
+
+  Args:
+    folder: the lock ends with the process, however that ends.
+    setting: that names it, for messages.
+
+  Raises:
+    ValueError: another process has it.
+  """
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise ValueError(
+        f'{setting} {folder} is being written by another process. Wait for it, '
+        f'or give this one a folder of its own: --gin.{setting}=...'
+      ) from e
+    except OSError as e:  # some network file systems have no locks
+      metrics_lib.say(
+        f'{folder} cannot be locked ({e}): write to it only once.'
+      )
+    yield
+  finally:
+    os.close(descriptor)

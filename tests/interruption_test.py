@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gkd_jax import interruption
+
+
+def send(number):
+  os.kill(os.getpid(), number)
+
+
+def test_a_signal_is_noted_and_the_work_goes_on():
+  signals = interruption.Signals()
+
+  with signals.noted():
+    assert signals.received is None
+    send(signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+  ('number', 'code'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_at_once_a_signal_raises_with_the_code_to_end_with(number, code):
+  signals = interruption.Signals()
+
+  with pytest.raises(interruption.Interrupted) as error:
+    with signals.noted(), signals.at_once():
+      send(number)
+
+  assert error.value.exit_code == code
+
+
+def test_at_once_a_signal_that_came_before_raises_too():
+  signals = interruption.Signals()
+
+  with signals.noted():
+    send(signal.SIGTERM)
+    with pytest.raises(interruption.Interrupted), signals.at_once():
+      raise AssertionError('should not get here')
+
+
+def test_a_second_ctrl_c_does_not_wait():
+  signals = interruption.Signals()
+
+  with signals.noted():
+    send(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+      send(signal.SIGINT)
+
+
+def test_afterwards_signals_do_what_they_did():
+  before = signal.getsignal(signal.SIGTERM)
+
+  with interruption.Signals().noted():
+    assert signal.getsignal(signal.SIGTERM) != before
+
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_folder_has_one_writer(tmp_path):
+  with interruption.locked(tmp_path, 'MODEL_DIR'):
+    with pytest.raises(ValueError, match='MODEL_DIR .* another process'):
+      with interruption.locked(tmp_path, 'MODEL_DIR'):
+        pass
+
+  with interruption.locked(tmp_path, 'MODEL_DIR'):
+    pass
+
+
+def test_a_killed_process_keeps_no_lock(tmp_path):
+  program = (
+    'import pathlib, os, signal\n'
+    'from gkd_jax import interruption\n'
+    f'with interruption.locked(pathlib.Path({str(tmp_path)!r}), "MODEL_DIR"):\n'
+    '  os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
+  killed = subprocess.run([sys.executable, '-c', program], check=False)
+  assert killed.returncode == -signal.SIGKILL
+
+  with interruption.locked(tmp_path, 'MODEL_DIR'):
+    pass
