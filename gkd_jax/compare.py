@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gkd_jax import interruption
 from gkd_jax import jobs as jobs_lib
 from gkd_jax import metrics as metrics_lib
 from gkd_jax.jobs import Job
@@ -86,7 +87,8 @@ def compare(
     jobs_lib.check_arguments(jobs, check)
   jobs_lib.check_same(folder / 'comparison.json', jobs)
   start = time.monotonic()
-  jobs_lib.run(jobs, num_parallel)
+  with interruption.locked(folder, 'MODEL_DIR'):
+    jobs_lib.run(jobs, num_parallel)
   results = collect(folder, list(methods), metrics, seeds)
   results['seconds'] = round(time.monotonic() - start, 1)
   metrics_lib.write_whole(

@@ -73,13 +73,15 @@ class Signals:
     if self.received is None:
       self.received = number
       name = signal.Signals(number).name
-      metrics_lib.say(f'{name}: saving, then stopping.')
+      metrics_lib.say(f'{name}: saving what there is, then stopping.')
     if self._at_once:
       self._raise_if_received()
 
   def _raise_if_received(self):
     if self.received is not None:
-      raise Interrupted('Interrupted.', self.exit_code)
+      raise Interrupted(
+        'Interrupted. The same command goes on from there.', self.exit_code
+      )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from gkd_jax import interruption
 from gkd_jax import metrics as metrics_lib
 
 _STATUS_SECONDS = 20.0
@@ -162,6 +163,7 @@ def run(
   Raises:
     ValueError: at least one failed. Without `keep_going`, those beside it are
       ended.
+    interruption.Interrupted: SIGTERM or Ctrl-C came; those that run were ended.
   """
   done = {job.name for job in jobs if job.result.exists()}
   waiting = [job for job in jobs if job.name not in done]
@@ -170,34 +172,36 @@ def run(
   running: dict[subprocess.Popen, Job] = {}
   failed: dict[str, str] = {}
   start = said = time.monotonic()
+  signals = interruption.Signals()
   try:
-    while waiting or running:
-      for job in list(waiting):
-        if broken := [name for name in job.needs if name in failed]:
-          waiting.remove(job)
-          failed[job.name] = f'{job.name} was not run: it needs {broken[0]}.'
-        elif len(running) < num_parallel and done.issuperset(job.needs):
-          waiting.remove(job)
-          running[_start(job)] = job
-          metrics_lib.say(f'[{_clock(start)}] {job.command}')
-      for process in [p for p in running if p.poll() is not None]:
-        job = running.pop(process)
-        if process.returncode or not job.result.exists():
-          failed[job.name] = _how_it_failed(job, process.returncode)
-          if not keep_going:
-            raise ValueError(failed[job.name])
-          metrics_lib.say(f'[{_clock(start)}] {failed[job.name]}')
-          continue
-        done.add(job.name)
-        metrics_lib.say(
-          f'[{_clock(start)}] {job.name} is done, {len(done)} of {len(jobs)}.'
-        )
-      if time.monotonic() - said > _STATUS_SECONDS:
-        said = time.monotonic()
-        for job in running.values():
-          if lines := _log_lines(job):
-            metrics_lib.say(f'[{_clock(start)}] {job.name}: {lines[-1]}')
-      time.sleep(0.2)
+    with signals.noted(), signals.at_once():
+      while waiting or running:
+        for job in list(waiting):
+          if broken := [name for name in job.needs if name in failed]:
+            waiting.remove(job)
+            failed[job.name] = f'{job.name} was not run: it needs {broken[0]}.'
+          elif len(running) < num_parallel and done.issuperset(job.needs):
+            waiting.remove(job)
+            running[_start(job)] = job
+            metrics_lib.say(f'[{_clock(start)}] {job.command}')
+        for process in [p for p in running if p.poll() is not None]:
+          job = running.pop(process)
+          if process.returncode or not job.result.exists():
+            failed[job.name] = _how_it_failed(job, process.returncode)
+            if not keep_going:
+              raise ValueError(failed[job.name])
+            metrics_lib.say(f'[{_clock(start)}] {failed[job.name]}')
+            continue
+          done.add(job.name)
+          metrics_lib.say(
+            f'[{_clock(start)}] {job.name} is done, {len(done)} of {len(jobs)}.'
+          )
+        if time.monotonic() - said > _STATUS_SECONDS:
+          said = time.monotonic()
+          for job in running.values():
+            if lines := _log_lines(job):
+              metrics_lib.say(f'[{_clock(start)}] {job.name}: {lines[-1]}')
+        time.sleep(0.2)
   finally:
     for process in running:
       process.terminate()

@@ -32,6 +32,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gkd_jax import interruption
 from gkd_jax import jobs as jobs_lib
 from gkd_jax import metrics as metrics_lib
 
@@ -103,7 +104,8 @@ def sweep(
       'command again.'
     )
     return
-  jobs_lib.run(jobs, num_parallel, keep_going=True)
+  with interruption.locked(folder, 'MODEL_DIR'):
+    jobs_lib.run(jobs, num_parallel, keep_going=True)
   metrics_lib.say(f'All {len(jobs)} runs are done: {folder}')
 
 

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes, of a gkd_jax.main that does what its arguments say."""
 
+import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
-from gkd_jax import jobs
+from gkd_jax import interruption, jobs
 
 MAIN = """
   import pathlib, sys, time
@@ -281,3 +284,19 @@ def test_a_run_whose_folder_was_removed_may_change(two, job):
 def test_a_gin_file_that_is_not_there_is_refused():
   with pytest.raises(ValueError, match='METHODS: there is no gin file my.gin'):
     jobs.check_gin_files(['configs/quickstart.gin', 'my.gin'], 'METHODS')
+
+
+def test_sigterm_ends_what_runs_with_a_code_to_try_again(job, tmp_path):
+  def terminate_when_begun():
+    while begun() != ['long']:
+      time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  thread = threading.Thread(target=terminate_when_begun)
+  thread.start()
+  with pytest.raises(interruption.Interrupted) as error:
+    run([job('long', SECONDS=60), job('next')])
+  thread.join()
+
+  assert error.value.exit_code == 75
+  assert trace() == ['begin long']
