@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import pathlib
 import shutil
 
@@ -128,16 +129,80 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
   assert checkpoint.Checkpoints(tmp_path, DESCRIPTION).latest_step() == 2
 
 
+# --- Damage -------------------------------------------------------------------
+
+
+def cut_off(folder):
+  """Leaves half of each file."""
+  for path in folder.rglob('*'):
+    if path.is_file():
+      os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+  'part', ['', 'params', 'opt_state', 'data', 'description']
+)
+def test_the_one_before_a_damaged_checkpoint_is_restored(
+  tmp_path, part, capsys
+):
+  save_steps(tmp_path, {1: None, 2: None}, keep=2)
+  cut_off(tmp_path / 'checkpoint_2' / part)
+
+  iterator = Counter()
+  saved = checkpoint.Checkpoints(tmp_path, DESCRIPTION).restore(
+    abstract(state_at(0)), iterator
+  )
+
+  assert_equal(saved.state, state_at(1))
+  assert iterator.position == 1
+  # Nothing is lost, and step 2 can be saved again.
+  assert folders(tmp_path) == ['checkpoint_1', 'damaged_checkpoint_2']
+  assert 'checkpoint_2 cannot be read' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('part', ['', 'params'])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh(
+  tmp_path, part
+):
+  save_steps(tmp_path, {1: None, 2: None}, keep=2)
+  for name in folders(tmp_path):
+    cut_off(tmp_path / name / part)
+
+  with pytest.raises(ValueError, match='No checkpoint of this run can be read'):
+    checkpoint.Checkpoints(tmp_path, DESCRIPTION).restore(
+      abstract(state_at(0)), Counter()
+    )
+
+  assert folders(tmp_path) == ['checkpoint_1', 'checkpoint_2']
+
+
+def test_metrics_that_come_later_count(tmp_path):
+  save_steps(tmp_path, {1: {'wer': 30.0}, 2: None}, keep=2, best_metric='wer')
+
+  checkpoints = checkpoint.Checkpoints(
+    tmp_path, DESCRIPTION, keep=1, best_metric='wer'
+  )
+  checkpoints.add_metrics(2, {'wer': 10.0})
+  for step in (3, 4):
+    checkpoints.save(
+      state_at(step), Counter(step), train_seconds=0.0, metrics={'wer': 20.0}
+    )
+  checkpoints.close()
+
+  assert folders(tmp_path) == ['checkpoint_2', 'checkpoint_4']
+
+
 # --- Which checkpoints are kept ---------------------------------------------
 
 
 WER = {1: {'wer': 30.0}, 2: {'wer': 10.0}, 3: {'wer': 40.0}, 4: {'wer': 20.0}}
 
 
-def test_the_last_one_alone_is_kept_without_a_metric(tmp_path):
-  save_steps(tmp_path, WER)
+@pytest.mark.parametrize('keep', [1, 3])
+def test_the_last_ones_alone_are_kept_without_a_metric(tmp_path, keep):
+  save_steps(tmp_path, WER, keep=keep)
 
-  assert folders(tmp_path) == ['checkpoint_4']
+  assert folders(tmp_path) == [f'checkpoint_{i}' for i in range(5 - keep, 5)]
 
 
 @pytest.mark.parametrize('mode, best', [('min', 2), ('max', 3)])

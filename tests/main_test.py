@@ -3,13 +3,17 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from gkd_jax import checkpoint, metrics
@@ -256,6 +260,95 @@ print(resident() - before)
   grown = float(run_python('-c', program).stdout)
 
   assert (grown > 100.0) == kept  # of 128
+
+
+# --- Ended from outside -------------------------------------------------------
+
+
+def start_and_end(arguments, number, seconds, log):
+  """Starts main, and sends it a signal some seconds after its first step.
+
+  Returns:
+    Its exit code; it may have ended by itself before.
+  """
+  with open(log, 'w') as file:
+    process = subprocess.Popen(
+      [sys.executable, '-m', 'gkd_jax.main', *arguments],
+      cwd=conftest.ROOT,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      stdout=file,
+      stderr=file,
+    )
+  while process.poll() is None and 'First step' not in log.read_text():
+    time.sleep(0.05)
+  time.sleep(seconds)
+  process.send_signal(number)
+  return process.wait(timeout=60)
+
+
+def same_end(folder, other):
+  """Whether two runs ended with the same state and results."""
+  states = []
+  for run in (folder, other):
+    with ocp.StandardCheckpointer() as checkpointer:
+      newest = checkpoint.find(run)
+      states.append(
+        {
+          item: checkpointer.restore(newest / item)
+          for item in ('params', 'opt_state')
+        }
+      )
+  jax.tree.map(np.testing.assert_array_equal, *states)
+  results = [read_json(run / 'eval_test.json') for run in (folder, other)]
+  for values in results:
+    del values['train_seconds']
+  return results[0] == results[1]
+
+
+@pytest.fixture
+def elsewhere(command, run, tmp_path):
+  """The same run in another folder, and that folder."""
+  folder = tmp_path / 'ended'
+  return (*command, f'--gin.MODEL_DIR={folder}'), folder
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_that_the_run_is_to_be_started_again(
+  elsewhere, run, run_main, tmp_path
+):
+  arguments, folder = elsewhere
+
+  code = start_and_end(arguments, signal.SIGTERM, 0.0, tmp_path / 'log')
+
+  said = (tmp_path / 'log').read_text()
+  assert code == 75, said
+  step = int(re.search(r'Stopped after step (\d+), which is saved', said)[1])
+  assert checkpoint.find(folder).name == f'checkpoint_{step}'
+  again = run_main(*arguments)
+  assert f'Resuming after step {step}.' in again.err
+  assert same_end(folder, run.folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+  elsewhere, run, run_main, tmp_path
+):
+  arguments, folder = elsewhere
+  # Saving as often as this, a run is mostly killed while it saves.
+  arguments = (*arguments, '--gin.CHECKPOINT_PERIOD=2')
+  moments = random.Random(0)
+
+  codes = [
+    start_and_end(
+      arguments, signal.SIGKILL, moments.uniform(0.0, 1.0), tmp_path / 'log'
+    )
+    for _ in range(4)
+  ]
+
+  assert -signal.SIGKILL in codes
+  again = run_main(*arguments)
+  assert again.code == 0, again.err
+  assert same_end(folder, run.folder)
 
 
 def test_other_settings_for_the_same_folder_are_refused(run, command, run_main):
