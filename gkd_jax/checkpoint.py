@@ -382,7 +382,10 @@ def _steps(run_dir: epath.Path) -> list[int]:
 def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
   """Returns {name: shape} of a checkpoint's parameters; reads none."""
   with ocp.StandardCheckpointer() as checkpointer:
-    return shapes(checkpointer.metadata(folder / 'params').item_metadata.tree)
+    metadata = checkpointer.metadata(folder / 'params').item_metadata
+  if metadata is None:
+    raise ValueError(f'{folder / "params"} does not say what it holds')
+  return shapes(metadata.tree)
 
 
 def check_shapes(

@@ -221,6 +221,7 @@ def _run(argv: Sequence[str]) -> None:
     return
   keywords = {}
   if mode == 'train':
+    keywords['started'] = _START
     keywords['import_seconds'] = time.monotonic() - _START
     keywords['config_text'] = lambda: _operative_config(gin, bindings)
   if _TFDS_DATA_DIR.value and starts_runs:

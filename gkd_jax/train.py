@@ -79,6 +79,7 @@ def train(
   best_metric: str | None = None,
   best_mode: str = 'min',
   config_text: Callable[[], str] = str,
+  started: float | None = None,
   import_seconds: float = 0.0,
 ) -> None:
   """Trains a student and evaluates it. A run that was interrupted goes on.
@@ -120,14 +121,15 @@ def train(
     checkpoint_period: steps; one more is saved at the end; 0: only that.
     log_period: steps whose metrics are averaged into one line.
     max_skipped_steps: a step whose loss or gradient is not finite changes
-      nothing; after so many in a row the run stops.
+      nothing; after so many in a row, and the one under way, the run stops.
     keep_checkpoints: the last ones that are kept.
     best_metric: name of a validation metric; its best checkpoint is kept
       beside the last.
     best_mode: 'min' or 'max'.
     config_text: returns the resolved configuration, which is saved with the
       run and must be the same when it goes on.
-    import_seconds: that the process spent before; to be told.
+    started: when the process did, by `time.monotonic`; None: now. To be told.
+    import_seconds: that its imports took until now.
 
   Raises:
     ValueError: something does not fit together. All such errors come before
@@ -135,7 +137,7 @@ def train(
     interruption.Interrupted: SIGTERM or Ctrl-C came; the run is saved.
     FloatingPointError: too many steps were skipped; the run is saved.
   """
-  started = time.monotonic() - import_seconds
+  started = time.monotonic() if started is None else started
   run_dir = pathlib.Path(model_dir).absolute()
   device_mesh = mesh()
   for dataset in (eval_dataset, final_eval_dataset):
@@ -198,6 +200,7 @@ def train(
       f'BEST_METRIC is {best_metric!r}, but nothing is evaluated during '
       'training: leave EVAL as it is, or set BEST_METRIC = None.'
     )
+  import_seconds += vocabularies.import_libraries()
   vocabulary = data.get_vocabulary(train_dataset)
   num_ids = vocabulary.vocab_size
   if num_ids > student.vocab_size:
@@ -354,8 +357,7 @@ def train(
         mesh=device_mesh,
         learning_rate=learning_rate,
         total_steps=total_steps,
-        started=started,
-        import_seconds=import_seconds,
+        say_started=functools.partial(_say_started, started, import_seconds),
         train_seconds=train_seconds,
         eval_period=eval_period or total_steps,
         checkpoint_period=checkpoint_period or total_steps,
@@ -516,8 +518,7 @@ def _loop(
   mesh,
   learning_rate,
   total_steps,
-  started,
-  import_seconds,
+  say_started,
   train_seconds,
   eval_period,
   checkpoint_period,
@@ -531,8 +532,8 @@ def _loop(
   The device is never waited for but to read the metrics of the step before
   the one it works on. `train_seconds` counts neither compilation nor
   evaluation. `constants` are the parameters of teacher and reward, and
-  `raise_failure` that of the reward. `to_evaluate`: the evaluation of the state
-  that is given was interrupted.
+  `raise_failure` that of the reward. `say_started` is called after the first
+  step. `to_evaluate`: the evaluation of the given state was interrupted.
   """
   teacher_params, reward_params = constants
   first_step = int(state.step)
@@ -566,8 +567,7 @@ def _loop(
     raise_failure,
     max_skipped_steps,
     run_dir / 'skipped_steps.jsonl',
-    started,
-    import_seconds,
+    say_started,
   )
   signals = interruption.Signals()
   clock = time.monotonic()
@@ -634,8 +634,7 @@ class _Log:
     raise_failure,
     max_skipped_steps,
     skipped_path,
-    started,
-    import_seconds,
+    say_started,
   ):
     self._writer = writer
     self._learning_rate = learning_rate
@@ -643,8 +642,7 @@ class _Log:
     self._raise_failure = raise_failure
     self._max_skipped_steps = max_skipped_steps
     self._skipped_path = skipped_path
-    self._started = started
-    self._import_seconds = import_seconds
+    self._say_started = say_started
     self._skipped = []  # messages, of the steps just before
     self._progress = metrics_lib.Progress(total_steps, first_step, 10.0)
     self._pending = None
@@ -662,10 +660,11 @@ class _Log:
   def raise_if_too_many_skipped(self):
     if self.too_many_skipped:
       raise FloatingPointError(
-        f'{self._skipped[-1]} It is number {len(self._skipped)} in a row '
-        f'(MAX_SKIPPED_STEPS). These steps changed nothing, and the run is '
-        'saved. Lower LEARNING_RATE or set MAX_GRAD_NORM, and start again, in '
-        f'another MODEL_DIR; {self._skipped_path} has the batches.'
+        f'{len(self._skipped)} steps in a row were skipped, and '
+        f'MAX_SKIPPED_STEPS is {self._max_skipped_steps}. They changed '
+        'nothing, and the run is saved. Lower LEARNING_RATE or set '
+        'MAX_GRAD_NORM, and start again, in another MODEL_DIR; '
+        f'{self._skipped_path} has the batches.'
       )
 
   def dispatched(self, step, step_metrics, batch):
@@ -680,13 +679,9 @@ class _Log:
     self._pending = None
     values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
     self._raise_failure()
-    if self._started is not None:
-      seconds = time.monotonic() - self._started
-      metrics_lib.say(
-        f'First step done after {seconds:.1f} s, of which imports took '
-        f'{self._import_seconds:.1f} s.'
-      )
-      self._started = None
+    if self._say_started is not None:
+      self._say_started()
+      self._say_started = None
     if not math.isfinite(values['param_norm']):
       raise FloatingPointError(
         f'Step {step}: the parameters are not finite any more. Lower '
@@ -748,6 +743,13 @@ class _Log:
 
   def close(self):
     self._progress.close()
+
+
+def _say_started(started: float, import_seconds: float) -> None:
+  metrics_lib.say(
+    f'First step done after {time.monotonic() - started:.1f} s, of which '
+    f'imports took {import_seconds:.1f} s.'
+  )
 
 
 def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:

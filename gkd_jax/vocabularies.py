@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -16,6 +17,17 @@ from etils import epath, epy
 
 with epy.lazy_imports():
   import seqio
+
+
+@functools.cache
+def import_libraries() -> float:
+  """Imports what reads data, where nobody did; returns the seconds it took.
+
+  Whenever it is called again, it returns the same.
+  """
+  start = time.monotonic()
+  _ = seqio.Vocabulary  # the first use imports it, and TensorFlow with it
+  return time.monotonic() - start
 
 
 def sentencepiece(path: str, extra_ids: int = 100) -> seqio.Vocabulary:
@@ -30,6 +42,7 @@ def sentencepiece(path: str, extra_ids: int = 100) -> seqio.Vocabulary:
   """
   if not epath.Path(path).exists():
     raise ValueError(f'VOCABULARY_PATH {path} is not there.')
+  import_libraries()
   vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids)
   try:
     vocabulary.load_model()
@@ -42,6 +55,7 @@ def sentencepiece(path: str, extra_ids: int = 100) -> seqio.Vocabulary:
 
 def byte(extra_ids: int = 0) -> seqio.Vocabulary:
   """Returns ByT5's vocabulary: pad, EOS, unknown, and the 256 bytes."""
+  import_libraries()
   return seqio.ByteVocabulary(extra_ids)
 
 
