@@ -56,7 +56,8 @@ def export(
   if dtype is None:
     dtype = 'bfloat16' if source.dtype == 'bfloat16' else 'float32'
   metrics_lib.say(f'Exporting {source}')
-  abstract = abstract_params(T5(source.config), partitioning.host_mesh())
+  on_host = partitioning.Placement(partitioning.host_mesh())
+  abstract = abstract_params(T5(source.config, on_host))
   params = named_params(source.load(abstract, None))
   partial = folder.parent / f'{folder.name}.partial'
   if partial.exists():

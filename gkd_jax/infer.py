@@ -61,7 +61,7 @@ def infer(
   lengths = dict(dataset.task_feature_lengths)
   source = pretrained.open_checkpoint(checkpoint_path)
   pretrained.check_fits(source, vocabulary, num_ids)
-  model = T5(source.config)
+  model = T5(source.config, partitioning.Placement(mesh))
   write = programs.make_write(
     model,
     decoding,
@@ -93,7 +93,7 @@ def infer(
     dataset.batch_size,
   )
   metrics_lib.say(f'Model: {source}')
-  params = source.load(abstract_params(model, mesh), None)
+  params = source.load(abstract_params(model), None)
   if writer.num_examples:
     metrics_lib.say(f'Going on after {writer.num_examples:,} examples.')
   total = inputs.size()

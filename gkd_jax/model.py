@@ -12,7 +12,8 @@ that another encoder-decoder can take its place:
                 max_decode_len)                -> cache
     decode_step(cache, tokens [B])             -> logits [B, V], cache
 
-and by `head_params`, the parameters that `unembed` reads. All are called as
+and by `head_params`, the parameters that `unembed` reads, and `gather_params`,
+the parameters as whole as each device needs them. The five are called as
 `model.apply({'params': params}, ..., method='encode')`.
 """
 
@@ -301,6 +302,7 @@ class Encoder(nn.Module):
   """Embedded tokens [B, S, D] to encoded [B, S, D]."""
 
   config: T5Config
+  placement: partitioning.Placement | None
 
   def setup(self):
     c = self.config
@@ -328,6 +330,7 @@ class Decoder(nn.Module):
   """Embedded tokens to hidden states, all at once or one by one."""
 
   config: T5Config
+  placement: partitioning.Placement | None
 
   def setup(self):
     c = self.config
@@ -370,19 +373,14 @@ class Decoder(nn.Module):
       layer.encoder_decoder_attention.keys_values(encoded_BSD)
       for layer in self.layers
     ]
-    empty = tuple(
-      jnp.zeros(
-        (encoded_BSD.shape[0], c.num_heads, max_decode_len, c.head_dim),
-        c.dtype,
-      )
-      for _ in self.layers
-    )
+    shape = (encoded_BSD.shape[0], c.num_heads, max_decode_len, c.head_dim)
+    empty = tuple(self._spread(jnp.zeros(shape, c.dtype)) for _ in self.layers)
     return Cache(
       step=jnp.int32(0),
       self_keys=empty,
       self_values=empty,
-      cross_keys=tuple(key for key, _ in cross),
-      cross_values=tuple(value for _, value in cross),
+      cross_keys=tuple(self._spread(key) for key, _ in cross),
+      cross_values=tuple(self._spread(value) for _, value in cross),
       encoder_mask=encoder_mask,
     )
 
@@ -405,22 +403,41 @@ class Decoder(nn.Module):
         self_mask=self_mask,
         encoder_mask=cache.encoder_mask,
       )
-      keys.append(key)
-      values.append(value)
+      x_B1D = _spread(x_B1D, self.placement)
+      keys.append(self._spread(key))
+      values.append(self._spread(value))
     cache = cache._replace(
       step=cache.step + 1, self_keys=tuple(keys), self_values=tuple(values)
     )
     return self.decoder_norm(x_B1D), cache
 
+  def _spread(self, keys_or_values_BHLK: jax.Array) -> jax.Array:
+    return partitioning.constrain(
+      keys_or_values_BHLK, self.placement, 'batch', 'heads', 'length', 'kv'
+    )
+
+
+def _spread(x_BLD: jax.Array, placement) -> jax.Array:
+  return partitioning.constrain(x_BLD, placement, 'batch', 'length', 'embed')
+
 
 def _run_layers(stack, layer_class, x, *args):
-  """Runs the layers of an encoder or decoder on x; the last of args is
-  `deterministic`.
+  """Runs the layers of an encoder or decoder on x.
+
+  Args:
+    stack: that has them.
+    layer_class: of each.
+    x: [B, L, D].
+    *args: of a layer; the last is `deterministic`.
+
+  Returns:
+    [B, L, D].
   """
   c = stack.config
+  x = _spread(x, stack.placement)
   if not c.scan_layers or stack.is_initializing():
     for layer in stack.layers:
-      x = layer(x, *args)
+      x = _spread(layer(x, *args), stack.placement)
     return x
   # The state keeps a name for each layer, as T5X's checkpoints do, and the
   # optimizer sees each by itself.
@@ -440,7 +457,7 @@ def _run_layers(stack, layer_class, x, *args):
       *args,
       rngs=None if rng is None else {'dropout': rng},
     )
-    return x, None
+    return _spread(x, stack.placement), None
 
   if c.remat:
     run_layer = jax.checkpoint(run_layer, prevent_cse=False)
@@ -448,15 +465,21 @@ def _run_layers(stack, layer_class, x, *args):
 
 
 class T5(nn.Module):
-  """The encoder-decoder; see the module's docstring for its methods."""
+  """The encoder-decoder; see the module's docstring for its methods.
+
+  Attributes:
+    config: its shape.
+    placement: where its parameters and activations lie; None: on one device.
+  """
 
   config: T5Config
+  placement: partitioning.Placement | None = None
 
   def setup(self):
     c = self.config
     self.token_embedder = layers.Embed(c.vocab_size, c.emb_dim, c.dtype)
-    self.encoder = Encoder(c)
-    self.decoder = Decoder(c)
+    self.encoder = Encoder(c, self.placement)
+    self.decoder = Decoder(c, self.placement)
 
   def __call__(
     self, encoder_input_tokens, decoder_target_tokens, *, deterministic=True
@@ -531,6 +554,18 @@ class T5(nn.Module):
       return {'token_embedder': params['token_embedder']}
     return {'decoder': {'logits_dense': params['decoder']['logits_dense']}}
 
+  def gather_params(self, params: Params) -> Params:
+    """Returns the parameters with nothing left spread over 'data'.
+
+    For those who read them again and again, a loop or a whole step. The others
+    stay as they are: then each layer's are gathered when it is their turn.
+    """
+    if self.placement is None or not self.placement.spreads_params_over_data:
+      return params
+    return jax.lax.with_sharding_constraint(
+      params, self.placement.gathered().shardings(logical_axes(self))
+    )
+
 
 def init_params(model: T5, rng: jax.Array) -> Params:
   """Returns fresh float32 parameters, with T5X's names and initializers."""
@@ -543,23 +578,29 @@ def logical_axes(model: T5) -> Params:
   return nn.get_partition_spec(boxed)
 
 
-def abstract_params(model: T5, mesh: jax.sharding.Mesh) -> Params:
+def abstract_params(model: T5) -> Params:
   """Returns shape, dtype and sharding of each parameter, without making it.
+
+  Args:
+    model: with a placement.
 
   Raises:
     ValueError: the mesh does not divide one of them.
   """
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  shardings = partitioning.param_shardings(mesh, logical_axes(model))
+  shardings = model.placement.shardings(logical_axes(model))
   named_shardings = named_params(shardings)
   for name, x in named_params(shapes).items():
     try:
       named_shardings[name].shard_shape(x.shape)
     except ValueError as e:
+      mesh = model.placement.mesh.shape
       raise ValueError(
-        f'MESH_MODEL {mesh.shape["model"]} does not divide {name} of shape '
+        f'MESH_MODEL {mesh["model"]} does not divide {name} of shape '
         f'{x.shape}: it must divide heads, feed-forward width and vocabulary '
-        'of student and teacher.'
+        'of student and teacher. (Of a model with PARAMETER_PARTITIONING_DIMS '
+        f'= 2 the data axis, {mesh["data"]} here, must divide the width; with '
+        '= 0 it lies whole on every device.)'
       ) from e
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """One device mesh for student and teacher, and who holds which part of what.
 
-The model names the axes of its parameters (`model.logical_axes`); the rules
-map those names to mesh axes; XLA inserts the communication.
+A model names the axes of its parameters and activations; the rules of its
+`Placement` map those names to mesh axes; XLA inserts the communication. Teacher
+and student share the mesh, each under rules of its own.
 
 Source: T5X, `t5x/partitioning.py`, standard_logical_axis_rules.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AxisRules = Sequence[tuple[str, str | None]]
+AxisRules = tuple[tuple[str, str | None], ...]
 
 
 def make_mesh(
@@ -53,28 +54,93 @@ def host_mesh() -> Mesh:
   return Mesh(devices, ('data', 'model'))
 
 
-def standard_logical_axis_rules() -> AxisRules:
-  """Returns T5X's rules: parameters over 'model', activations over 'data'."""
+def standard_logical_axis_rules(
+  parameter_partitioning_dims: int = 1, activation_partitioning_dims: int = 1
+) -> AxisRules:
+  """Returns T5X's rules; of two for a name, the first that is free holds.
+
+  Args:
+    parameter_partitioning_dims: 1 spreads parameters over 'model'; 2 over
+      'data', too (in other words: fully sharded, ZeRO-3). 0, which T5X has not,
+      leaves them, and all that is computed with them, whole on every device of
+      'model'.
+    activation_partitioning_dims: 1 spreads activations over 'data'; 2 the
+      hidden states between the layers over 'model', too.
+
+  Raises:
+    ValueError: there are no such rules.
+  """
+  dims = (parameter_partitioning_dims, activation_partitioning_dims)
+  if dims not in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2)):
+    raise ValueError(
+      'PARAMETER_PARTITIONING_DIMS must be 1 or 2, or 0, and '
+      'ACTIVATION_PARTITIONING_DIMS 1 or 2 (with 0 only 1); got '
+      f'{parameter_partitioning_dims!r} and {activation_partitioning_dims!r}.'
+    )
+  model = 'model' if parameter_partitioning_dims else None
+  embed: AxisRules = (('embed', None),)
+  if parameter_partitioning_dims == 2:
+    embed = (('embed', 'data'), *embed)
+  if activation_partitioning_dims == 2:
+    embed = (('embed', 'model'), *embed)
   return (
     ('batch', 'data'),
-    ('vocab', 'model'),
-    ('embed', None),
-    ('mlp', 'model'),
-    ('heads', 'model'),
+    ('vocab', model),
+    ('mlp', model),
+    ('heads', model),
     ('kv', None),
-    ('joined_kv', 'model'),
+    ('joined_kv', model),
+    *embed,
     ('relpos_buckets', None),
     ('length', None),
   )
 
 
-def param_shardings(
-  mesh: Mesh, logical_axes: Any, rules: AxisRules | None = None
-) -> Any:
-  """Returns the sharding of each parameter, given the names of its axes."""
-  return nn.logical_to_mesh_sharding(
-    logical_axes, mesh, rules or standard_logical_axis_rules()
-  )
+STANDARD_RULES = standard_logical_axis_rules()
+
+
+class Placement(NamedTuple):
+  """Which devices hold which part of a model's arrays.
+
+  Attributes:
+    mesh: of all devices.
+    rules: names of axes -> axes of the mesh.
+  """
+
+  mesh: Mesh
+  rules: AxisRules = STANDARD_RULES
+
+  def sharding(self, *axes: str | None) -> NamedSharding:
+    """Returns where an array with axes of these names lies."""
+    return NamedSharding(self.mesh, nn.logical_to_mesh_axes(axes, self.rules))
+
+  def shardings(self, logical_axes: Any) -> Any:
+    """Returns where arrays lie, given the names of their axes: a tree."""
+    return nn.logical_to_mesh_sharding(logical_axes, self.mesh, self.rules)
+
+  @property
+  def spreads_params_over_data(self) -> bool:
+    return ('embed', 'data') in self.rules and self.mesh.shape['data'] > 1
+
+  def gathered(self) -> 'Placement':
+    """Returns where the same arrays lie once 'data' has whole parameters."""
+    rules = (rule for rule in self.rules if rule != ('embed', 'data'))
+    return self._replace(rules=tuple(rules))
+
+
+def constrain(
+  x: jax.Array, placement: Placement | None, *axes: str | None
+) -> jax.Array:
+  """Returns x; the compiler is told where it lies, if there is a placement.
+
+  Args:
+    x: an activation.
+    placement: of its model.
+    axes: the names of its axes.
+  """
+  if placement is None or placement.mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, placement.sharding(*axes))
 
 
 def shard_as_params(tree: Any, params: Any, mesh: Mesh) -> Any:

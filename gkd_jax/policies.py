@@ -173,7 +173,9 @@ def rollout(
   Returns:
     A `sampler.Rollout` of shapes [B, T].
   """
-  variables = {'params': jax.lax.stop_gradient(params)}
+  # Once, not for each token.
+  params = model.gather_params(jax.lax.stop_gradient(params))
+  variables = {'params': params}
   if encoded is None:
     encoded = model.apply(variables, encoder_input_tokens, method='encode')
   cache = model.apply(

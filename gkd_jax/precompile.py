@@ -93,6 +93,8 @@ def precompile(
   reward_dtype: str | None = None,
   max_decode_len: int | None = None,
   mesh: Callable[..., jax.sharding.Mesh] = partitioning.make_mesh,
+  student_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
+  teacher_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
 ) -> dict[str, Any]:
   """Compiles the train step; prints and returns what it takes of each device.
 
@@ -119,6 +121,7 @@ def precompile(
   device_mesh = mesh(devices=devices)
   plan = train.make_plan(
     mesh=device_mesh,
+    student_rules=student_rules,
     student=student,
     train_dataset=train_dataset,
     policy=policy,
@@ -143,11 +146,12 @@ def precompile(
       'gin/models/published_teacher.gin does from TEACHER_SIZE), or '
       'TEACHER_CHECKPOINT_PATH, which tells it.'
     )
+  placement = partitioning.Placement(device_mesh, teacher_rules)
   teacher_model = teacher_params = None
   if teacher is not None:
-    teacher_model = train.like_student(teacher, student)
+    teacher_model = train.like_student(teacher, student, placement)
     teacher_params = _with_dtype(
-      abstract_params(teacher_model, device_mesh), teacher_dtype or 'float32'
+      abstract_params(teacher_model), teacher_dtype or 'float32'
     )
   pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
   if reward_model is None and reward_checkpoint_path is not None:
@@ -163,9 +167,9 @@ def precompile(
           'This REWARD is given by a model: set REWARD_MODEL, its shape (see '
           'configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH, which tells it.'
         )
-      judge = train.like_student(reward_model, student)
+      judge = train.like_student(reward_model, student, placement)
       reward_params = _with_dtype(
-        abstract_params(judge, device_mesh), reward_dtype or 'float32'
+        abstract_params(judge), reward_dtype or 'float32'
       )
     score = reward.make_score(_WordVocabulary(), judge)
   num_ids = min(model.vocab_size for model in (student, teacher) if model)

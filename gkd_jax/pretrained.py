@@ -18,6 +18,7 @@ from gkd_jax import checkpoint
 from gkd_jax import metrics as metrics_lib
 from gkd_jax.interop import huggingface, t5x, tensors
 from gkd_jax.model import SIZES, T5, T5Config, abstract_params
+from gkd_jax.partitioning import Placement
 
 Params = Any
 
@@ -175,8 +176,8 @@ def load_model(
   source = open_checkpoint(path, setting)
   check_fits(source, vocabulary, num_ids)
   metrics_lib.say(f'Model: {source}')
-  model = T5(source.config)
-  return model, source.load(abstract_params(model, mesh), dtype), source.folder
+  model = T5(source.config, Placement(mesh))
+  return model, source.load(abstract_params(model), dtype), source.folder
 
 
 def config_of(path: str, **changes) -> T5Config:

@@ -109,6 +109,7 @@ def make_write(
     ).tokens
 
   def beam(params, inputs):
+    params = model.gather_params(params)  # once, not for each token
     apply = functools.partial(model.apply, {'params': params})
     width = decoding.num_beams
     encoded = jnp.repeat(apply(inputs, method='encode'), width, axis=0)

@@ -109,6 +109,8 @@ def make_train_step(
   def train_step(state, teacher_params, batch, reward_params=None):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
+    # Once for sampling, both passes, and all microbatches.
+    params = student.gather_params(state.params)
 
     def grads_and_sums(batch, row_ids_B, microbatch):
       rngs = (
@@ -117,7 +119,7 @@ def make_train_step(
         jax.random.fold_in(dropout_rng, microbatch),
       )
       return jax.grad(loss_sums, has_aux=True)(
-        state.params, teacher_params, batch, row_ids_B, rngs, reward_params
+        params, teacher_params, batch, row_ids_B, rngs, reward_params
       )
 
     grads, sums = _over_microbatches(grads_and_sums, batch, num_microbatches)

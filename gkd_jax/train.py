@@ -68,6 +68,8 @@ def train(
   reward_dtype: str | None = None,
   max_decode_len: int | None = None,
   mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
+  student_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
+  teacher_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
   eval_dataset: data.DatasetConfig | None = None,
   final_eval_dataset: data.DatasetConfig | None = None,
   decodings: Mapping[str, programs.Decoding] | None = None,
@@ -112,6 +114,8 @@ def train(
     reward_dtype: of its parameters, like `teacher_dtype`.
     max_decode_len: length of sampled outputs; None: as the task's targets.
     mesh: makes the device mesh.
+    student_rules: which of its axes the student's arrays are spread over.
+    teacher_rules: likewise, of the teacher and of the reward's model.
     eval_dataset: evaluated every `eval_period` steps and at the end; the
       training metrics' name for it is its split.
     final_eval_dataset: evaluated once, at the end, into eval_<split>.json and
@@ -147,6 +151,7 @@ def train(
       )
   plan = make_plan(
     mesh=device_mesh,
+    student_rules=student_rules,
     student=student,
     train_dataset=train_dataset,
     policy=policy,
@@ -249,11 +254,12 @@ def train(
       pretrained.check_fits(
         sources[role], description.vocabulary, num_ids, shape, shape_setting
       )
+  placement = partitioning.Placement(device_mesh, teacher_rules)
   score = scorer = reward_params = None
   if reward is not None:
     if 'reward' in sources:
-      scorer = like_student(sources['reward'].config, student)
-      reward_params = abstract_params(scorer, device_mesh)
+      scorer = like_student(sources['reward'].config, student, placement)
+      reward_params = abstract_params(scorer)
     score = reward.make_score(vocabulary, scorer)
     rewards.check_score(
       score,
@@ -265,9 +271,9 @@ def train(
   # From here on files are read whole, and the run's folder is written.
   teacher_model = teacher_params = None
   if 'teacher' in sources:
-    teacher_model = like_student(sources['teacher'].config, student)
+    teacher_model = like_student(sources['teacher'].config, student, placement)
     teacher_params = sources['teacher'].load(
-      abstract_params(teacher_model, device_mesh), teacher_dtype
+      abstract_params(teacher_model), teacher_dtype
     )
     metrics_lib.say(f'Teacher: {sources["teacher"]}')
   if 'reward' in sources:
@@ -415,6 +421,7 @@ class Plan(NamedTuple):
 def make_plan(
   *,
   mesh: jax.sharding.Mesh,
+  student_rules: partitioning.AxisRules,
   student: T5Config,
   train_dataset: data.DatasetConfig,
   policy: policies.Policy,
@@ -448,14 +455,14 @@ def make_plan(
       'set MAX_DECODE_LEN = None.'
     )
   _check_batch(train_dataset.batch_size, num_microbatches, mesh)
-  model = T5(student)
+  model = T5(student, partitioning.Placement(mesh, student_rules))
   tx = optimizer(learning_rate=learning_rate)
   if max_grad_norm is not None:
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
   return Plan(
     student=model,
     optimizer=tx,
-    state=step_lib.abstract_state(abstract_params(model, mesh), tx, mesh),
+    state=step_lib.abstract_state(abstract_params(model), tx, mesh),
     make_train_step=functools.partial(
       step_lib.make_train_step,
       student=model,
@@ -471,16 +478,17 @@ def make_plan(
   )
 
 
-def like_student(config: T5Config, student: T5Config) -> T5:
+def like_student(
+  config: T5Config, student: T5Config, placement: partitioning.Placement
+) -> T5:
   """Returns a model that computes in the student's type of numbers.
 
   And is compiled as the student is.
   """
-  return T5(
-    dataclasses.replace(
-      config, dtype=student.dtype, scan_layers=student.scan_layers
-    )
+  config = dataclasses.replace(
+    config, dtype=student.dtype, scan_layers=student.scan_layers
   )
+  return T5(config, placement)
 
 
 def compile_step(

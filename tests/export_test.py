@@ -24,8 +24,8 @@ def run_dir(tmp_path_factory, compile_once):
 
 def params_of(path):
   found = pretrained.open_checkpoint(path)
-  mesh = partitioning.make_mesh()
-  return found.load(abstract_params(T5(found.config), mesh), None)
+  placement = partitioning.Placement(partitioning.make_mesh())
+  return found.load(abstract_params(T5(found.config, placement)), None)
 
 
 @pytest.mark.parametrize(

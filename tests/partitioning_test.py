@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +20,29 @@ from gkd_jax import (
 from gkd_jax.model import T5
 from tests import tiny
 
+# t5x/partitioning.py, standard_logical_axis_rules, called with
+# (activation_partitioning_dims, parameter_partitioning_dims); without the axes
+# that no T5 here has.
+OF_T5X = {
+  (1, 1): [('embed', None)],
+  (1, 2): [('embed', 'data')],
+  (2, 1): [('embed', 'model')],
+  (2, 2): [('embed', 'model'), ('embed', 'data')],
+}
 
-def test_rules_are_those_of_t5x():
-  # t5x/partitioning.py, standard_logical_axis_rules with one dimension each
-  # for parameters and activations; without the axes that no T5 here has.
-  assert dict(partitioning.standard_logical_axis_rules()) == {
+
+@pytest.mark.parametrize(('activations', 'parameters'), OF_T5X, ids=str)
+def test_rules_are_those_of_t5x(activations, parameters):
+  rules = partitioning.standard_logical_axis_rules(parameters, activations)
+
+  # Nothing is left for a name's last rule, None, that T5X does not write.
+  embed = [rule for rule in rules if rule[0] == 'embed']
+  expected = OF_T5X[activations, parameters]
+  assert embed == [*expected, *([] if None in expected[-1] else [embed[-1]])]
+  assert embed[-1] == ('embed', None)
+  assert {name: axis for name, axis in rules if name != 'embed'} == {
     'batch': 'data',
     'vocab': 'model',
-    'embed': None,
     'mlp': 'model',
     'heads': 'model',
     'kv': None,
@@ -36,6 +50,12 @@ def test_rules_are_those_of_t5x():
     'relpos_buckets': None,
     'length': None,
   }
+
+
+@pytest.mark.parametrize('dims', [(3, 1), (1, 0), (0, 2), ('1', 1)], ids=str)
+def test_rules_that_there_are_not_are_refused(dims):
+  with pytest.raises(ValueError, match='PARAMETER_PARTITIONING_DIMS must be'):
+    partitioning.standard_logical_axis_rules(*dims)
 
 
 @pytest.mark.parametrize(
@@ -70,48 +90,94 @@ def test_mesh_takes_the_devices_it_is_given():
   assert mesh.devices.tolist() == [['a', 'b'], ['c', 'd'], ['e', 'f']]
 
 
-def specs(logical_axes, **keywords):
-  shardings = partitioning.param_shardings(
-    partitioning.make_mesh(), logical_axes, **keywords
-  )
-  return jax.tree.map(lambda s: s.spec, shardings)
-
-
-def test_every_parameter_is_spread_by_its_logical_axes():
-  got = specs(model.logical_axes(T5(tiny.config())))
-
-  attention = got['decoder']['layers_0']['self_attention']
-  mlp = got['encoder']['layers_0']['mlp']
-  assert got['token_embedder']['embedding'] == PartitionSpec('model', None)
-  assert attention['query']['kernel'] == PartitionSpec(None, 'model')
-  assert attention['out']['kernel'] == PartitionSpec('model', None)
-  assert mlp['wi_0']['kernel'] == PartitionSpec(None, 'model')
-  assert mlp['wo']['kernel'] == PartitionSpec('model', None)
-  assert got['decoder']['logits_dense']['kernel'] == PartitionSpec(
-    None, 'model'
-  )
-  assert got['encoder']['relpos_bias']['rel_embedding'] == PartitionSpec(
-    'model', None
-  )
-  assert got['encoder']['encoder_norm']['scale'] == PartitionSpec(None)
-
-
-def test_rules_can_be_changed():
-  rules = (('embed', 'data'), ('mlp', 'model'))
-
-  got = specs({'kernel': PartitionSpec('embed', 'mlp')}, rules=rules)
-
-  assert got == {'kernel': PartitionSpec('data', 'model')}
-
-
 # No device is needed to say who holds what.
 FOUR = jax.sharding.AbstractMesh((2, 2), ('data', 'model'))
 
 
-def shardings_of_state(optimizer):
-  """(name, shape of a device's part, shape) of all that an optimizer keeps."""
-  t5 = T5(tiny.config(emb_dim=128, mlp_dim=256))
-  state = step.abstract_state(model.abstract_params(t5, FOUR), optimizer, FOUR)
+def placement_of(*dims, mesh=FOUR):
+  return partitioning.Placement(
+    mesh, partitioning.standard_logical_axis_rules(*dims)
+  )
+
+
+KERNEL = "['encoder']['layers_0']['mlp']['wi_0']['kernel']"
+OUT = "['encoder']['layers_0']['attention']['out']['kernel']"
+TABLE = "['token_embedder']['embedding']"
+LOGITS = "['decoder']['logits_dense']['kernel']"
+BIAS = "['encoder']['relpos_bias']['rel_embedding']"
+NORM = "['encoder']['encoder_norm']['scale']"
+
+
+@pytest.mark.parametrize(
+  ('dims', 'expected'),
+  [
+    (
+      (1, 1),
+      {
+        TABLE: ('model', None),
+        KERNEL: (None, 'model'),
+        OUT: ('model', None),
+        LOGITS: (None, 'model'),
+        BIAS: ('model', None),
+        NORM: (None,),
+      },
+    ),
+    (
+      (2, 1),
+      {
+        TABLE: ('model', 'data'),
+        KERNEL: ('data', 'model'),
+        OUT: ('model', 'data'),
+        LOGITS: ('data', 'model'),
+        BIAS: ('model', None),
+        NORM: ('data',),
+      },
+    ),
+    ((0, 1), {TABLE: (None, None), KERNEL: (None, None), BIAS: (None, None)}),
+  ],
+  ids=str,
+)
+def test_every_parameter_is_spread_by_its_logical_axes(dims, expected):
+  t5 = T5(tiny.config(), placement_of(*dims))
+
+  shardings = {
+    jax.tree_util.keystr(path): x.sharding.spec
+    for path, x in jax.tree_util.tree_leaves_with_path(
+      model.abstract_params(t5)
+    )
+  }
+
+  assert expected == {name: (*shardings[name],) for name in expected}
+
+
+@pytest.mark.parametrize(
+  ('dims', 'spec'),
+  [
+    ((1, 1), ('data', None, None)),
+    ((2, 1), ('data', None, None)),
+    ((1, 2), ('data', None, 'model')),
+    ((2, 2), ('data', None, 'model')),
+  ],
+  ids=str,
+)
+def test_activations_are_spread_over_data_and_in_two_dims_over_model(
+  dims, spec
+):
+  sharding = placement_of(*dims).sharding('batch', 'length', 'embed')
+
+  assert (*sharding.spec,) == spec
+
+
+def test_gathered_parameters_are_whole_in_each_part_of_data():
+  gathered = placement_of(2, 2).gathered()
+
+  assert (*gathered.sharding('embed', 'mlp').spec,) == (None, 'model')
+
+
+def shardings_of_state(optimizer, *dims):
+  """{name: (shape of a device's part, shape)} of what an optimizer keeps."""
+  t5 = T5(tiny.config(emb_dim=128, mlp_dim=256), placement_of(*dims))
+  state = step.abstract_state(model.abstract_params(t5), optimizer, FOUR)
   return {
     jax.tree_util.keystr(path): (x.sharding.shard_shape(x.shape), x.shape)
     for path, x in jax.tree_util.tree_leaves_with_path(state)
@@ -135,41 +201,40 @@ def shardings_of_state(optimizer):
   ],
   ids=['adamw', 'clipped adamw', 'adamw of some'],
 )
-def test_an_optimizers_moments_lie_as_their_parameters(optimizer, where):
-  state = shardings_of_state(optimizer)
+@pytest.mark.parametrize(
+  ('dims', 'parts'),
+  [((1, 1), ((128, 128), (128, 12))), ((2, 1), ((64, 128), (64, 12)))],
+  ids=str,
+)
+def test_an_optimizers_moments_lie_as_their_parameters(
+  optimizer, where, dims, parts
+):
+  state = shardings_of_state(optimizer, *dims)
 
-  for names, want in {
-    "['encoder']['layers_0']['mlp']['wi_0']['kernel']": (
-      (128, 128),
-      (128, 256),
-    ),
-    "['encoder']['layers_0']['mlp']['wo']['kernel']": ((128, 128), (256, 128)),
-    "['decoder']['logits_dense']['kernel']": ((128, 12), (128, 24)),
-  }.items():
-    assert state[where + names] == state['.params' + names] == want
+  for name, part, whole in (
+    (KERNEL, parts[0], (128, 256)),
+    (LOGITS, parts[1], (128, 24)),
+  ):
+    assert state[where + name] == state['.params' + name] == (part, whole)
 
 
 def test_adafactors_rows_and_columns_and_all_counts_are_on_every_device():
   state = shardings_of_state(optax.adafactor(1.0))
 
   rest = {k: v for k, v in state.items() if not k.startswith('.params')}
-  kernel = "['encoder']['layers_0']['mlp']['wi_0']['kernel']"
   assert rest['.step'] == ((), ())
-  assert rest[f'.opt_state[0].v_row{kernel}'] == ((128,), (128,))
-  assert rest[f'.opt_state[0].v_col{kernel}'] == ((256,), (256,))
+  assert rest[f'.opt_state[0].v_row{KERNEL}'] == ((128,), (128,))
+  assert rest[f'.opt_state[0].v_col{KERNEL}'] == ((256,), (256,))
   # What is too small to be factored lies as its parameter.
-  out = "['decoder']['logits_dense']['kernel']"
-  assert rest[f'.opt_state[0].v{out}'] == ((128, 12), (128, 24))
+  assert rest[f'.opt_state[0].v{LOGITS}'] == ((128, 12), (128, 24))
 
 
 def test_an_abstract_state_is_what_is_made():
-  t5 = T5(tiny.config())
-  optimizer = optax.adafactor(1.0)
   mesh = partitioning.make_mesh()
+  t5 = T5(tiny.config(), partitioning.Placement(mesh))
+  optimizer = optax.adafactor(1.0)
 
-  abstract = step.abstract_state(
-    model.abstract_params(t5, mesh), optimizer, mesh
-  )
+  abstract = step.abstract_state(model.abstract_params(t5), optimizer, mesh)
 
   made = step.init_state(tiny.params(t5, 0), optimizer)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
@@ -177,23 +242,25 @@ def test_an_abstract_state_is_what_is_made():
   )
 
 
-def test_a_mesh_that_does_not_divide_the_heads_is_refused():
-  mesh = jax.sharding.AbstractMesh((1, 4), ('data', 'model'))
+@pytest.mark.parametrize(
+  ('shape', 'dims', 'said'),
+  [
+    ((1, 4), (1, 1), r'MESH_MODEL 4 does not divide \w+/.*_embedding .*2, 32'),
+    ((3, 1), (2, 1), 'the data axis, 3 here, must divide the width'),
+  ],
+  ids=str,
+)
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused(shape, dims, said):
+  mesh = jax.sharding.AbstractMesh(shape, ('data', 'model'))
 
-  with pytest.raises(ValueError) as error:
-    model.abstract_params(T5(tiny.config()), mesh)
-
-  assert re.match(
-    r'MESH_MODEL 4 does not divide \w+/relpos_bias/rel_embedding of shape '
-    r'\(2, 32\): ',
-    str(error.value),
-  )
+  with pytest.raises(ValueError, match=said):
+    model.abstract_params(T5(tiny.config(), placement_of(*dims, mesh=mesh)))
 
 
 def test_abstract_params_are_what_initialisation_makes():
-  t5 = T5(tiny.config())
+  t5 = T5(tiny.config(), placement_of(1))
 
-  abstract = model.abstract_params(t5, partitioning.make_mesh())
+  abstract = model.abstract_params(t5)
 
   made = jax.eval_shape(lambda: model.init_params(t5, jax.random.key(0)))
   jax.tree.map(
@@ -203,8 +270,6 @@ def test_abstract_params_are_what_initialisation_makes():
     abstract,
     made,
   )
-  wo = abstract['encoder']['layers_0']['mlp']['wo']['kernel']
-  assert wo.sharding.spec == PartitionSpec('model', None)
 
 
 def test_put_batch_spreads_rows_over_the_data_axis():
@@ -216,10 +281,29 @@ def test_put_batch_spreads_rows_over_the_data_axis():
   assert {x.sharding.spec for x in placed} == {PartitionSpec('data')}
 
 
-def steps_on_one_and_on_all_devices():
+# --- The same numbers everywhere ---------------------------------------------
+
+# (data, model): (parameter and activation dims of the student, of the teacher)
+MESHES = {
+  (1, 1): ((1, 1), (1, 1)),
+  (2, 1): ((1, 1), (2, 1)),
+  (1, 2): ((1, 1), (1, 1)),
+  (4, 1): ((2, 1), (2, 1)),
+  (2, 2): ((1, 1), (1, 1)),
+  (1, 4): ((0, 1), (1, 1)),
+  (8, 1): ((1, 1), (2, 1)),
+  (4, 2): ((2, 1), (2, 2)),
+  (2, 4): ((2, 2), (1, 2)),
+  (1, 8): ((1, 2), (1, 1)),
+}
+
+
+def steps_on_each_mesh():
   """Runs in a process of its own, see `tiny.on_simulated_devices`."""
-  student, params = tiny.model_and_params(0)
-  teacher, teacher_params = tiny.model_and_params(1, '1.0', emb_dim=12)
+  shape = {'num_heads': 8, 'head_dim': 2, 'mlp_dim': 24}
+  _, params = tiny.model_and_params(0, **shape)
+  _, teacher_params = tiny.model_and_params(1, '1.0', emb_dim=24, **shape)
+  batch = tiny.batch(0, (7, 3, 5, 6) * 4, (5, 2, 6, 4) * 4)
   optimizer = optax.sgd(1.0)  # the parameters' change is the gradient
   written = []
 
@@ -230,8 +314,17 @@ def steps_on_one_and_on_all_devices():
     )
     return drawn
 
-  train_step = tiny.jit(
-    step.make_train_step(
+  def run(mesh_shape, student_dims, teacher_dims):
+    mesh = partitioning.make_mesh(
+      *mesh_shape, devices=jax.devices()[: mesh_shape[0] * mesh_shape[1]]
+    )
+    student = T5(tiny.config(**shape), placement_of(*student_dims, mesh=mesh))
+    teacher = T5(
+      tiny.config('1.0', emb_dim=24, **shape),
+      placement_of(*teacher_dims, mesh=mesh),
+    )
+
+    train_step = step.make_train_step(
       student=student,
       teacher=teacher,
       policy=policies.Policy(write, 1.0),
@@ -244,58 +337,51 @@ def steps_on_one_and_on_all_devices():
       num_ids=tiny.NUM_IDS,
       seed=0,
       num_microbatches=2,
-    ),
-    donate_argnums=0,
-  )
-
-  def run(place_student, place_teacher, place_batch):
-    state = step.init_state(
-      place_student(jax.tree.map(jnp.copy, params)), optimizer
     )
-    batch = place_batch(tiny.batch())
-    rows = batch.encoder_input_tokens.addressable_shards[0].data.shape[0]
-    state, metrics = train_step(state, place_teacher(teacher_params), batch)
+    abstract = (
+      step.abstract_state(model.abstract_params(student), optimizer, mesh),
+      model.abstract_params(teacher),
+    )
+    lies = jax.tree.map(lambda x: x.sharding, abstract)
+    state = step.init_state(jax.tree.map(jnp.copy, params), optimizer)
+    state, placed_params = jax.device_put((state, teacher_params), lies)
+    parts = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state)
+    state, metrics = tiny.jit(
+      train_step, donate_argnums=0, out_shardings=(lies[0], None)
+    )(state, placed_params, partitioning.put_batch(batch, mesh))
     jax.effects_barrier()
-    mlp = state.params['encoder']['layers_0']['mlp']['wi_0']['kernel']
     return {
-      'rows on a device': rows,
-      'mlp on a device': mlp.addressable_shards[0].data.shape[1],
+      'parts': parts.params['encoder']['layers_0']['mlp']['wi_0']['kernel'],
       'params': jax.tree.map(np.asarray, state.params),
       'metrics': {name: float(value) for name, value in metrics.items()},
       'written': np.concatenate([written.pop(0), written.pop(0)]),
     }
 
-  mesh = partitioning.make_mesh(data=2, model=2)
+  return {mesh: run(mesh, *dims) for mesh, dims in MESHES.items()}
 
-  def spread(t5):
-    shardings = jax.tree.map(
-      lambda x: x.sharding, model.abstract_params(t5, mesh)
-    )
-    return lambda params: jax.device_put(params, shardings)
 
-  one = run(*[lambda x: x] * 3)
-  four = run(
-    spread(student),
-    spread(teacher),
-    lambda batch: partitioning.put_batch(batch, mesh),
-  )
-  return one, four
+@pytest.fixture(scope='module')
+def on_each_mesh():
+  return tiny.on_simulated_devices(8, __name__, steps_on_each_mesh.__name__)
 
 
 @pytest.mark.slow
-def test_a_2_by_2_mesh_gives_what_one_device_gives():
-  one, four = tiny.on_simulated_devices(
-    4, __name__, steps_on_one_and_on_all_devices.__name__
-  )
+@pytest.mark.parametrize('mesh', [m for m in MESHES if m != (1, 1)], ids=str)
+def test_every_mesh_gives_what_one_device_gives(on_each_mesh, mesh):
+  one, spread = on_each_mesh[1, 1], on_each_mesh[mesh]
 
-  # Rows of the batch lie on 'data', columns of the weights on 'model'.
-  assert (one['rows on a device'], four['rows on a device']) == (4, 2)
-  assert (one['mlp on a device'], four['mlp on a device']) == (20, 10)
-  np.testing.assert_array_equal(four['written'], one['written'])
+  # An MLP of [16, 24] was spread as asked: the test would pass else anyhow.
+  student_dims, _ = MESHES[mesh]
+  data, over = mesh
+  assert spread['parts'] == (
+    16 // data if student_dims[0] == 2 else 16,
+    24 // over if student_dims[0] > 0 else 24,
+  )
+  np.testing.assert_array_equal(spread['written'], one['written'])
   # The same sums, spread over devices: rounding only.
-  assert four['metrics'] == pytest.approx(one['metrics'], rel=1e-5)
+  assert spread['metrics'] == pytest.approx(one['metrics'], rel=1e-5)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
-    four['params'],
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6),
+    spread['params'],
     one['params'],
   )

@@ -15,6 +15,7 @@ from tests import conftest
 CONFIG = T5Config(264, 12, 2, 4, 10, 1, 1)
 BYTES = 'ByteVocabulary 259 ids'
 MESH = partitioning.make_mesh()
+PLACEMENT = partitioning.Placement(MESH)
 HUGGING_FACE = conftest.ROOT / 'tests/interop/huggingface_fixtures'
 
 
@@ -28,7 +29,7 @@ def run_dir(tmp_path_factory, compile_once):
 def load(path, config=CONFIG, vocabulary=BYTES, dtype=None):
   source = pretrained.open_checkpoint(path)
   pretrained.check_fits(source, vocabulary, 33, config)
-  return source.load(abstract_params(T5(config), MESH), dtype)
+  return source.load(abstract_params(T5(config, PLACEMENT)), dtype)
 
 
 # --- What a path means --------------------------------------------------------

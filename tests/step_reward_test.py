@@ -130,6 +130,9 @@ class OneToken:
   def head_params(self, params):
     return {}
 
+  def gather_params(self, params):
+    return params
+
 
 def one_token(p):
   return {'logits': jnp.float32([9.0, *np.log(p)])}  # the pad's logit first
@@ -710,10 +713,8 @@ def steps_on_one_and_on_all_devices():
   judge, judge_params = tiny.model_and_params(3)
 
   def place(t5, params):
-    shardings = jax.tree.map(
-      lambda x: x.sharding, model.abstract_params(t5, mesh)
-    )
-    return jax.device_put(params, shardings)
+    placement = partitioning.Placement(mesh)
+    return jax.device_put(params, placement.shardings(model.logical_axes(t5)))
 
   def entails(batch, outputs, params):
     score = rewards.entailment('', [2], [3, 2], 2, 3).make_score(

@@ -112,7 +112,7 @@ class GKDModel(models.EncoderDecoderModel):
     config = dataclasses.replace(
       teacher.config, dtype=self._student.config.dtype
     )
-    return T5(config), params
+    return T5(config, teacher.placement), params
 
   @contextlib.contextmanager
   def with_teacher(self, teacher: T5 | None, params: Params) -> Iterator[None]:

@@ -42,8 +42,8 @@ each = pytest.mark.parametrize('name', ARCHITECTURES)
 def load(folder, dtype='float32'):
   """Returns a folder's model and parameters."""
   config, arrays = huggingface.open_folder(epath.Path(folder))
-  model = T5(config)
-  abstract = abstract_params(model, partitioning.make_mesh())
+  model = T5(config, partitioning.Placement(partitioning.make_mesh()))
+  abstract = abstract_params(model)
   return model, tensors.place(arrays, abstract, dtype)
 
 

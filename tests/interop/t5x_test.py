@@ -425,7 +425,7 @@ def placed_on_four_devices():
     mesh = partitioning.make_mesh(data=2, model=2)
     placed = tensors.place(
       opened | {name: recorded(name) for name in asked},
-      model.abstract_params(T5(config), mesh),
+      model.abstract_params(T5(config, partitioning.Placement(mesh))),
     )
     attention = placed['encoder']['layers_1']['attention']
     held = {

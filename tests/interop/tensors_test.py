@@ -72,8 +72,9 @@ def test_each_device_reads_its_own_part_and_no_more():
 
 def place_on_two_devices():
   """Returns which parts were read of each array, and if all are right."""
-  model = T5(tiny.config())
-  abstract = abstract_params(model, partitioning.make_mesh(1, 2))
+  placement = partitioning.Placement(partitioning.make_mesh(1, 2))
+  model = T5(tiny.config(), placement)
+  abstract = abstract_params(model)
   params = tiny.params(model, 0)
   indices = {name: [] for name in checkpoint.shapes(params)}
   leaves = zip(indices, jax.tree.leaves(params), strict=True)
