@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
 def of_step(
   student: T5Config,
-  teacher: T5Config,
+  teacher: T5Config | None,
   *,
   batch_size: int,
   input_length: int,
@@ -49,12 +49,12 @@ def of_step(
 ) -> dict[str, Cost]:
   """Returns the cost of each phase of an on-policy step.
 
-  The outputs are as long as they may be. The student has no dropout: its
-  encoder runs once, for sampling and for the loss. Nothing is recomputed.
+  The outputs are as long as they may be. Without dropout the student's encoder
+  runs once, for sampling and for the loss.
 
   Args:
     student: its shape.
-    teacher: its shape.
+    teacher: its shape; None: there is none.
     batch_size: B.
     input_length: S.
     target_length: T.
@@ -66,36 +66,52 @@ def of_step(
   Returns:
     {'student_encoder', 'sampling', 'teacher', 'student', 'optimizer': cost}.
     'student' is the rest of its forward pass, the objective (the teacher's
-    projection to the vocabulary included), and the backward pass.
+    projection to the vocabulary included), and the backward pass. A phase is
+    the named scope of the same name in `step`.
   """
   sizes = (batch_size, input_length, target_length)
   encoder = _encoder(student, batch_size, input_length, weight_bytes)
   decoder = _decoder(student, *sizes, weight_bytes)
   tokens = batch_size * target_length
-  heads = _head(student, tokens, weight_bytes).times(3) + _head(
-    teacher, tokens, teacher_weight_bytes
-  )
+  heads = _head(student, tokens, weight_bytes).times(3)
+  of_teacher = {}
+  if teacher is not None:
+    heads += _head(teacher, tokens, teacher_weight_bytes)
+    of_teacher['teacher'] = _encoder(
+      teacher, batch_size, input_length, teacher_weight_bytes
+    ) + _decoder(teacher, *sizes, teacher_weight_bytes)
   # The backward pass has two products for each of the forward pass.
-  body = decoder.times(3) + encoder.times(2)
-  num_params = count_params(student)
+  again = 1 if student.remat else 0
+  of_encoder = 2 + again + (1 if student.dropout_rate > 0.0 else 0)
+  body = decoder.times(3 + again) + encoder.times(of_encoder)
+  num_params = count_weights(student)
   return {
     'student_encoder': encoder,
     'sampling': _sampling(student, *sizes, weight_bytes),
-    'teacher': _encoder(teacher, batch_size, input_length, teacher_weight_bytes)
-    + _decoder(teacher, *sizes, teacher_weight_bytes),
+    **of_teacher,
     'student': body + heads,
     # Reads gradient, parameter and moments, writes the latter two.
     'optimizer': Cost(0.0, 4.0 * num_params * (3 + 2 * moments)),
   }
 
 
-def count_params(config: T5Config) -> int:
-  """Returns the number of weights in matrices: all but norms and biases."""
+def count_weights(config: T5Config) -> int:
+  """Returns how many numbers the matrices hold: all but norms and biases."""
   c = config
   encoder = c.num_encoder_layers * (_attention(c) + _mlp(c))
   decoder = c.num_decoder_layers * (2 * _attention(c) + _mlp(c))
   tables = 1 if c.logits_via_embedding else 2
   return encoder + decoder + tables * c.vocab_size * c.emb_dim
+
+
+def cache_bytes(
+  config: T5Config, *, batch_size: int, input_length: int, target_length: int
+) -> int:
+  """Returns what the keys and values take that sampling keeps."""
+  c = config
+  width = {'float32': 4, 'bfloat16': 2}[c.dtype]
+  tokens = batch_size * (input_length + target_length)
+  return 2 * c.num_decoder_layers * tokens * c.num_heads * c.head_dim * width
 
 
 def _attention(c: T5Config) -> int:

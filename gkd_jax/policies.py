@@ -143,6 +143,7 @@ def mixture(
   )
 
 
+@jax.named_scope('sampling')
 def rollout(
   model,
   params: Any,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles an experiment's train step for a TPU slice that is not at hand.
 
-Answers, before a slice is rented: does the step compile for it, and does it fit
-into its memory? Nothing is run, and neither data nor parameters are read: the
+Answers, before a slice is rented: does the step compile for it, does it fit
+into its memory, what do its devices send each other, and how long does it take
+at the least? Nothing is run, and neither data nor parameters are read: the
 compiler, libtpu's own, needs shapes alone.
 
 The program is the one that `train` runs: both go through `train.make_plan` and
@@ -21,7 +22,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,15 @@ import optax
 from jax.experimental import topologies
 
 from gkd_jax import (
+  collectives,
+  costs,
   data,
   objectives,
   partitioning,
   policies,
   pretrained,
   rewards,
+  roofline,
   sampler,
   train,
 )
@@ -43,30 +47,6 @@ from gkd_jax.batch import Batch
 from gkd_jax.model import T5Config, abstract_params, count_params
 
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-
-
-class Chip(NamedTuple):
-  """A TPU generation.
-
-  Attributes:
-    hbm: memory of a chip in GiB, as published.
-    available: GiB of it that libtpu's compiler (0.0.42) leaves to a program.
-    config: how libtpu is to see the chip's cores; None: its default.
-  """
-
-  hbm: float
-  available: float
-  config: str | None = None
-
-
-# Published: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, which call v5p's 96 GiB
-# 95 GB. The two cores of a v4 or v5p chip are one device of JAX.
-CHIPS = {
-  'v4': Chip(32, 30.75, 'megacore'),
-  'v5e': Chip(16, 15.75),
-  'v5p': Chip(96, 95.74, 'megacore'),
-  'v6e': Chip(32, 31.25),
-}
 
 
 def precompile(
@@ -174,7 +154,16 @@ def precompile(
     score = reward.make_score(_WordVocabulary(), judge)
   num_ids = min(model.vocab_size for model in (student, teacher) if model)
   batch = abstract_batch(train_dataset, device_mesh)
+  lengths = {
+    'batch_size': train_dataset.batch_size,
+    'input_length': train_dataset.task_feature_lengths['inputs'],
+    'target_length': train_dataset.task_feature_lengths['targets'],
+  }
 
+  # Of a microbatch, on a device.
+  rows = train_dataset.batch_size // (
+    device_mesh.shape['data'] * num_microbatches
+  )
   metrics_lib.say(
     f'Compiling the step for {len(devices)} x {devices[0].device_kind}.'
   )
@@ -203,6 +192,31 @@ def precompile(
     **_memory(
       topology, compiled, refusal, plan, teacher_params, reward_params, batch
     ),
+    'caches': costs.cache_bytes(
+      student,
+      **lengths | {'batch_size': rows},
+    )
+    // plan.student.placement.num_parts('heads'),
+    **_times(
+      compiled,
+      roofline.on_a_device(
+        student,
+        teacher if plan.needs_teacher else None,
+        **lengths,
+        num_microbatches=num_microbatches,
+        data=device_mesh.shape['data'],
+        student_model=plan.student.placement.num_parts('mlp'),
+        teacher_model=placement.num_parts('mlp'),
+        teacher_weight_bytes=_itemsize(teacher_params),
+        # Gradient and parameters are read, as is what is kept of both; all but
+        # the gradient is written.
+        optimizer_bytes=3 * _bytes_on_a_device(plan.state.params)
+        + 2 * _bytes_on_a_device(plan.state.opt_state),
+      ),
+      topology,
+      lengths['target_length'],
+      samples=policy.student_data_fraction > 0.0,
+    ),
     'versions': _versions(),
   }
   if output is not None:
@@ -225,11 +239,13 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
   generation, _, layout = topology.partition(':')
   if generation == 'cpu' and re.fullmatch('[1-9][0-9]*', layout):
     return _simulated_devices(int(layout))
-  if generation not in CHIPS or not re.fullmatch(r'\d+(x\d+){1,2}', layout):
+  if generation not in roofline.CHIPS or not re.fullmatch(
+    r'\d+(x\d+){1,2}', layout
+  ):
     raise ValueError(
-      f'--topology={topology} is none: it is one of {", ".join(CHIPS)} with '
-      'the chips along each axis, e.g. v5e:4x4 or v4:2x2x4; or cpu:8, eight '
-      'simulated devices.'
+      f'--topology={topology} is none: it is one of '
+      f'{", ".join(roofline.CHIPS)} with the chips along each axis, e.g. '
+      'v5e:4x4 or v4:2x2x4; or cpu:8, eight simulated devices.'
     )
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
@@ -248,8 +264,8 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
   }.items():
     os.environ.setdefault(name, value)
   options = {}
-  if CHIPS[generation].config is not None:
-    options['chip_config_name'] = CHIPS[generation].config
+  if roofline.CHIPS[generation].config is not None:
+    options['chip_config_name'] = roofline.CHIPS[generation].config
   if layout == '1x1':  # a host's chips are four elsewhere
     options['chips_per_host_bounds'] = (1, 1, 1)
   try:
@@ -356,7 +372,7 @@ def _memory(
     }
     total = sum(known.values()) + sum(rest.values())
   available = left = fits = None
-  if chip := CHIPS.get(topology.partition(':')[0]):
+  if chip := _chip(topology):
     available = int(chip.available * 2**30)
     left = None if total is None else available - total
     fits = compiled is not None and left >= 0
@@ -366,6 +382,45 @@ def _memory(
     'fits': fits,
     'refusal': refusal,
   }
+
+
+def _chip(topology: str) -> roofline.Chip | None:
+  return roofline.CHIPS.get(topology.partition(':')[0])
+
+
+def _times(compiled, cost, topology, max_decode_len, *, samples):
+  """Returns the part of the report that says what takes how long.
+
+  phases: see `roofline.of_phases`.
+  step_seconds: of a step in which the student writes, if it ever does; None for
+    simulated devices.
+  sampling_share: of these.
+  collectives: see `roofline.summary`; None where nothing was compiled.
+  """
+  if not samples:
+    cost = {name: c for name, c in cost.items() if name != 'sampling'}
+  found = []
+  if compiled is not None:
+    found = collectives.find(compiled.as_text(), max_decode_len)
+  phases = roofline.of_phases(cost, found, _chip(topology))
+  step_seconds = sampling_share = None
+  if _chip(topology) is not None:
+    step_seconds = sum(phase['seconds'] for phase in phases.values())
+    sampling = phases.get('sampling', {'seconds': 0.0})
+    sampling_share = sampling['seconds'] / step_seconds
+  return {
+    'phases': phases,
+    'step_seconds': step_seconds,
+    'sampling_share': sampling_share,
+    'collectives': None
+    if compiled is None
+    else roofline.summary(found, phases),
+  }
+
+
+def _itemsize(params) -> int:
+  leaves = jax.tree.leaves(params)
+  return leaves[0].dtype.itemsize if leaves else 4
 
 
 def _bytes_on_a_device(tree) -> int:
@@ -425,6 +480,34 @@ def format_report(report: dict[str, Any]) -> str:
   ]
   for name, size in report['memory'].items():
     lines.append(f'  {name.replace("_", " "):20}{_size(size):>12}')
+  lines += [
+    f'  of the temporaries, caches {_size(report["caches"])}',
+    '',
+    'each device, in a step',
+    f'  {"":16}{"TFLOP":>10}{"GiB read":>10}{"GiB received":>14}'
+    f'{"ms at least":>13}',
+  ]
+  for name, phase in report['phases'].items():
+    row = (
+      f'  {name.replace("_", " "):16}{phase["flops"] / 1e12:>10.3f}'
+      f'{phase["bytes"] / 2**30:>10.3f}{phase["received"] / 2**30:>14.3f}'
+    )
+    if 'seconds' in phase:
+      row += f'{1e3 * phase["seconds"]:>13.2f}  {phase["bound_by"]}'
+    lines.append(row)
+  if report['step_seconds'] is not None:
+    lines.append(
+      f'  {"step":50}{1e3 * report["step_seconds"]:>13.2f}  of which sampling '
+      f'{report["sampling_share"]:.0%}'
+    )
+  if report['collectives']:
+    lines += ['', 'what the devices send each other, in a step']
+    for one in report['collectives']:
+      row = (
+        f'  {one["phase"].replace("_", " "):16}{one["kind"]:20}'
+        f'{one["times"]:>6} times{_size(int(one["received"])):>13}'
+      )
+      lines.append(row + ('  in sampling' if one['in_decode_loop'] else ''))
   lines += ['', _verdict(report)]
   return '\n'.join(lines)
 

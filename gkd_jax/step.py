@@ -126,8 +126,11 @@ def make_train_step(
     count = jnp.maximum(sums.pop('count'), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     # What is not finite would spoil every step to come.
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     params, opt_state = jax.tree.map(
@@ -215,10 +218,14 @@ def make_loss_sums(
     teacher_head = teacher_hidden = teacher_unembed = None
     if objective.needs_teacher:
       teacher_params = jax.lax.stop_gradient(teacher_params)
-      teacher_head = teacher.head_params(teacher_params)
-      teacher_hidden = hidden_states(
-        teacher, teacher_params, batch.encoder_input_tokens, outputs.tokens
-      )
+      with jax.named_scope('teacher'):
+        # Each chunk of tokens needs the head.
+        teacher_head = teacher.head_params(
+          teacher.gather_params(teacher_params)
+        )
+        teacher_hidden = hidden_states(
+          teacher, teacher_params, batch.encoder_input_tokens, outputs.tokens
+        )
       teacher_unembed = unembed(teacher)
     advantages_BT, reward_sums = None, {}
     if reward is not None:
@@ -247,19 +254,20 @@ def make_loss_sums(
         advantages_BT = objectives.advantages(
           objective, advantages_B, outputs.weights
         )
-    sums = objectives.weighted_sums(
-      objective.terms(num_ids),
-      unembed(student),
-      teacher_unembed,
-      objective.chunk_tokens,
-      student.head_params(params),
-      student_hidden,
-      teacher_head,
-      teacher_hidden,
-      outputs.tokens,
-      weights_BT,
-      advantages_BT,
-    )
+    with jax.named_scope('student'):
+      sums = objectives.weighted_sums(
+        objective.terms(num_ids),
+        unembed(student),
+        teacher_unembed,
+        objective.chunk_tokens,
+        student.head_params(params),
+        student_hidden,
+        teacher_head,
+        teacher_hidden,
+        outputs.tokens,
+        weights_BT,
+        advantages_BT,
+      )
     if objective.learns_from_reward:
       sums['loss'] -= objective.reward_weight * reward_sums['reward']
     ended_B = jnp.any(outputs.tokens == EOS_ID, axis=1)
@@ -404,7 +412,8 @@ def _encode_once(student, params, inputs) -> jax.Array | None:
   """
   if student.config.dropout_rate > 0.0:
     return None
-  return student.apply({'params': params}, inputs, method='encode')
+  with jax.named_scope('student_encoder'):
+    return student.apply({'params': params}, inputs, method='encode')
 
 
 def _write_and_run_student(
@@ -445,14 +454,15 @@ def _write_and_run_student(
   written = policy.write(
     policy_rng, batch, row_ids_B, sample_student, sample_teacher
   )
-  hidden = hidden_states(
-    student,
-    params,
-    inputs,
-    written.outputs.tokens,
-    encoded=encoded,
-    dropout_rng=dropout_rng if encoded is None else None,
-  )
+  with jax.named_scope('student'):
+    hidden = hidden_states(
+      student,
+      params,
+      inputs,
+      written.outputs.tokens,
+      encoded=encoded,
+      dropout_rng=dropout_rng if encoded is None else None,
+    )
   return written, hidden
 
 

@@ -158,7 +158,7 @@ def test_a_weight_of_two_bytes_halves_what_sampling_reads():
 def test_weights_are_all_parameters_but_norms_and_biases(size):
   config = model.SIZES[size]
 
-  got = costs.count_params(config)
+  got = costs.count_weights(config)
 
   matrices = [
     math.prod(shape)

@@ -10,7 +10,14 @@ from tests import conftest
 # Who may import whom: a module the ones of the layers before its own, and of
 # its own layer those in SAME_LAYER. WORKSPACE.md says why.
 LAYERS = (
-  {'batch', 'divergences', 'diversity', 'partitioning', 'calculator'},
+  {
+    'batch',
+    'divergences',
+    'diversity',
+    'partitioning',
+    'calculator',
+    'collectives',
+  },
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies', 'rewards'},
   {
@@ -22,7 +29,7 @@ LAYERS = (
     'json_lines',
     'costs',
   },
-  {'pretrained', 'predictions', 'jobs', 'vocabularies', 'report'},
+  {'pretrained', 'predictions', 'jobs', 'vocabularies', 'report', 'roofline'},
   {'seqio_tasks', 'data', 'programs', 'evaluate', 'infer', 'tasks'},
   {'train', 'precompile', 'compare', 'sweep', 'export', 't5x_bridge'},
   {'main'},

@@ -23,6 +23,7 @@ from gkd_jax import (
   policies,
   precompile,
   rewards,
+  roofline,
   sampler,
   train,
 )
@@ -482,7 +483,7 @@ def test_without_libtpu_it_says_how_to_get_it(refused, monkeypatch):
 
 
 @needs_libtpu
-@pytest.mark.parametrize('generation', precompile.CHIPS)
+@pytest.mark.parametrize('generation', roofline.CHIPS)
 def test_the_compiler_leaves_so_much_of_a_chip_to_a_program(generation):
   layout = '2x2' if generation in ('v5e', 'v6e') else '2x2x1'
   devices = precompile.find_devices(f'{generation}:{layout}')
@@ -493,7 +494,7 @@ def test_the_compiler_leaves_so_much_of_a_chip_to_a_program(generation):
   with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
     jax.jit(jnp.sum).lower(huge).compile()
 
-  available = precompile.CHIPS[generation].available
+  available = roofline.CHIPS[generation].available
   assert f'exceeds available HBM ({available:.2f}G)' in str(refusal.value)
   assert precompile._needed(str(refusal.value)) >= 2**38
 

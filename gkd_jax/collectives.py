@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the devices send each other in a compiled program.
+
+Read from the program's text: XLA's analysis of costs tells nothing of it. What
+is found is what the compiler made, not what the code asked for.
+"""
+
+import collections
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+# `%name = shape kind(operands), attributes`, the parts that are read of it.
+_INSTRUCTION = re.compile(
+  r'^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.+?) '
+  r'(?P<opcode>[a-z][a-z0-9-]*)\((?P<rest>.*)$'
+)
+_COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
+_CALLED = re.compile(
+  r'\b(?:calls|to_apply|body|condition|branch_computations|true_computation|'
+  r'false_computation)=(?:\{(?P<several>[^}]*)\}|%?(?P<one>[\w.-]+))'
+)
+_ARRAY = re.compile(r'\b(?P<type>pred|bf16|[sufc]\d+)\[(?P<sizes>[\d,]*)\]')
+_OP_NAME = re.compile(r'op_name="(?P<name>[^"]*)"')
+
+
+class Collective(NamedTuple):
+  """One exchange between devices.
+
+  Attributes:
+    kind: 'all-gather', 'all-reduce', ...
+    op_name: what JAX calls the operation that it is for.
+    in_decode_loop: whether it happens for each token that is sampled.
+    times: that it happens in a step, if all outputs are as long as can be.
+    received: bytes that a device gets of others each time.
+  """
+
+  kind: str
+  op_name: str
+  in_decode_loop: bool
+  times: int
+  received: float
+
+
+class _Computation(NamedTuple):
+  collectives: list[
+    tuple[str, str, float, str]
+  ]  # kind, op_name, bytes, channel
+  # (name, times, in a loop of unknown length)
+  calls: list[tuple[str, int, bool]]
+
+
+def find(text: str, max_decode_len: int) -> list[Collective]:
+  """Returns the collectives of a program.
+
+  Args:
+    text: of the optimized program, `compiled.as_text()`.
+    max_decode_len: how often the loops run whose end is not known beforehand:
+      those that sample.
+
+  Returns:
+    Each that the program holds, once.
+  """
+  computations, entry = _parse(text)
+  found: dict[str, Collective] = {}
+  visited = collections.deque([(entry, 1, False)])
+  while visited:
+    name, times, in_decode_loop = visited.popleft()
+    computation = computations.get(name)
+    if computation is None:
+      continue
+    for kind, op_name, received, channel in computation.collectives:
+      one = Collective(kind, op_name, in_decode_loop, times, received)
+      # The compiler may write the parts of one at several places, some of
+      # them in loops that run beside it.
+      if one.times < found.setdefault(channel, one).times:
+        found[channel] = one
+    for callee, trips, is_unknown in computation.calls:
+      repeats = max_decode_len if is_unknown else trips
+      visited.append((callee, times * repeats, in_decode_loop or is_unknown))
+  return list(found.values())
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+  lines: dict[str, list[str]] = {}
+  entry, current = '', None
+  for line in text.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = lines.setdefault(match['name'], [])
+      if match['entry']:
+        entry = match['name']
+    elif current is not None:
+      current.append(line)
+  return {
+    name: _computation(body, lines) for name, body in lines.items()
+  }, entry
+
+
+def _computation(
+  body: Iterable[str], lines: dict[str, list[str]]
+) -> _Computation:
+  collectives_, calls = [], []
+  for line in body:
+    match = _INSTRUCTION.match(line)
+    if match is None:
+      continue
+    opcode, rest = match['opcode'], match['rest']
+    kind = opcode.removesuffix('-start')
+    if kind in _KINDS:
+      channel = re.search(r'channel_id=(\d+)', rest)
+      op_name = _OP_NAME.search(rest)
+      collectives_.append(
+        (
+          kind,
+          op_name['name'] if op_name else '',
+          _received(kind, match['shape'], opcode != kind, rest),
+          channel[1] if channel else match['name'],
+        )
+      )
+      continue
+    callees = [
+      callee.strip().lstrip('%')
+      for called in _CALLED.finditer(rest)
+      for callee in (called['several'] or called['one']).split(',')
+    ]
+    trips = _trips(rest, lines) if opcode == 'while' else 1
+    calls += [(callee, trips or 1, trips is None) for callee in callees]
+  return _Computation(collectives_, calls)
+
+
+def _trips(rest: str, lines: dict[str, list[str]]) -> int | None:
+  """Returns how often a loop runs; None if what is computed in it decides."""
+  if known := re.search(r'known_trip_count[^\d]*(\d+)', rest):
+    return int(known[1])
+  condition, body = (
+    '\n'.join(lines[re.search(rf'{name}=%?([\w.-]+)', rest)[1]])
+    for name in ('condition', 'body')
+  )
+  # Counts from 0: ROOT %lt = pred[] compare(%counter, %limit), direction=LT
+  end = re.search(
+    r'ROOT .* compare\(%([\w.-]+), %([\w.-]+)\), direction=LT', condition
+  )
+  if end is None or (limit := _constant(end[2], condition)) is None:
+    return None
+  # By 1, or what is added to it: a loop may be unrolled.
+  step = None
+  index = re.search(
+    rf'%{re.escape(end[1])} = .* get-tuple-element\(.*index=(\d+)', condition
+  )
+  results = re.search(r'ROOT .* tuple\((.*?)\)(?:, \w+=|$)', body, re.MULTILINE)
+  if index and results:
+    counter = re.findall(r'%([\w.-]+)', results[1])[int(index[1])]
+    added = re.search(
+      rf'%{re.escape(counter)} = .* add\(%[\w.-]+, %([\w.-]+)\)', body
+    )
+    step = added and _constant(added[1], body)
+  return -(-limit // (step or 1))
+
+
+def _constant(name: str, computation: str) -> int | None:
+  match = re.search(
+    rf'%{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)', computation
+  )
+  return match and int(match[1])
+
+
+def _received(kind: str, shape: str, is_start: bool, rest: str) -> float:
+  """Returns the bytes that a device gets from others."""
+  sizes = [_num_bytes(array) for array in _ARRAY.finditer(shape)]
+  # What starts one returns its operands, its results and marks.
+  size = max(sizes) if is_start else sum(sizes)
+  num = _group_size(rest)
+  if kind == 'collective-permute':
+    return size
+  if num is None or num == 1:
+    return 0.0
+  if kind == 'all-reduce':  # the sum of parts, then the parts
+    return 2.0 * size * (num - 1) / num
+  if kind == 'reduce-scatter' and not is_start:
+    return size * (num - 1.0)
+  return size * (num - 1) / num
+
+
+def _num_bytes(array: re.Match) -> int:
+  bits = 8 if array['type'] == 'pred' else int(re.sub(r'\D', '', array['type']))
+  num = 1
+  for size in filter(None, array['sizes'].split(',')):
+    num *= int(size)
+  return num * max(bits // 8, 1)
+
+
+def _group_size(rest: str) -> int | None:
+  """Returns among how many devices it happens."""
+  # mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, [2,4]<=[8], or {{0,1},{2,3}}
+  if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', rest):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+    num = 1
+    for axis in re.findall(r"'([^']+)'", match[2]):
+      num *= int(sizes[axis])
+    return num
+  if match := re.search(r'replica_groups=\[\d+,(\d+)\]', rest):
+    return int(match[1])
+  if match := re.search(r'replica_groups=\{\{([\d,]*)\}', rest):
+    return len(match[1].split(','))
+  return None
