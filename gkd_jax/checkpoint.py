@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from gkd_jax import hosts
 from gkd_jax import metrics as metrics_lib
 from gkd_jax.model import T5Config, named_params
 from gkd_jax.step import TrainState
@@ -187,10 +188,11 @@ class Checkpoints:
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
     """Adds to a checkpoint that was saved without; it may be the best."""
-    if jax.process_index() == 0:
+    if hosts.is_first():
       folder = self._folder / f'{_PREFIX}_{step}'
       (folder / 'metrics').mkdir(exist_ok=True)
       (folder / 'metrics' / 'metrics').write_text(json.dumps(metrics))
+    hosts.wait('metrics added')
     self._manager.reload()
 
   def restore(
@@ -214,24 +216,27 @@ class Checkpoints:
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._folder / f'{_PREFIX}_{step}'
+      error = restored = saved = None
       try:
         saved = saved_shapes(folder)
       except _DAMAGE as e:
-        damaged.append((folder, e))
-        continue
-      check_shapes(folder, saved, shapes(abstract_state.params))
-      try:
-        restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract_state.params),
-            opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
-            data=_RestoreIterator(data_iterator),
-            description=ocp.args.JsonRestore(),
-          ),
-        )
-      except _DAMAGE as e:
-        damaged.append((folder, e))
+        error = e
+      if not hosts.any_host(error is not None):
+        check_shapes(folder, saved, shapes(abstract_state.params))
+        try:
+          restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+              params=ocp.args.StandardRestore(abstract_state.params),
+              opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
+              data=_RestoreIterator(data_iterator),
+              description=ocp.args.JsonRestore(),
+            ),
+          )
+        except _DAMAGE as e:
+          error = e
+      if hosts.any_host(restored is None):
+        damaged.append((folder, error or ValueError('by another host')))
         continue
       _set_aside(self._folder, damaged)
       if damaged:
@@ -279,6 +284,7 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
   Raises:
     ValueError: there are no others.
   """
+  hosts.wait('checkpoints read')  # before one of them has another name
   if not damaged:
     return
   reasons = {folder: _first_line(error) for folder, error in damaged}
@@ -294,8 +300,9 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
       f'{folder} cannot be read ({why}). It is called {name} now; the run goes '
       'on from the one before.'
     )
-    if jax.process_index() == 0:
+    if hosts.is_first():
       folder.rename(run_dir / name)
+  hosts.wait('damaged checkpoints set aside')
 
 
 def _first_line(error: Exception) -> str:

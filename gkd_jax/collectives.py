@@ -36,7 +36,8 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: 'all-gather', 'all-reduce', ...
-    op_name: what JAX calls the operation that it is for.
+    op_name: what JAX calls the operation that it is for; where the compiler
+      forgot, the loop that it stands in.
     in_decode_loop: whether it happens for each token that is sampled.
     times: that it happens in a step, if all outputs are as long as can be.
     received: bytes that a device gets of others each time.
@@ -53,8 +54,8 @@ class _Computation(NamedTuple):
   collectives: list[
     tuple[str, str, float, str]
   ]  # kind, op_name, bytes, channel
-  # (name, times, in a loop of unknown length)
-  calls: list[tuple[str, int, bool]]
+  # (name, times, in a loop of unknown length, op_name)
+  calls: list[tuple[str, int, bool, str]]
 
 
 def find(text: str, max_decode_len: int) -> list[Collective]:
@@ -70,21 +71,28 @@ def find(text: str, max_decode_len: int) -> list[Collective]:
   """
   computations, entry = _parse(text)
   found: dict[str, Collective] = {}
-  visited = collections.deque([(entry, 1, False)])
+  visited = collections.deque([(entry, 1, False, '')])
   while visited:
-    name, times, in_decode_loop = visited.popleft()
+    name, times, in_decode_loop, caller = visited.popleft()
     computation = computations.get(name)
     if computation is None:
       continue
     for kind, op_name, received, channel in computation.collectives:
-      one = Collective(kind, op_name, in_decode_loop, times, received)
+      one = Collective(kind, op_name or caller, in_decode_loop, times, received)
       # The compiler may write the parts of one at several places, some of
       # them in loops that run beside it.
       if one.times < found.setdefault(channel, one).times:
         found[channel] = one
-    for callee, trips, is_unknown in computation.calls:
+    for callee, trips, is_unknown, op_name in computation.calls:
       repeats = max_decode_len if is_unknown else trips
-      visited.append((callee, times * repeats, in_decode_loop or is_unknown))
+      visited.append(
+        (
+          callee,
+          times * repeats,
+          in_decode_loop or is_unknown,
+          op_name or caller,
+        )
+      )
   return list(found.values())
 
 
@@ -112,14 +120,15 @@ def _computation(
     if match is None:
       continue
     opcode, rest = match['opcode'], match['rest']
+    named = _OP_NAME.search(rest)
+    op_name = named['name'] if named else ''
     kind = opcode.removesuffix('-start')
     if kind in _KINDS:
       channel = re.search(r'channel_id=(\d+)', rest)
-      op_name = _OP_NAME.search(rest)
       collectives_.append(
         (
           kind,
-          op_name['name'] if op_name else '',
+          op_name,
           _received(kind, match['shape'], opcode != kind, rest),
           channel[1] if channel else match['name'],
         )
@@ -131,7 +140,9 @@ def _computation(
       for callee in (called['several'] or called['one']).split(',')
     ]
     trips = _trips(rest, lines) if opcode == 'while' else 1
-    calls += [(callee, trips or 1, trips is None) for callee in callees]
+    calls += [
+      (callee, trips or 1, trips is None, op_name) for callee in callees
+    ]
   return _Computation(collectives_, calls)
 
 

@@ -166,8 +166,9 @@ def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:
 class TrainIterator(Iterator[Batch]):
   """Endless shuffled batches of one host's rows; can be saved and restored.
 
-  The order is a function of the seed. A batch handed out is consumed: what is
-  read ahead stays in the iterator and is saved with it.
+  The data is dealt to so many shards, each of which gives as many rows of a
+  batch, in an order that is a function of the seed. A batch handed out is
+  consumed: what is read ahead stays in the iterator and is saved with it.
   """
 
   def __init__(
@@ -175,30 +176,44 @@ class TrainIterator(Iterator[Batch]):
     config: DatasetConfig,
     *,
     seed: int,
-    shard: int = 0,
+    shards: Sequence[int] = (0,),
     num_shards: int = 1,
   ):
-    """Args: the dataset, the seed of its order, and which host this is of."""
+    """Opens the data.
+
+    Args:
+      config: which examples.
+      seed: of their order.
+      shards: those of this host.
+      num_shards: of all hosts. With as many, the batches are the same however
+        many hosts there are.
+    """
     task = get_task(config)
     if config.num_examples is not None:
       task = seqio_tasks.first_examples(
         task, config.num_examples, config.use_cached
       )
-    ds = seqio.get_dataset(
-      task,
-      task_feature_lengths=dict(config.task_feature_lengths),
-      feature_converter=seqio.EncDecFeatureConverter(pack=False),
-      dataset_split=config.split,
-      use_cached=config.use_cached,
-      shuffle=config.shuffle,
-      num_epochs=None,
-      seed=seed,
-      shard_info=seqio.ShardInfo(index=shard, num_shards=num_shards),
-      verbose=False,
-    )
-    ds = ds.batch(config.batch_size // num_shards, drop_remainder=True)
-    self._iterator = iter(ds.prefetch(2).with_options(_reading_options()))
-    self._name = f'process_{shard}_of_{num_shards}'
+
+    def open_shard(shard):
+      ds = seqio.get_dataset(
+        task,
+        task_feature_lengths=dict(config.task_feature_lengths),
+        feature_converter=seqio.EncDecFeatureConverter(pack=False),
+        dataset_split=config.split,
+        use_cached=config.use_cached,
+        shuffle=config.shuffle,
+        num_epochs=None,
+        seed=seed,
+        shard_info=seqio.ShardInfo(index=shard, num_shards=num_shards),
+        verbose=False,
+      )
+      ds = ds.batch(config.batch_size // num_shards, drop_remainder=True)
+      return iter(ds.prefetch(2).with_options(_reading_options()))
+
+    self._iterators = {
+      f'shard_{shard}_of_{num_shards}': open_shard(shard) for shard in shards
+    }
+    self._num_shards = num_shards
     self._task_name = config.mixture_or_task_name
     self._was_read = False
 
@@ -208,8 +223,12 @@ class TrainIterator(Iterator[Batch]):
     Raises:
       ValueError: the first time, if the position cannot be saved.
     """
+    parts = [next(iterator) for iterator in self._iterators.values()]
     batch = _to_batch(
-      {name: x.numpy() for name, x in next(self._iterator).items()}
+      {
+        name: np.concatenate([part[name].numpy() for part in parts])
+        for name in parts[0]
+      }
     )
     if not self._was_read:
       # TensorFlow finds out in saving whether it can: hours later, otherwise.
@@ -225,9 +244,10 @@ class TrainIterator(Iterator[Batch]):
       ValueError: the task is not made of TensorFlow alone.
     """
     try:
-      tf.train.Checkpoint(iterator=self._iterator).write(
-        os.path.join(directory, self._name)
-      )
+      for name, iterator in self._iterators.items():
+        tf.train.Checkpoint(iterator=iterator).write(
+          os.path.join(directory, name)
+        )
     except tf.errors.FailedPreconditionError as e:
       raise ValueError(
         f'The position in the data of task {self._task_name!r} cannot be '
@@ -239,14 +259,20 @@ class TrainIterator(Iterator[Batch]):
       ) from e
 
   def restore(self, directory: str | os.PathLike) -> None:
-    """Goes to the position that `save` wrote."""
-    path = os.path.join(directory, self._name)
-    if not os.path.exists(path + '.index'):
-      raise ValueError(
-        f'{directory} holds no position of data shard {self._name}: it was '
-        'saved by another number of hosts.'
-      )
-    tf.train.Checkpoint(iterator=self._iterator).read(path).assert_consumed()
+    """Goes to the position that `save` wrote.
+
+    Raises:
+      ValueError: the data was dealt to another number of shards.
+    """
+    for name, iterator in self._iterators.items():
+      path = os.path.join(directory, name)
+      if not os.path.exists(path + '.index'):
+        raise ValueError(
+          f'{directory} holds no position of {name}: the data was dealt to '
+          f'another number of shards. Set NUM_DATA_SHARDS to what its files '
+          f'say, not {self._num_shards}.'
+        )
+      tf.train.Checkpoint(iterator=iterator).read(path).assert_consumed()
 
 
 def _reading_options() -> tf.data.Options:

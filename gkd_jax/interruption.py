@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from gkd_jax import hosts
 from gkd_jax import metrics as metrics_lib
 
 
@@ -29,6 +30,9 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
   """Notes SIGTERM and Ctrl-C; a second Ctrl-C ends the process as usual.
 
+  With several hosts it notes neither: JAX notes SIGTERM, see
+  `hosts.reached_preemption`.
+
   Attributes:
     received: the first one's number; None: there was none.
   """
@@ -45,7 +49,8 @@ class Signals:
   @contextlib.contextmanager
   def noted(self) -> Iterator[None]:
     """Within it signals are noted; outside they end the process."""
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if hosts.are_several() or not is_main:
       yield  # Python lets no other thread handle signals
       return
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -55,6 +60,10 @@ class Signals:
     finally:
       for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+  def stops_after(self, step: int) -> bool:
+    """Whether the run is to stop; asked at each step."""
+    return self.received is not None or hosts.reached_preemption(step)
 
   @contextlib.contextmanager
   def at_once(self) -> Iterator[None]:
@@ -88,6 +97,8 @@ class Signals:
 def locked(folder: pathlib.Path, setting: str) -> Iterator[None]:
   """Keeps every other process out of a folder, which must be there.
 
+  One of several hosts keeps it for all.
+
   Args:
     folder: the lock ends with the process, however that ends.
     setting: that names it, for messages.
@@ -95,6 +106,9 @@ def locked(folder: pathlib.Path, setting: str) -> Iterator[None]:
   Raises:
     ValueError: another process has it.
   """
+  if not hosts.is_first():
+    yield
+    return
   descriptor = os.open(folder, os.O_RDONLY)
   try:
     try:

@@ -85,6 +85,18 @@ _OUTPUT = flags.DEFINE_string(
 _TFDS_DATA_DIR = flags.DEFINE_string(
   'tfds_data_dir', None, 'Where TFDS keeps its data; its default otherwise.'
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  'coordinator_address',
+  None,
+  'Of a run on several hosts: host:port of the first process. This and the '
+  'next two are found automatically on TPUs.',
+)
+_PROCESS_COUNT = flags.DEFINE_integer(
+  'process_count', None, 'Of such a run: its processes, one on each host.'
+)
+_PROCESS_INDEX = flags.DEFINE_integer(
+  'process_index', None, 'Of such a run: the number of this one, from 0.'
+)
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run',
   False,
@@ -208,6 +220,7 @@ def _run(argv: Sequence[str]) -> None:
 
     seqio.set_tfds_data_dir_override(_TFDS_DATA_DIR.value)
   _check_mode(gin, mode, files)
+  _start_hosts(mode)
   module_name, function_name = _RUN_MODES[mode].rsplit('.', 1)
   function = getattr(importlib.import_module(module_name), function_name)
   if mode == 'precompile':
@@ -229,6 +242,20 @@ def _run(argv: Sequence[str]) -> None:
   if starts_runs:
     keywords['check'] = functools.partial(_check_arguments, gin)
   gin.get_configurable(function)(**keywords)
+
+
+def _start_hosts(mode: str) -> None:
+  from gkd_jax import hosts
+
+  given = [_COORDINATOR_ADDRESS, _PROCESS_COUNT, _PROCESS_INDEX]
+  if mode in ('train', 'eval', 'infer'):
+    hosts.start(*(flag.value for flag in given))
+    return
+  for flag in given:
+    if flag.value is not None:
+      raise ValueError(
+        f'--{flag.name} is for --run_mode=train, eval and infer, not {mode}.'
+      )
 
 
 def _check_mode(gin, mode: str, files: Sequence[str]) -> None:

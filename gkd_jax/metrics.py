@@ -10,9 +10,14 @@ import time
 import tensorboardX
 import tqdm
 
+from gkd_jax import hosts
+
 
 class MetricWriter:
-  """Appends scalars to a folder's `metrics.jsonl` and TensorBoard file."""
+  """Appends scalars to a folder's `metrics.jsonl` and TensorBoard file.
+
+  The first host does.
+  """
 
   def __init__(self, run_dir: str | os.PathLike, first_step: int):
     """Opens both.
@@ -22,16 +27,21 @@ class MetricWriter:
       first_step: the run goes on after this step: what an interrupted run
         wrote beyond it will be written again, and is dropped.
     """
-    self._path = pathlib.Path(run_dir) / 'metrics.jsonl'
-    if self._path.exists():
-      _keep_through_step(self._path, first_step)
-    self._file = self._path.open('a')
+    self._file = self._board = None
+    if not hosts.is_first():
+      return
+    path = pathlib.Path(run_dir) / 'metrics.jsonl'
+    if path.exists():
+      _keep_through_step(path, first_step)
+    self._file = path.open('a')
     self._board = tensorboardX.SummaryWriter(
       os.fspath(run_dir), purge_step=first_step + 1
     )
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Writes the scalars of a step, at once visible to others."""
+    if self._file is None:
+      return
     self._file.write(json.dumps({'step': step, **scalars}) + '\n')
     self._file.flush()
     for name, value in scalars.items():
@@ -39,12 +49,14 @@ class MetricWriter:
 
   def text(self, step: int, name: str, markdown: str) -> None:
     """Writes a text to TensorBoard."""
-    self._board.add_text(name, markdown, step)
+    if self._board is not None:
+      self._board.add_text(name, markdown, step)
 
   def close(self) -> None:
     """Closes both."""
-    self._file.close()
-    self._board.close()
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
 
 
 def _keep_through_step(path: pathlib.Path, step: int) -> None:
@@ -69,7 +81,12 @@ def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
-  """Writes a file whole or not at all; makes its folder."""
+  """Writes a file whole or not at all, and makes its folder.
+
+  The first host does.
+  """
+  if not hosts.is_first():
+    return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix('.partial')
@@ -87,7 +104,7 @@ class Progress:
     self._every = every_seconds
     self._start = self._last = time.monotonic()
     self._bar = None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and hosts.is_first():
       self._bar = tqdm.tqdm(
         total=total_steps, initial=first_step, unit='step', dynamic_ncols=True
       )
@@ -111,11 +128,7 @@ class Progress:
       self._last = now
       left = (now - self._start) / max(1, step - self._first)
       left *= self._total - step
-      print(
-        f'step {step}/{self._total}  {figures}  {minutes(left)} left',
-        file=sys.stderr,
-        flush=True,
-      )
+      say(f'step {step}/{self._total}  {figures}  {minutes(left)} left')
 
   def close(self) -> None:
     """Ends the bar."""
@@ -124,7 +137,12 @@ class Progress:
 
 
 def say(text: str) -> None:
-  """Prints a line for the person who waits, without breaking the bar."""
+  """Prints a line for the person who waits, without breaking the bar.
+
+  The first host does.
+  """
+  if not hosts.is_first():
+    return
   tqdm.tqdm.write(text, file=sys.stderr)
   sys.stderr.flush()
 

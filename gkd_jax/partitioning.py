@@ -8,6 +8,7 @@ and student share the mesh, each under rules of its own.
 Source: T5X, `t5x/partitioning.py`, standard_logical_axis_rules.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -161,15 +162,13 @@ def shard_as_params(tree: Any, params: Any, mesh: Mesh) -> Any:
     mesh: that these lie on.
   """
   param_at = dict(jax.tree_util.tree_leaves_with_path(params))
-  everywhere = NamedSharding(mesh, PartitionSpec())
 
   def place(path, leaf):
     suffixes = (path[start:] for start in range(len(path)))
     param = next((param_at[s] for s in suffixes if s in param_at), None)
     own = param is not None and param.shape == leaf.shape
-    return jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=param.sharding if own else everywhere
-    )
+    sharding = param.sharding if own else everywhere(mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -189,9 +188,51 @@ def check_spread(setting: str, batch_size: int, mesh: Mesh) -> None:
     )
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """Places this host's rows of a batch on its devices; does not wait."""
+def rows_of_host(batch_size: int, mesh: Mesh) -> tuple[int, int]:
+  """Returns which rows of a batch this host's devices hold: (first, end).
+
+  Raises:
+    ValueError: there are others between them.
+  """
+  parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  spans = sorted({rows.indices(batch_size)[:2] for (rows,) in parts.values()})
+  if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
+    raise ValueError(
+      f'The rows of a batch on the devices of host {jax.process_index()} are '
+      f'not one after the other: {spans}. Choose MESH_MODEL so that it divides '
+      'the devices of a host, or is a multiple of their number.'
+    )
+  return spans[0][0], spans[-1][1]
+
+
+def put_batch(batch: Any, mesh: Mesh, batch_size: int) -> Any:
+  """Places this host's rows of a batch on its devices; does not wait.
+
+  Args:
+    batch: arrays of these rows.
+    mesh: of all devices.
+    batch_size: rows of all hosts.
+  """
   sharding = batch_sharding(mesh)
   return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+    lambda x: jax.make_array_from_process_local_data(
+      sharding, x, (batch_size, *x.shape[1:])
+    ),
+    batch,
   )
+
+
+def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
+  """Places a batch that every host has all rows of; does not wait."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      x.shape, sharding, lambda index: x[index]
+    ),
+    batch,
+  )
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+  """Every device, hence every host, has all of it."""
+  return NamedSharding(mesh, PartitionSpec())

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from gkd_jax import checkpoint
+from gkd_jax import checkpoint, hosts
 from gkd_jax import metrics as metrics_lib
 from gkd_jax.interop import huggingface, t5x, tensors
 from gkd_jax.model import SIZES, T5, T5Config, abstract_params
@@ -235,7 +235,7 @@ def keep_side_files(
     run_dir: of the run.
   """
   where = next(filter(None, map(side_files, folders)), None)
-  if where is None:
+  if where is None or not hosts.is_first():
     return
   kept = epath.Path(run_dir) / _SIDE_FOLDER
   kept.mkdir(parents=True, exist_ok=True)

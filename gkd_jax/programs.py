@@ -128,12 +128,14 @@ def make_write(
       max_decode_len=max_decode_len,
     ).tokens[:, :num_outputs]
 
-  write = jax.jit(beam if is_beam else sample)
+  write = jax.jit(
+    beam if is_beam else sample, out_shardings=partitioning.everywhere(mesh)
+  )
   first = jax.random.key(seed)
   keys = [first, *(jax.random.fold_in(first, i) for i in range(1, num_outputs))]
 
   def place_and_write(params, row_ids_B, inputs):
-    row_ids_B, inputs = partitioning.put_batch((row_ids_B, inputs), mesh)
+    row_ids_B, inputs = partitioning.put_whole_batch((row_ids_B, inputs), mesh)
     if is_beam:
       return np.asarray(write(params, inputs))
     drawn = [write(params, key, row_ids_B, inputs) for key in keys]
@@ -206,7 +208,7 @@ def make_score(
   def score(student_params, teacher_params, dataset):
     totals = None
     for row_ids_B, batch in dataset.batches():
-      row_ids_B, batch = partitioning.put_batch((row_ids_B, batch), mesh)
+      row_ids_B, batch = partitioning.put_whole_batch((row_ids_B, batch), mesh)
       sums = score_batch(student_params, teacher_params, row_ids_B, batch)
       totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     return {
@@ -233,7 +235,7 @@ def make_disagreement(
   student_unembed = step_lib.unembed(student)
   teacher_unembed = step_lib.unembed(teacher)
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=partitioning.everywhere(mesh))
   def disagreement(student_params, teacher_params, inputs, tokens):
     def at_place(place):
       student_hidden_BD, teacher_hidden_BD, tokens_B = place
@@ -271,7 +273,7 @@ def make_disagreement(
     )
 
   def place_and_compare(student_params, teacher_params, batch, tokens):
-    inputs, tokens = partitioning.put_batch(
+    inputs, tokens = partitioning.put_whole_batch(
       (batch.encoder_input_tokens, tokens), mesh
     )
     values = disagreement(student_params, teacher_params, inputs, tokens)
@@ -305,7 +307,7 @@ def make_judge(
       # A reward may refuse what is no example: the last one fills the batch up.
       existing_B = np.minimum(row_ids_B, len(dataset) - 1)
       batch = Batch(*(x[existing_B - row_ids_B[0]] for x in batch))
-      placed = partitioning.put_batch(
+      placed = partitioning.put_whole_batch(
         (batch, tokens[existing_B], row_ids_B < len(dataset)), mesh
       )
       total += float(sums(params, *placed))

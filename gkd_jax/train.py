@@ -20,6 +20,7 @@ from gkd_jax import (
   checkpoint,
   data,
   evaluate,
+  hosts,
   interruption,
   objectives,
   partitioning,
@@ -60,6 +61,7 @@ def train(
   teacher_dtype: str | None = None,
   max_grad_norm: float | None = None,
   num_microbatches: int = 1,
+  num_data_shards: int | None = None,
   student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   reward: rewards.Reward | None = None,
@@ -104,6 +106,9 @@ def train(
     teacher_dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
     max_grad_norm: gradients of a larger global norm are scaled down to it.
     num_microbatches: parts a batch is worked through in, to save memory.
+    num_data_shards: that the data is dealt to, which decides its order; None:
+      as many as hosts that have rows of their own. A run that is to go on with
+      another number of hosts names one that both divide.
     student_sampler: how the student's training outputs are drawn.
     teacher_sampler: how the teacher's are.
     reward: how good the student's outputs are, where the objective has a weight
@@ -224,6 +229,9 @@ def train(
   _check_not_trained_on(
     train_dataset, [d for d in (eval_dataset, final_eval_dataset) if d]
   )
+  shards, num_shards = _data_shards(
+    num_data_shards, train_dataset.batch_size, device_mesh
+  )
   _check_same_config(run_dir, config_text())
   sources = {}
   for role, path, setting, shape, shape_setting in (
@@ -317,10 +325,11 @@ def train(
   iterator = data.TrainIterator(
     train_dataset,
     seed=seed,
-    shard=jax.process_index(),
-    num_shards=jax.process_count(),
+    shards=shards,
+    num_shards=num_shards,
   )
 
+  hosts.wait('all is checked')
   run_dir.mkdir(parents=True, exist_ok=True)
   with interruption.locked(run_dir, 'MODEL_DIR'):
     was_there = (run_dir / 'config.gin').exists()
@@ -360,7 +369,11 @@ def train(
         writer=metrics_lib.MetricWriter(run_dir, first_step),
         checkpoints=checkpoints,
         evaluation=evaluation,
-        mesh=device_mesh,
+        put_batch=functools.partial(
+          partitioning.put_batch,
+          mesh=device_mesh,
+          batch_size=train_dataset.batch_size,
+        ),
         learning_rate=learning_rate,
         total_steps=total_steps,
         say_started=functools.partial(_say_started, started, import_seconds),
@@ -523,7 +536,7 @@ def _loop(
   writer,
   checkpoints,
   evaluation,
-  mesh,
+  put_batch,
   learning_rate,
   total_steps,
   say_started,
@@ -559,7 +572,7 @@ def _loop(
     writer.close()
     return state, train_seconds
 
-  batch = partitioning.put_batch(next(iterator), mesh)
+  batch = put_batch(next(iterator))
   start = time.monotonic()
   compiled = compile_step(
     train_step, state, teacher_params, batch, reward_params
@@ -582,14 +595,14 @@ def _loop(
   with signals.noted():
     for step in range(first_step + 1, total_steps + 1):
       if batch is None:
-        batch = partitioning.put_batch(next(iterator), mesh)
+        batch = put_batch(next(iterator))
       state, step_metrics = compiled(
         state, teacher_params, batch, reward_params
       )
       log.dispatched(step, step_metrics, batch)
       batch = None
       last = step == total_steps
-      stops = signals.received is not None or log.too_many_skipped
+      stops = signals.stops_after(step) or log.too_many_skipped
       evaluates = evaluation is not None and (last or step % eval_period == 0)
       saves = last or stops or step % checkpoint_period == 0
       if not (evaluates or saves):
@@ -746,8 +759,9 @@ class _Log:
     if batch.encoder_input_tokens.is_fully_addressable:
       line['inputs'] = batch.encoder_input_tokens.tolist()
       line['targets'] = batch.decoder_target_tokens.tolist()
-    with open(self._skipped_path, 'a') as file:
-      file.write(json.dumps(line) + '\n')
+    if hosts.is_first():
+      with open(self._skipped_path, 'a') as file:
+        file.write(json.dumps(line) + '\n')
 
   def close(self):
     self._progress.close()
@@ -767,6 +781,23 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:
       f'BATCH_SIZE {batch_size} must be divisible by NUM_MICROBATCHES '
       f'{num_microbatches} times the {spread} devices of the data axis.'
     )
+
+
+def _data_shards(
+  num_shards: int | None, batch_size: int, mesh
+) -> tuple[list[int], int]:
+  """Returns the shards of the data that this host reads, and their number."""
+  first, end = partitioning.rows_of_host(batch_size, mesh)
+  if num_shards is None:
+    num_shards = batch_size // (end - first)
+  rows = batch_size // num_shards if num_shards else 0
+  if not rows or batch_size % num_shards or first % rows or end % rows:
+    raise ValueError(
+      f'NUM_DATA_SHARDS {num_shards} must divide BATCH_SIZE {batch_size} into '
+      f'parts of which each host has whole ones; this one has rows {first} to '
+      f'{end - 1}.'
+    )
+  return list(range(first // rows, end // rows)), num_shards
 
 
 def _check_not_trained_on(
@@ -846,8 +877,19 @@ def _comparable(config: str) -> list[str]:
 
 
 def _save_manifest(run_dir: pathlib.Path, config: str) -> None:
-  """Writes config.gin and versions.json beside the checkpoints."""
-  run_dir.mkdir(parents=True, exist_ok=True)
-  metrics_lib.write_whole(run_dir / 'config.gin', config)
+  """Writes config.gin and versions.json beside the checkpoints.
+
+  Raises:
+    ValueError: this host does not see what the first one wrote.
+  """
   versions = {**checkpoint.versions(), 'command': sys.argv}
-  (run_dir / 'versions.json').write_text(json.dumps(versions, indent=2) + '\n')
+  metrics_lib.write_whole(
+    run_dir / 'versions.json', json.dumps(versions, indent=2) + '\n'
+  )
+  metrics_lib.write_whole(run_dir / 'config.gin', config)
+  hosts.wait('the folder is there')
+  if not (run_dir / 'config.gin').exists():
+    raise ValueError(
+      f'MODEL_DIR {run_dir} is another folder on host {jax.process_index()}: '
+      'it must be one that all hosts share.'
+    )

@@ -7,6 +7,7 @@ import pytest
 import seqio
 
 from gkd_jax import data, vocabularies
+from gkd_jax.batch import Batch
 from gkd_jax.tasks import _common, cmudict_g2p
 from tests import conftest
 from tests.conftest import LENGTHS, take, words
@@ -104,7 +105,7 @@ def test_without_shuffling_the_order_is_the_sources(train_config):
 
 def test_shards_are_disjoint_and_complete(train_config):
   shards = [
-    data.TrainIterator(train_config, seed=0, shard=i, num_shards=2)
+    data.TrainIterator(train_config, seed=0, shards=[i], num_shards=2)
     for i in range(2)
   ]
 
@@ -117,9 +118,39 @@ def test_shards_are_disjoint_and_complete(train_config):
 
 
 def test_a_shard_has_its_share_of_the_rows_of_the_global_batch(train_config):
-  shard = data.TrainIterator(train_config, seed=0, shard=3, num_shards=4)
+  shard = data.TrainIterator(train_config, seed=0, shards=[3], num_shards=4)
 
   assert next(shard).encoder_input_tokens.shape == (2, 6)
+
+
+def of_two(train_config, *shards):
+  return data.TrainIterator(train_config, seed=0, shards=shards, num_shards=2)
+
+
+def test_the_batches_are_the_same_however_the_shards_are_dealt(train_config):
+  one = take(of_two(train_config, 0, 1), 4)
+  parts = [take(of_two(train_config, i), 4) for i in range(2)]
+
+  both = [
+    Batch(*map(np.concatenate, zip(a, b, strict=True)))
+    for a, b in zip(*parts, strict=True)
+  ]
+  assert_equal(one, both)
+
+
+def test_one_host_may_go_on_with_the_shards_of_two(train_config, tmp_path):
+  parts = [of_two(train_config, i) for i in range(2)]
+  for part in parts:
+    take(part, 3)
+    part.save(tmp_path)
+
+  one = of_two(train_config, 0, 1)
+  one.restore(tmp_path)
+
+  rows = [next(part).encoder_input_tokens for part in parts]
+  np.testing.assert_array_equal(
+    next(one).encoder_input_tokens, np.concatenate(rows)
+  )
 
 
 # --- Saving the position ------------------------------------------------------
@@ -141,13 +172,15 @@ def test_a_restored_iterator_goes_on_as_the_saved_one(
   assert_equal(take(restored, 8), take(saved, 8))
 
 
-def test_a_position_of_another_number_of_hosts_is_refused(
+def test_a_position_of_another_number_of_shards_is_refused(
   train_config, tmp_path
 ):
   data.TrainIterator(train_config, seed=0).save(tmp_path)
-  one_of_two = data.TrainIterator(train_config, seed=0, shard=0, num_shards=2)
+  one_of_two = data.TrainIterator(
+    train_config, seed=0, shards=[0], num_shards=2
+  )
 
-  with pytest.raises(ValueError, match='another number of hosts'):
+  with pytest.raises(ValueError, match='Set NUM_DATA_SHARDS'):
     one_of_two.restore(tmp_path)
 
 

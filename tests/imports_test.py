@@ -17,6 +17,7 @@ LAYERS = (
     'partitioning',
     'calculator',
     'collectives',
+    'hosts',
   },
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies', 'rewards'},

@@ -275,7 +275,7 @@ def test_abstract_params_are_what_initialisation_makes():
 def test_put_batch_spreads_rows_over_the_data_axis():
   batch = jax.tree.map(np.asarray, tiny.batch())
 
-  placed = partitioning.put_batch(batch, partitioning.make_mesh())
+  placed = partitioning.put_batch(batch, partitioning.make_mesh(), 4)
 
   jax.tree.map(np.testing.assert_array_equal, placed, batch)
   assert {x.sharding.spec for x in placed} == {PartitionSpec('data')}
@@ -348,7 +348,7 @@ def steps_on_each_mesh():
     parts = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state)
     state, metrics = tiny.jit(
       train_step, donate_argnums=0, out_shardings=(lies[0], None)
-    )(state, placed_params, partitioning.put_batch(batch, mesh))
+    )(state, placed_params, partitioning.put_whole_batch(batch, mesh))
     jax.effects_barrier()
     return {
       'parts': parts.params['encoder']['layers_0']['mlp']['wi_0']['kernel'],

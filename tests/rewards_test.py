@@ -545,7 +545,9 @@ def rewards_of_spread_rows():
     return rewards_B.mean(), rewards_B
 
   written = Outputs(tokens, np.ones(tokens.shape, np.float32))
-  placed = partitioning.put_batch((Batch(tokens, *written), written), mesh)
+  placed = partitioning.put_whole_batch(
+    (Batch(tokens, *written), written), mesh
+  )
   runs = [jax.device_get(mean_and_each(*placed)) for _ in range(5)]
   want = [_digest(' '.join(map(str, row))) for row in tokens]
   return runs, want, calls

@@ -11,6 +11,11 @@ from tests import conftest
 from tests.conftest import LENGTHS, take, words
 
 
+def of_host(config, i):
+  """What the i-th of two hosts reads."""
+  return data.TrainIterator(config, seed=0, shards=[i], num_shards=2)
+
+
 @pytest.fixture(scope='module')
 def train_config(letters):
   return data.DatasetConfig(letters, LENGTHS, batch_size=8)
@@ -295,7 +300,9 @@ def test_more_examples_than_there_are_are_all(train_config):
 def test_shards_share_the_examples_out(train_config):
   few = dataclasses.replace(train_config, num_examples=6)
   first, second = (
-    set(words(take(data.TrainIterator(few, seed=0, shard=i, num_shards=2), 30)))
+    set(
+      words(take(data.TrainIterator(few, seed=0, shards=[i], num_shards=2), 30))
+    )
     for i in range(2)
   )
 
@@ -401,7 +408,8 @@ def test_predictions_for_one_input_come_far_apart(train_config, tmp_path):
 
 def test_hosts_share_predictions(written):
   shards = [
-    data.TrainIterator(written, seed=0, shard=i, num_shards=2) for i in range(2)
+    data.TrainIterator(written, seed=0, shards=[i], num_shards=2)
+    for i in range(2)
   ]
 
   first, second = (

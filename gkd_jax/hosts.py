@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run on several hosts: a process on each, that all do the same.
+
+Numbers are computed together, on one mesh of all devices. Files and messages
+are the first host's; checkpoints are written by all.
+"""
+
+import glob
+import importlib.util
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+# Known without asking for devices, which would take them.
+_index = 0
+_count = 1
+
+
+def start(
+  coordinator_address: str | None,
+  process_count: int | None,
+  process_index: int | None,
+) -> None:
+  """Connects this process to those of the other hosts, if there are any.
+
+  Before anything else asks JAX for devices. Without arguments on a TPU's host
+  the others are found automatically; elsewhere there are none.
+
+  Args:
+    coordinator_address: host:port of the first process, where all meet.
+    process_count: of all hosts.
+    process_index: of this one, from 0.
+
+  Raises:
+    ValueError: only some of the three are given, or they do not fit.
+  """
+  given = (coordinator_address, process_count, process_index)
+  if given == (None, None, None):
+    if not _is_on_tpu():
+      return
+    jax.distributed.initialize()
+  else:
+    _check(*given)
+    jax.distributed.initialize(
+      coordinator_address, process_count, process_index
+    )
+  global _index, _count
+  _index, _count = jax.process_index(), jax.process_count()
+
+
+def _check(coordinator_address, process_count, process_index):
+  if None in (coordinator_address, process_count, process_index):
+    raise ValueError(
+      '--coordinator_address, --process_count and --process_index belong '
+      'together; give each process all three, or none where there is one.'
+    )
+  if ':' not in coordinator_address:
+    raise ValueError(
+      f'--coordinator_address={coordinator_address} has no port: host:port, '
+      'such as 10.0.0.1:8476, of the process with --process_index=0.'
+    )
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f'--process_index={process_index} must be from 0 to --process_count - 1, '
+      f'which is {process_count - 1}.'
+    )
+
+
+def _is_on_tpu() -> bool:
+  return (
+    os.environ.get('JAX_PLATFORMS', 'tpu') in ('', 'tpu')
+    and importlib.util.find_spec('libtpu') is not None
+    and bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
+  )
+
+
+def is_first() -> bool:
+  """Whether this process writes the files that there is one of."""
+  return _index == 0
+
+
+def are_several() -> bool:
+  """Whether there are others."""
+  return _count > 1
+
+
+def wait(name: str) -> None:
+  """Waits until all have come here.
+
+  Args:
+    name: of the place.
+  """
+  if are_several():
+    multihost_utils.sync_global_devices(name)
+
+
+def any_host(value: bool) -> bool:
+  """Returns whether it is true on any; all must ask."""
+  if not are_several():
+    return value
+  return bool(multihost_utils.process_allgather(int(value)).any())
+
+
+def reached_preemption(step: int) -> bool:
+  """Returns whether all are to stop after this step: one got SIGTERM.
+
+  They agree on the step in the background; all ask at each. False where there
+  is one host.
+  """
+  return are_several() and multihost_utils.reached_preemption_sync_point(step)
