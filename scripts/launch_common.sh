@@ -26,8 +26,9 @@ quoted() {
       '') [ -n "$name" ] || word="''" ;;
       *[!A-Za-z0-9_./:=@%+,-]*)
         case $word in
-          *[\"\$\`\\!]* | [!\{]*) word="'${word//$quote/$escaped}'" ;;
-          *) word="\"$word\"" ;;
+          *[\"\$\`\\!]*) word="'${word//$quote/$escaped}'" ;;
+          *\'*) word="\"$word\"" ;;
+          *) word="'$word'" ;;
         esac
         ;;
     esac
