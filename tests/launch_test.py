@@ -43,7 +43,7 @@ calls('main', flags)
 if '--wait' in flags:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
   print('waiting', flush=True)
-  time.sleep(30)
+  time.sleep(60)
 for flag in flags:
   if flag.startswith('--exit_with='):
     sys.exit(int(flag.partition('=')[2]))
@@ -195,7 +195,7 @@ def calls(name, arguments):
     ][-1]
 
   def wait_for_runs(self, count):
-    for _ in range(100):
+    for _ in range(300):
       if len(self.called('main')) >= count:
         return self.called('main')
       time.sleep(0.1)
@@ -241,7 +241,7 @@ def log(cluster, worker):
 
 
 def wait_for(text, get):
-  for _ in range(100):
+  for _ in range(300):
     if text in get():
       return get()
     time.sleep(0.1)
@@ -374,7 +374,9 @@ def test_help_names_every_flag(cluster, launcher):
   shown = succeeded(cluster.launch(launcher[0], '--help')).stdout
 
   assert len(flags) > 8
-  assert [flag for flag in flags if flag not in shown] == []
+  # Where it is said what it does, not in an example.
+  said = re.findall(r'(?:^ {2,4}|[,;] )(--\w+)', shown, re.MULTILINE)
+  assert {*flags} <= {*said}
 
 
 def test_xpk_is_not_given_a_line_break(cluster):
