@@ -4,10 +4,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gkd_jax import collectives, partitioning
+from gkd_jax import (
+  collectives,
+  divergences,
+  model,
+  objectives,
+  partitioning,
+  policies,
+  sampler,
+  step,
+)
 from tests import tiny
 
 
@@ -92,7 +102,9 @@ def test_a_program_without_has_none(found):
   assert found['nothing'] == []
 
 
-# As libtpu writes them.
+# --- As libtpu writes them ----------------------------------------------------
+
+
 HEAD = 'HloModule jit_f\n\n'
 MESH_GROUPS = (
   HEAD
@@ -164,3 +176,119 @@ def test_the_parts_of_one_in_a_loop_beside_it_are_one():
   )
 
   assert [one.times for one in collectives.find(parts, 7)] == [1]
+
+
+# --- Of the step --------------------------------------------------------------
+
+SHAPE = {
+  'emb_dim': 64,
+  'num_heads': 4,
+  'head_dim': 16,
+  'mlp_dim': 128,
+  'num_decoder_layers': 2,
+}
+NUM_TOKENS = 5
+# (data, model, parameter partitioning dims)
+PLACEMENTS = {'over data': (8, 1, 2), 'over model': (2, 4, 1)}
+
+
+def steps():
+  """Collectives of an on-policy step for 8 devices, and the models' bytes."""
+  batch = tiny.batch(
+    0, (7, 3, 5, 6) * 4, (5, 2, 5, 4) * 4, max_target_len=NUM_TOKENS
+  )
+
+  def of(data, over_model, dims):
+    mesh = partitioning.make_mesh(data, over_model)
+    placement = partitioning.Placement(
+      mesh, partitioning.standard_logical_axis_rules(dims)
+    )
+    student = model.T5(tiny.config(**SHAPE), placement)
+    teacher = model.T5(tiny.config('1.0', **SHAPE), placement)
+    optimizer = optax.sgd(1.0)
+    train_step = step.make_train_step(
+      student=student,
+      teacher=teacher,
+      policy=policies.student(),
+      objective=objectives.Objective(divergences.forward_kl, chunk_tokens=16),
+      optimizer=optimizer,
+      student_sampler=sampler.ANCESTRAL,
+      teacher_sampler=sampler.ANCESTRAL,
+      num_ids=tiny.NUM_IDS,
+      seed=0,
+    )
+    params, teacher_params = map(model.abstract_params, (student, teacher))
+    state = step.abstract_state(params, optimizer, mesh)
+    rows = partitioning.batch_sharding(mesh)
+    compiled = tiny.jit(
+      train_step,
+      out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    ).lower(
+      state,
+      teacher_params,
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
+      ),
+    )
+    return {
+      'found': collectives.find(compiled.compile().as_text(), NUM_TOKENS),
+      'student': 4 * model.count_params(params),
+      'teacher': 4 * model.count_params(teacher_params),
+    }
+
+  return {name: of(*where) for name, where in PLACEMENTS.items()}
+
+
+@pytest.fixture(scope='module')
+def of_step():
+  return tiny.on_simulated_devices(8, __name__, steps.__name__)
+
+
+def gathered(found, is_teachers):
+  return sum(
+    one.times * one.received
+    for one in found
+    if one.kind == 'all-gather' and ('teacher' in one.op_name) == is_teachers
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('role', ['student', 'teacher'])
+def test_parameters_spread_over_data_are_gathered_once_a_step(of_step, role):
+  over_data = of_step['over data']
+
+  received = gathered(over_data['found'], role == 'teacher')
+
+  # Each device has an eighth already; tokens and the like are little.
+  assert 0.8 * over_data[role] < received < 0.95 * over_data[role]
+
+
+@pytest.mark.slow
+def test_nothing_but_whether_all_have_ended_is_exchanged_for_a_token(of_step):
+  in_loop = [one for one in of_step['over data']['found'] if one.in_decode_loop]
+
+  assert {one.kind for one in in_loop} == {'all-reduce'}
+  assert max(one.received for one in in_loop) < 8
+
+
+@pytest.mark.slow
+def test_over_model_activations_alone_are_exchanged_for_a_token(of_step):
+  in_loop = [
+    one for one in of_step['over model']['found'] if one.in_decode_loop
+  ]
+
+  # Rows of a device, by the widest of what a layer passes on.
+  widest = 4 * (16 // 2) * 2 * SHAPE['emb_dim']
+  assert in_loop
+  assert max(one.received for one in in_loop) <= widest
+  # A product's smallest weights are larger: it is none of them.
+  assert widest < 4 * SHAPE['emb_dim'] * SHAPE['emb_dim']
+
+
+@pytest.mark.slow
+def test_parameters_spread_over_model_are_not_gathered(of_step):
+  over_model = of_step['over model']
+
+  received = sum(gathered(over_model['found'], x) for x in (True, False))
+
+  assert received < 0.1 * over_model['teacher']

@@ -218,6 +218,27 @@ def test_an_optimizers_moments_lie_as_their_parameters(
     assert state[where + name] == state['.params' + name] == (part, whole)
 
 
+def test_what_a_device_holds_falls_as_the_mesh_grows():
+  def bytes_on_a_device(data, over_model):
+    mesh = jax.sharding.AbstractMesh((data, over_model), ('data', 'model'))
+    t5 = T5(tiny.config(emb_dim=128, mlp_dim=256), placement_of(2, mesh=mesh))
+    state = step.abstract_state(
+      model.abstract_params(t5), optax.adamw(1.0), mesh
+    )
+    return sum(
+      4 * np.prod(x.sharding.shard_shape(x.shape))
+      for x in jax.tree.leaves(state)
+    )
+
+  sizes = [
+    bytes_on_a_device(*mesh) for mesh in ((1, 1), (2, 1), (2, 2), (8, 2))
+  ]
+
+  # But for the tables of relative positions, which 'data' does not spread.
+  for larger, smaller, factor in zip(sizes, sizes[1:], (2, 2, 4), strict=False):
+    assert smaller == pytest.approx(larger / factor, rel=0.01)
+
+
 def test_adafactors_rows_and_columns_and_all_counts_are_on_every_device():
   state = shardings_of_state(optax.adafactor(1.0))
 

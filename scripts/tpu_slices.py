@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the smallest TPU slices that steps of the paper's pairs fit on.
+
+    python scripts/tpu_slices.py
+
+compiles the steps for one slice after the other (`--run_mode=precompile`), from
+the smallest, and prints a table. No TPU is needed, but `.[tpu]` is. Each takes
+one to three minutes. The reports are kept in --output_dir: what has been
+compiled is not compiled again.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from absl import app, flags
+
+_GENERATIONS = flags.DEFINE_list(
+  'generations', ['v5e', 'v6e', 'v4', 'v5p'], 'Of these TPUs.'
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+  'output_dir', 'runs/tpu_slices', 'For a report of each compilation.'
+)
+
+_HERE = pathlib.Path(__file__).resolve().parent
+
+# Chips along each axis, from the smallest slice that is sold.
+SLICES = {
+  'v5e': ('1x1', '2x2', '2x4', '4x4', '4x8'),
+  'v6e': ('1x1', '2x2', '2x4', '4x4', '4x8'),
+  'v4': ('2x2x1', '2x2x2', '2x2x4', '2x4x4'),
+  'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4'),
+}
+XSUM = ('--gin_file=configs/xsum/gkd.gin',)
+PAIRS = {
+  'XL → small, XSum': (*XSUM, '--gin.SIZE=t5_1_1_small'),
+  'XL → base, XSum': (*XSUM, '--gin.SIZE=t5_1_1_base'),
+  'XL → large, XSum': (*XSUM, '--gin.SIZE=t5_1_1_large'),
+  'XL → base, instructions': (
+    '--gin_file=configs/instruction/gkd.gin',
+    '--gin.SIZE=t5_1_1_base',
+  ),
+  'XXL → XL, XSum': (
+    *XSUM,
+    '--gin.SIZE=t5_1_1_xl',
+    '--gin.TEACHER_SIZE=t5_1_1_xxl',
+  ),
+}
+# For all: bfloat16 products, and nothing whole on a device that need not be.
+SETTINGS = (
+  '--gin.ACTIVATION_DTYPE=bfloat16',
+  '--gin.TEACHER_DTYPE=bfloat16',
+  '--gin.STUDENT_PARAMETER_PARTITIONING_DIMS=2',
+  '--gin.TEACHER_PARAMETER_PARTITIONING_DIMS=2',
+  '--gin.SCAN_LAYERS=True',
+)
+# Tried in this order on each slice: what takes less memory takes more time.
+SPARING = (
+  (),
+  ('--gin.REMAT=True',),
+  ('--gin.REMAT=True', '--gin.NUM_MICROBATCHES=4'),
+)
+
+
+def main(argv: list[str]) -> None:
+  """Compiles, and prints the table."""
+  del argv
+  rows = []
+  for pair, arguments in PAIRS.items():
+    for generation in _GENERATIONS.value:
+      rows.append(_row(pair, generation, _smallest(arguments, generation)))
+      print(rows[-1], file=sys.stderr, flush=True)
+  print(
+    '| teacher → student | batch, tokens in / out | slice | to fit | GiB of a '
+    'device | ms a step, at the least | sampling | received a step, GiB |'
+  )
+  print('|---' * 8 + '|')
+  print('\n'.join(rows))
+
+
+def _smallest(arguments, generation) -> dict | None:
+  """Returns the report of the first slice, and setting, that fits."""
+  for chips in SLICES[generation]:
+    for sparing in SPARING:
+      report = _precompile(f'{generation}:{chips}', (*arguments, *sparing))
+      if report is not None and report['fits']:
+        return report | {'sparing': sparing}
+      if report is not None and _is_hopeless(report):
+        break
+  return None
+
+
+def _is_hopeless(report) -> bool:
+  """Whether what must be there takes more than there is."""
+  memory = report['memory']
+  parts = ('student_params', 'optimizer_state', 'teacher_params')
+  return sum(memory[name] for name in parts) > memory['available']
+
+
+def _precompile(topology, arguments) -> dict | None:
+  """Returns a report; None where the slice cannot take the batch."""
+  settings = (*arguments, *SETTINGS)
+  name = '_'.join(
+    a.partition('=')[2].removesuffix('.gin').replace('/', '_')
+    for a in arguments
+  )
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  path = folder / f'{topology.replace(":", "_")}_{name}.json'
+  refusal = path.with_suffix('.txt')
+  if path.exists():
+    return json.loads(path.read_text())
+  if refusal.exists():
+    return None
+  finished = subprocess.run(
+    [
+      *(sys.executable, '-m', 'gkd_jax.main', '--run_mode=precompile'),
+      *(f'--topology={topology}', f'--output={path}', *settings),
+    ],
+    cwd=_HERE.parent,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if finished.returncode == 0:
+    return json.loads(path.read_text())
+  if 'must be divisible by' not in finished.stderr:
+    raise SystemExit(finished.stderr[-3000:])
+  folder.mkdir(parents=True, exist_ok=True)
+  refusal.write_text(finished.stderr)
+  return None
+
+
+def _row(pair, generation, report) -> str:
+  if report is None:
+    return f'| {pair} | | none of {generation} {SLICES[generation]} |'
+  lengths = report['feature_lengths']
+  memory = report['memory']
+  received = sum(phase['received'] for phase in report['phases'].values())
+  sparing = [s.removeprefix('--gin.') for s in report['sparing']]
+  cells = (
+    pair,
+    f'{report["batch_size"]}, {lengths["inputs"]} / {lengths["targets"]}',
+    report['topology'],
+    ', '.join(sparing) or '–',
+    f'{memory["total"] / 2**30:.1f} of {memory["available"] / 2**30:.1f}',
+    f'{1e3 * report["step_seconds"]:.0f}',
+    f'{report["sampling_share"]:.0%}',
+    f'{received / 2**30:.1f}',
+  )
+  return '| ' + ' | '.join(cells) + ' |'
+
+
+if __name__ == '__main__':
+  app.run(main)
