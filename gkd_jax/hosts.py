@@ -10,6 +10,7 @@ import importlib.util
 import os
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 # Known without asking for devices, which would take them.
@@ -100,6 +101,13 @@ def any_host(value: bool) -> bool:
   if not are_several():
     return value
   return bool(multihost_utils.process_allgather(int(value)).any())
+
+
+def from_first(value: int) -> int:
+  """Returns what the first host gave; all must ask."""
+  if not are_several():
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def reached_preemption(step: int) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from gkd_jax import (
   checkpoint,
   data,
+  hosts,
   partitioning,
   predictions,
   pretrained,
@@ -73,34 +74,36 @@ def infer(
     vocabulary=inputs.vocabulary,
   )
   step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
-  writer = predictions.Writer(
-    path,
-    {
-      'checkpoint': str(source.folder),
-      'step': step and int(step[1]),
-      'task': dataset.mixture_or_task_name,
-      'task_arguments': dataset.task_arguments,
-      'split': dataset.split,
-      'max_examples': dataset.num_examples,
-      'vocabulary': vocabulary,
-      'task_feature_lengths': lengths,
-      'decoding': repr(decoding),
-      'num_samples': num_samples,
-      'seed': seed,
-      'batch_size': dataset.batch_size,
-      'versions': checkpoint.versions(),
-    },
-    dataset.batch_size,
-  )
+  provenance = {
+    'checkpoint': str(source.folder),
+    'step': step and int(step[1]),
+    'task': dataset.mixture_or_task_name,
+    'task_arguments': dataset.task_arguments,
+    'split': dataset.split,
+    'max_examples': dataset.num_examples,
+    'vocabulary': vocabulary,
+    'task_feature_lengths': lengths,
+    'decoding': repr(decoding),
+    'num_samples': num_samples,
+    'seed': seed,
+    'batch_size': dataset.batch_size,
+    'versions': checkpoint.versions(),
+  }
+  # All write the outputs together; one of them keeps them.
+  writer = None
+  if hosts.is_first():
+    writer = predictions.Writer(path, provenance, dataset.batch_size)
+  first = hosts.from_first(writer.num_examples if writer else 0)
   metrics_lib.say(f'Model: {source}')
   params = source.load(abstract_params(model), None)
-  if writer.num_examples:
-    metrics_lib.say(f'Going on after {writer.num_examples:,} examples.')
+  if first:
+    metrics_lib.say(f'Going on after {first:,} examples.')
   total = inputs.size()
-  first, start = writer.num_examples, time.monotonic()
-  said = start
+  said = start = time.monotonic()
   for row_ids_B, inputs_BS, examples in inputs.batches(first):
     tokens_BNT = write(params, row_ids_B, inputs_BS)
+    if writer is None:
+      continue
     writer.append(
       [
         [_line(inputs, example, tokens) for tokens in of_one if tokens.any()]
@@ -110,6 +113,8 @@ def infer(
     if (now := time.monotonic()) - said > _STATUS_SECONDS:
       said = now
       metrics_lib.say(_progress(writer.num_examples, first, total, now - start))
+  if writer is None:
+    return
   writer.close()
   metrics_lib.say(f'{writer.num_predictions:,} predictions written: {path}')
 

@@ -9,10 +9,9 @@ Knows nothing of gkd_jax.
 
 import functools
 import json
-import resource
 import sys
-import time
 
+import bench_peer
 import jax
 import jax.numpy as jnp
 import optax
@@ -126,40 +125,27 @@ def main() -> None:
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  phases = {'sampling': [], 'teacher': [], 'student': [], 'optimizer': []}
-  steps, first = [], None
-  for i in range(work['warmup'] + work['steps']):
-    times = [time.perf_counter()]
+  def step(i):
+    nonlocal params, opt_state
     key = jax.random.PRNGKey(i)
     tokens = jax.block_until_ready(sample(params, key))
-    times.append(time.perf_counter())
-    logits = jax.block_until_ready(score(teacher_params, tokens))
-    times.append(time.perf_counter())
-    loss, grads = jax.block_until_ready(gradient(params, logits, tokens))
-    times.append(time.perf_counter())
-    params, opt_state = jax.block_until_ready(update(params, opt_state, grads))
-    times.append(time.perf_counter())
     assert tokens.shape == (batch_size, length), tokens.shape
     assert not (tokens == EOS_ID).any()
+    yield
+    logits = jax.block_until_ready(score(teacher_params, tokens))
+    yield
+    loss, grads = jax.block_until_ready(gradient(params, logits, tokens))
     assert jnp.isfinite(loss)
-    if i == 0:
-      first = times[-1] - times[0]
-    if i >= work['warmup']:
-      steps.append(times[-1] - times[0])
-      for name, start, end in zip(phases, times, times[1:], strict=False):
-        phases[name].append(end - start)
-  peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  print(
-    json.dumps(
-      {
-        'step': steps,
-        'phases': phases,
-        'compile': first - steps[0],
-        'peak_memory': peak_kib * 1024,
-        'setting': f'T5X as shipped, jax {jax.__version__}: four programs, '
-        f'{work["dtype"]} activations, one-hot embedding',
-      }
-    )
+    yield
+    params, opt_state = jax.block_until_ready(update(params, opt_state, grads))
+    yield
+
+  bench_peer.measure(
+    work,
+    step,
+    f'T5X as shipped, jax {jax.__version__}: four programs, {work["dtype"]} '
+    'activations, one-hot embedding',
+    compiles=True,
   )
 
 

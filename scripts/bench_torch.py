@@ -7,15 +7,14 @@ the work as JSON, prints what it measured as JSON. Knows nothing of gkd_jax.
 
 import json
 import os
-import resource
 import sys
-import time
 
 work = json.loads(sys.argv[1])
 # One thread a core, each on its own: before torch starts any.
 os.environ['OMP_NUM_THREADS'] = str(os.cpu_count())
 os.environ['GOMP_CPU_AFFINITY'] = f'0-{os.cpu_count() - 1}'
 
+import bench_peer  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from trl.experimental.gkd import GKDTrainer  # noqa: E402
@@ -54,10 +53,9 @@ def main() -> None:
   inputs = torch.randint(
     2, work['student']['vocab_size'], (work['batch'], work['inputs'])
   )
-  phases = {'sampling': [], 'teacher': [], 'student': [], 'optimizer': []}
-  steps = []
-  for i in range(work['warmup'] + work['steps']):
-    times = [time.perf_counter()]
+
+  def step(i):
+    del i
     with torch.inference_mode():
       tokens = student.generate(
         inputs,
@@ -69,15 +67,15 @@ def main() -> None:
         max_new_tokens=length,
       )
     tokens = tokens.clone()
-    times.append(time.perf_counter())
     assert tokens.shape == (work['batch'], length + 1), tokens.shape
     assert not (tokens[:, 1:] == EOS_ID).any()
+    yield
     with torch.inference_mode():
       teacher_logits = teacher(
         input_ids=inputs, decoder_input_ids=tokens[:, :-1]
       ).logits
     teacher_logits = teacher_logits.clone()
-    times.append(time.perf_counter())
+    yield
     logits = student(
       input_ids=inputs, decoder_input_ids=tokens[:, :-1], use_cache=False
     ).logits
@@ -85,29 +83,19 @@ def main() -> None:
       logits, teacher_logits, beta=BETAS[work['divergence']]
     )
     loss.backward()
-    times.append(time.perf_counter())
+    assert torch.isfinite(loss)
+    yield
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    times.append(time.perf_counter())
-    assert torch.isfinite(loss)
-    if i >= work['warmup']:
-      steps.append(times[-1] - times[0])
-      for name, start, end in zip(phases, times, times[1:], strict=False):
-        phases[name].append(end - start)
-  peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  print(
-    json.dumps(
-      {
-        'step': steps,
-        'phases': phases,
-        'compile': None,
-        'peak_memory': peak_kib * 1024,
-        'setting': f'torch {torch.__version__}, transformers '
-        f'{transformers.__version__}: eager, '
-        f'{student.config._attn_implementation} attention, dynamic cache, '
-        'fused AdamW, threads bound to cores',
-      }
-    )
+    yield
+
+  bench_peer.measure(
+    work,
+    step,
+    f'torch {torch.__version__}, transformers {transformers.__version__}: '
+    f'eager, {student.config._attn_implementation} attention, dynamic cache, '
+    'fused AdamW, threads bound to cores',
+    compiles=False,
   )
 
 

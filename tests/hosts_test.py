@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes, one for each host, that meet on this machine."""
 
+import glob
+import importlib.util
 import json
 import os
 import re
@@ -241,3 +243,16 @@ def test_a_process_alone_is_the_first_and_waits_for_nobody():
   assert not hosts.are_several()
   hosts.wait('here')
   assert [hosts.any_host(x) for x in (True, False)] == [True, False]
+  assert hosts.from_first(3) == 3
+
+
+def test_on_a_tpu_the_others_are_looked_for(monkeypatch):
+  asked = []
+  monkeypatch.setenv('JAX_PLATFORMS', '')
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
+  monkeypatch.setattr(glob, 'glob', lambda pattern: [pattern])
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *a: asked.append(a))
+
+  hosts.start(None, None, None)
+
+  assert asked == [()]
