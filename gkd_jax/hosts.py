@@ -110,6 +110,13 @@ def from_first(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def whole(x: jax.Array) -> np.ndarray:
+  """Returns all of an array, the parts of other hosts, too; all must ask."""
+  if not are_several():
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)
+
+
 def reached_preemption(step: int) -> bool:
   """Returns whether all are to stop after this step: one got SIGTERM.
 

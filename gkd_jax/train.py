@@ -756,9 +756,8 @@ class _Log:
     line = {'step': step}
     for name in ('loss', 'grad_norm'):
       line[name] = str(values[name])
-    if batch.encoder_input_tokens.is_fully_addressable:
-      line['inputs'] = batch.encoder_input_tokens.tolist()
-      line['targets'] = batch.decoder_target_tokens.tolist()
+    line['inputs'] = hosts.whole(batch.encoder_input_tokens).tolist()
+    line['targets'] = hosts.whole(batch.decoder_target_tokens).tolist()
     if hosts.is_first():
       with open(self._skipped_path, 'a') as file:
         file.write(json.dumps(line) + '\n')

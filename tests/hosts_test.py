@@ -136,7 +136,7 @@ def one(start):
 
 @pytest.fixture(scope='module')
 def killed(start):
-  """A run of four processes of which one was killed; two then went on."""
+  """A run of four hosts of which one was killed; two then went on."""
   folder, processes = start('killed', count=4, devices=1)
   processes.wait_for((folder / 'checkpoint_4').exists)
   processes.send(signal.SIGKILL, 2)
@@ -144,7 +144,7 @@ def killed(start):
   processes.send(signal.SIGKILL, 0, 1, 3)  # as a scheduler does
   processes.wait()
 
-  _, processes = start('killed', count=2, devices=2)
+  _, processes = start('killed', count=2, devices=1)
   assert processes.wait() == [0, 0], processes.logs[0].read_text()
   return folder, [log.read_text() for log in processes.logs]
 
@@ -160,7 +160,7 @@ def test_killed_hosts_go_on_in_another_number_and_end_as_one(one, killed):
   folder, logs = killed
 
   assert re.search(r'Resuming after step [2468]\.', logs[0])
-  # As many devices: the same sums, but for the order of their parts.
+  # The same sums, but for the order of their parts.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
     params_of(folder),

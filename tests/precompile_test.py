@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gkd_jax import (
+  costs,
   data,
   divergences,
   model,
@@ -320,6 +321,35 @@ def test_parameters_are_spread_over_model_and_the_batch_over_data(simulated):
 
 
 @pytest.mark.slow
+def test_each_phase_says_what_it_computes_reads_and_receives(simulated):
+  _, report = simulated
+  phases = report['phases']
+
+  assert phases.keys() == {*roofline.PHASES, 'other'}
+  lengths = {'input_length': 16, 'target_length': 16}
+  student = T5Config(384, 16, 2, 8, 32, 1, 1)
+  whole = costs.of_step(student, None, batch_size=64, **lengths)
+  assert phases['sampling']['flops'] == whole['sampling'].flops / 8
+  # Rows over 4, weights over 2.
+  assert phases['sampling']['bytes'] > whole['sampling'].bytes / 8
+  # The sum over its heads, of every layer.
+  assert phases['teacher']['received'] > 0
+  # Of time, simulated devices say nothing.
+  assert report['step_seconds'] is None
+  assert 'seconds' not in phases['teacher']
+
+
+@pytest.mark.slow
+def test_what_is_exchanged_for_each_token_is_told_apart(simulated):
+  finished, report = simulated
+
+  in_loop = [one for one in report['collectives'] if one['in_decode_loop']]
+  assert {one['phase'] for one in in_loop} == {'sampling'}
+  assert all(one['times'] % 16 == 0 for one in in_loop)
+  assert '  in sampling\n' in finished.stdout
+
+
+@pytest.mark.slow
 def test_what_is_printed_is_the_report_and_a_verdict(simulated):
   finished, report = simulated
 
@@ -526,6 +556,9 @@ def test_a_step_is_compiled_for_a_slice_and_fits(run_main, tmp_path):
   assert report['fits']
   assert report['device_kind'] == 'TPU v5 lite'
   assert report['left'] == int(15.75 * 2**30) - report['memory']['total']
+  seconds = [phase['seconds'] for phase in report['phases'].values()]
+  assert report['step_seconds'] == sum(seconds)
+  assert 0.0 < report['sampling_share'] < 1.0
 
 
 @needs_libtpu
