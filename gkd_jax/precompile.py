@@ -46,6 +46,10 @@ from gkd_jax import metrics as metrics_lib
 from gkd_jax.batch import Batch
 from gkd_jax.model import T5Config, abstract_params, count_params
 
+# Instead of a compiler's refusal.
+_NOT_COMPILED = (
+  'it was not asked: what the program is given is too much already'
+)
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -168,7 +172,16 @@ def precompile(
     f'Compiling the step for {len(devices)} x {devices[0].device_kind}.'
   )
   start = time.monotonic()
+  given = {
+    'student_params': _bytes_on_a_device(plan.state.params),
+    'optimizer_state': _bytes_on_a_device(plan.state.opt_state),
+    'teacher_params': _bytes_on_a_device(teacher_params),
+    'reward_params': _bytes_on_a_device(reward_params),
+    'batch': _bytes_on_a_device(batch),
+  }
   compiled, refusal = _compile(
+    _available(topology),
+    sum(given.values()),
     plan.make_train_step(teacher=teacher_model, num_ids=num_ids, reward=score),
     plan.state,
     teacher_params,
@@ -189,9 +202,7 @@ def precompile(
     'feature_lengths': dict(train_dataset.task_feature_lengths),
     'num_ids': num_ids,
     'compile_seconds': round(compile_seconds, 1),
-    **_memory(
-      topology, compiled, refusal, plan, teacher_params, reward_params, batch
-    ),
+    **_memory(topology, compiled, refusal, given, plan.needs_teacher),
     'caches': costs.cache_bytes(
       student,
       **lengths | {'batch_size': rows},
@@ -328,8 +339,12 @@ def _with_dtype(params, dtype):
   )
 
 
-def _compile(*arguments) -> tuple[jax.stages.Compiled | None, str | None]:
-  """Returns the program; or why the compiler found that it does not fit."""
+def _compile(
+  available, given, *arguments
+) -> tuple[jax.stages.Compiled | None, str | None]:
+  """Returns the program; or why it does not fit."""
+  if available is not None and given > available:
+    return None, _NOT_COMPILED
   try:
     return train.compile_step(*arguments), None
   except jax.errors.JaxRuntimeError as e:
@@ -338,31 +353,25 @@ def _compile(*arguments) -> tuple[jax.stages.Compiled | None, str | None]:
     return None, str(e)
 
 
-def _memory(
-  topology, compiled, refusal, plan, teacher_params, reward_params, batch
-):
+def _memory(topology, compiled, refusal, given, needs_teacher):
   """Returns the part of the report that says what fits.
 
   memory: bytes on each device; None where they are not known. `total` is what
     a run has at its height: arguments, temporaries and program; where the
-    compiler refused, what it says that it needs.
+    compiler refused, what it says that it needs; where it was not asked, what
+    the program is given.
   fits: None for simulated devices, whose memory has no limit.
   """
-  known = {
-    'student_params': _bytes_on_a_device(plan.state.params),
-    'optimizer_state': _bytes_on_a_device(plan.state.opt_state),
-    'teacher_params': _bytes_on_a_device(teacher_params),
-    'reward_params': _bytes_on_a_device(reward_params),
-    'batch': _bytes_on_a_device(batch),
-  }
   if compiled is None:
     rest = dict.fromkeys(('padding', 'outputs', 'temporaries', 'program'))
     total = _needed(refusal)
+    if refusal == _NOT_COMPILED:
+      total = sum(given.values())
   else:
     stats = compiled.memory_analysis()
-    arguments = sum(known.values())
-    if not plan.needs_teacher:
-      arguments -= known['teacher_params']  # it waits beside, for evaluations
+    arguments = sum(given.values())
+    if not needs_teacher:
+      arguments -= given['teacher_params']  # it waits beside, for evaluations
     rest = {
       # Of the arguments' layouts. Those that are not read are left out.
       'padding': max(0, stats.argument_size_in_bytes - arguments),
@@ -370,14 +379,14 @@ def _memory(
       'temporaries': stats.temp_size_in_bytes,
       'program': stats.generated_code_size_in_bytes,
     }
-    total = sum(known.values()) + sum(rest.values())
-  available = left = fits = None
-  if chip := _chip(topology):
-    available = int(chip.available * 2**30)
+    total = sum(given.values()) + sum(rest.values())
+  available = _available(topology)
+  left = fits = None
+  if available is not None:
     left = None if total is None else available - total
     fits = compiled is not None and left >= 0
   return {
-    'memory': {**known, **rest, 'total': total, 'available': available},
+    'memory': {**given, **rest, 'total': total, 'available': available},
     'left': left,
     'fits': fits,
     'refusal': refusal,
@@ -386,6 +395,12 @@ def _memory(
 
 def _chip(topology: str) -> roofline.Chip | None:
   return roofline.CHIPS.get(topology.partition(':')[0])
+
+
+def _available(topology: str) -> int | None:
+  """Returns the bytes of a device; None for simulated ones."""
+  chip = _chip(topology)
+  return None if chip is None else int(chip.available * 2**30)
 
 
 def _times(compiled, cost, topology, max_decode_len, *, samples):

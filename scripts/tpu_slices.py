@@ -10,6 +10,7 @@ compiled is not compiled again.
 """
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -33,18 +34,18 @@ SLICES = {
   'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4'),
 }
 XSUM = ('--gin_file=configs/xsum/gkd.gin',)
+# Name: (batch, arguments).
 PAIRS = {
-  'XL → small, XSum': (*XSUM, '--gin.SIZE=t5_1_1_small'),
-  'XL → base, XSum': (*XSUM, '--gin.SIZE=t5_1_1_base'),
-  'XL → large, XSum': (*XSUM, '--gin.SIZE=t5_1_1_large'),
+  'XL → small, XSum': (32, (*XSUM, '--gin.SIZE=t5_1_1_small')),
+  'XL → base, XSum': (32, (*XSUM, '--gin.SIZE=t5_1_1_base')),
+  'XL → large, XSum': (32, (*XSUM, '--gin.SIZE=t5_1_1_large')),
   'XL → base, instructions': (
-    '--gin_file=configs/instruction/gkd.gin',
-    '--gin.SIZE=t5_1_1_base',
+    128,
+    ('--gin_file=configs/instruction/gkd.gin', '--gin.SIZE=t5_1_1_base'),
   ),
   'XXL → XL, XSum': (
-    *XSUM,
-    '--gin.SIZE=t5_1_1_xl',
-    '--gin.TEACHER_SIZE=t5_1_1_xxl',
+    32,
+    (*XSUM, '--gin.SIZE=t5_1_1_xl', '--gin.TEACHER_SIZE=t5_1_1_xxl'),
   ),
 }
 # For all: bfloat16 products, and nothing whole on a device that need not be.
@@ -55,8 +56,6 @@ SETTINGS = (
   '--gin.TEACHER_PARAMETER_PARTITIONING_DIMS=2',
   '--gin.SCAN_LAYERS=True',
 )
-# Tried in this order on each slice: what takes less memory takes more time.
-SPARING = ((), ('--gin.REMAT=True', '--gin.NUM_MICROBATCHES=4'))
 
 
 def main(argv: list[str]) -> None:
@@ -64,8 +63,9 @@ def main(argv: list[str]) -> None:
   del argv
   rows = []
   for generation in _GENERATIONS.value:
-    for pair, arguments in PAIRS.items():
-      rows.append(_row(pair, generation, _smallest(arguments, generation)))
+    for pair, (batch_size, arguments) in PAIRS.items():
+      report = _smallest(arguments, batch_size, generation)
+      rows.append(_row(pair, generation, report))
       print(rows[-1], file=sys.stderr, flush=True)
   print(
     '| teacher → student | batch, tokens in / out | slice | to fit | GiB of a '
@@ -75,14 +75,20 @@ def main(argv: list[str]) -> None:
   print('\n'.join(rows))
 
 
-def _smallest(arguments, generation) -> dict | None:
+def _smallest(arguments, batch_size, generation) -> dict | None:
   """Returns the report of the first slice, and setting, that fits."""
   for chips in SLICES[generation]:
-    for sparing in SPARING:
-      report = _precompile(f'{generation}:{chips}', (*arguments, *sparing))
-      if report is not None and report['fits']:
-        return report | {'sparing': sparing}
-      if report is not None and _is_hopeless(report):
+    rows = batch_size // math.prod(map(int, chips.split('x')))
+    # What takes less memory takes more time.
+    sparing = (
+      '--gin.REMAT=True',
+      f'--gin.NUM_MICROBATCHES={min(rows, 8)}',
+    )
+    for settings in ((), sparing):
+      report = _precompile(f'{generation}:{chips}', (*arguments, *settings))
+      if report['fits']:
+        return report | {'sparing': settings}
+      if _is_hopeless(report):
         break
   return None
 
@@ -94,20 +100,18 @@ def _is_hopeless(report) -> bool:
   return sum(memory[name] for name in parts) > memory['available']
 
 
-def _precompile(topology, arguments) -> dict | None:
-  """Returns a report; None where the slice cannot take the batch."""
+def _precompile(topology, arguments) -> dict:
   settings = (*arguments, *SETTINGS)
   name = '_'.join(
     a.partition('=')[2].removesuffix('.gin').replace('/', '_')
     for a in arguments
   )
-  folder = pathlib.Path(_OUTPUT_DIR.value)
-  path = folder / f'{topology.replace(":", "_")}_{name}.json'
-  refusal = path.with_suffix('.txt')
+  path = (
+    pathlib.Path(_OUTPUT_DIR.value)
+    / f'{topology.replace(":", "_")}_{name}.json'
+  )
   if path.exists():
     return json.loads(path.read_text())
-  if refusal.exists():
-    return None
   finished = subprocess.run(
     [
       *(sys.executable, '-m', 'gkd_jax.main', '--run_mode=precompile'),
@@ -118,13 +122,9 @@ def _precompile(topology, arguments) -> dict | None:
     text=True,
     check=False,
   )
-  if finished.returncode == 0:
-    return json.loads(path.read_text())
-  if 'must be divisible by' not in finished.stderr:
+  if finished.returncode:
     raise SystemExit(finished.stderr[-3000:])
-  folder.mkdir(parents=True, exist_ok=True)
-  refusal.write_text(finished.stderr)
-  return None
+  return json.loads(path.read_text())
 
 
 def _row(pair, generation, report) -> str:
