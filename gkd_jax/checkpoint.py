@@ -13,6 +13,7 @@ import json
 import operator
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,10 +28,18 @@ from gkd_jax.model import T5Config, named_params
 from gkd_jax.step import TrainState
 
 _PREFIX = 'checkpoint'
+_METRICS = 'metrics/metrics'
 _MAX_DIFFERENCES = 5
 
 # What reading a file that was cut off or overwritten raises.
 _DAMAGE = (ValueError, TypeError, KeyError, OSError, RuntimeError)
+# What else an OSError or RuntimeError can be: then the checkpoint is whole.
+_NO_DAMAGE = re.compile('RESOURCE_EXHAUSTED|Too many open files|No space left')
+
+
+class DoesNotFit(ValueError):
+  """A checkpoint is whole, but of something else."""
+
 
 # Packages whose versions can change a result.
 _VERSIONS_OF = (
@@ -188,10 +197,9 @@ class Checkpoints:
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
     """Adds to a checkpoint that was saved without; it may be the best."""
-    if hosts.is_first():
-      folder = self._folder / f'{_PREFIX}_{step}'
-      (folder / 'metrics').mkdir(exist_ok=True)
-      (folder / 'metrics' / 'metrics').write_text(json.dumps(metrics))
+    metrics_lib.write_whole(
+      self._folder / f'{_PREFIX}_{step}' / _METRICS, json.dumps(metrics)
+    )
     hosts.wait('metrics added')
     self._manager.reload()
 
@@ -205,38 +213,37 @@ class Checkpoints:
       data_iterator: of this run's data.
 
     Where the newest cannot be read, the one before is restored; the former is
-    kept under another name.
+    kept under another name. Of several hosts one may fail alone where arrays
+    are damaged, while the others read on: then the run ends.
 
     Returns:
       None if there is none.
 
     Raises:
-      ValueError: it is of another model, or none can be read.
+      ValueError: it is of another model or data, or none can be read.
     """
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._folder / f'{_PREFIX}_{step}'
-      error = restored = saved = None
+      error = _error_of(lambda folder=folder: saved_shapes(folder))
+      if hosts.any_host(error is not None):
+        damaged.append((folder, error or _ELSEWHERE))
+        continue
+      check_shapes(folder, saved_shapes(folder), shapes(abstract_state.params))
       try:
-        saved = saved_shapes(folder)
+        restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract_state.params),
+            opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
+            data=_RestoreIterator(data_iterator),
+            description=ocp.args.JsonRestore(),
+          ),
+        )
       except _DAMAGE as e:
-        error = e
-      if not hosts.any_host(error is not None):
-        check_shapes(folder, saved, shapes(abstract_state.params))
-        try:
-          restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-              params=ocp.args.StandardRestore(abstract_state.params),
-              opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
-              data=_RestoreIterator(data_iterator),
-              description=ocp.args.JsonRestore(),
-            ),
-          )
-        except _DAMAGE as e:
-          error = e
-      if hosts.any_host(restored is None):
-        damaged.append((folder, error or ValueError('by another host')))
+        if hosts.are_several() or not _is_damage(e):
+          raise
+        damaged.append((folder, e))
         continue
       _set_aside(self._folder, damaged)
       if damaged:
@@ -249,7 +256,9 @@ class Checkpoints:
       return Saved(
         state,
         restored.description['train_seconds'],
-        restored.description.get('to_evaluate', False),
+        # Metrics may have been added since.
+        restored.description.get('to_evaluate', False)
+        and not (folder / _METRICS).exists(),
       )
     _set_aside(self._folder, damaged)  # raises, if these are all
     return None
@@ -260,21 +269,40 @@ class Checkpoints:
 
 
 Damaged = Sequence[tuple[epath.Path, Exception]]
+_ELSEWHERE = ValueError('another host cannot read it')
+
+
+def _is_damage(error: Exception) -> bool:
+  return not isinstance(error, DoesNotFit) and not _NO_DAMAGE.search(str(error))
+
+
+def _error_of(read: Callable[[], Any]) -> Exception | None:
+  """Returns the error that damage causes in reading; None: there is none."""
+  try:
+    read()
+  except _DAMAGE as e:
+    if not _is_damage(e):
+      raise
+    return e
+  return None
 
 
 def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
   """Returns checkpoints that do not say what they hold, and why not."""
-  damaged = []
-  for step in _steps(run_dir):
-    folder = run_dir / f'{_PREFIX}_{step}'
+
+  def read(folder):
     names = ['_CHECKPOINT_METADATA', 'description/metadata']
-    if (folder / 'metrics').is_dir():
-      names.append('metrics/metrics')
-    try:
-      for name in names:
-        json.loads((folder / name).read_text())
-    except _DAMAGE as e:
-      damaged.append((folder, e))
+    if (folder / _METRICS).parent.is_dir():
+      names.append(_METRICS)
+    for name in names:
+      json.loads((folder / name).read_text())
+
+  damaged = []
+  for step in sorted(_steps(run_dir)):
+    folder = run_dir / f'{_PREFIX}_{step}'
+    error = _error_of(lambda folder=folder: read(folder))
+    if hosts.any_host(error is not None):
+      damaged.append((folder, error or _ELSEWHERE))
   return damaged
 
 
@@ -284,11 +312,12 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
   Raises:
     ValueError: there are no others.
   """
-  hosts.wait('checkpoints read')  # before one of them has another name
   if not damaged:
     return
   reasons = {folder: _first_line(error) for folder, error in damaged}
-  if len(reasons) == len(_steps(run_dir)):
+  num_there = len(_steps(run_dir))
+  hosts.wait('checkpoints counted')  # before one of them has another name
+  if len(reasons) == num_there:
     raise ValueError(
       'No checkpoint of this run can be read:'
       + ''.join(f'\n  {folder}: {why}' for folder, why in reasons.items())
@@ -296,6 +325,8 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
     )
   for folder, why in reasons.items():
     name = f'damaged_{folder.name}'
+    while (run_dir / name).exists():  # of an earlier time
+      name += '_again'
     metrics_lib.say(
       f'{folder} cannot be read ({why}). It is called {name} now; the run goes '
       'on from the one before.'

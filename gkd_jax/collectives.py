@@ -41,6 +41,8 @@ class Collective(NamedTuple):
     in_decode_loop: whether it happens for each token that is sampled.
     times: that it happens in a step, if all outputs are as long as can be.
     received: bytes that a device gets of others each time.
+
+  A loop whose length only the program knows is taken for `max_decode_len` long.
   """
 
   kind: str
@@ -63,8 +65,8 @@ def find(text: str, max_decode_len: int) -> list[Collective]:
 
   Args:
     text: of the optimized program, `compiled.as_text()`.
-    max_decode_len: how often the loops run whose end is not known beforehand:
-      those that sample.
+    max_decode_len: how often the loops run whose end is not known beforehand;
+      of these, those in the scope 'sampling' (see `policies.rollout`) sample.
 
   Returns:
     Each that the program holds, once.
@@ -89,7 +91,7 @@ def find(text: str, max_decode_len: int) -> list[Collective]:
         (
           callee,
           times * repeats,
-          in_decode_loop or is_unknown,
+          in_decode_loop or (is_unknown and 'sampling' in (op_name or caller)),
           op_name or caller,
         )
       )
@@ -106,13 +108,15 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
         entry = match['name']
     elif current is not None:
       current.append(line)
+  parts = re.search(r'^HloModule .*\bnum_partitions=(\d+)', text)
+  num_devices = int(parts[1]) if parts else 1
   return {
-    name: _computation(body, lines) for name, body in lines.items()
+    name: _computation(body, lines, num_devices) for name, body in lines.items()
   }, entry
 
 
 def _computation(
-  body: Iterable[str], lines: dict[str, list[str]]
+  body: Iterable[str], lines: dict[str, list[str]], num_devices: int
 ) -> _Computation:
   collectives_, calls = [], []
   for line in body:
@@ -129,7 +133,7 @@ def _computation(
         (
           kind,
           op_name,
-          _received(kind, match['shape'], opcode != kind, rest),
+          _received(opcode, match['shape'], rest, num_devices),
           channel[1] if channel else match['name'],
         )
       )
@@ -182,19 +186,23 @@ def _constant(name: str, computation: str) -> int | None:
   return match and int(match[1])
 
 
-def _received(kind: str, shape: str, is_start: bool, rest: str) -> float:
+def _received(opcode: str, shape: str, rest: str, num_devices: int) -> float:
   """Returns the bytes that a device gets from others."""
-  sizes = [_num_bytes(array) for array in _ARRAY.finditer(shape)]
-  # What starts one returns its operands, its results and marks.
-  size = max(sizes) if is_start else sum(sizes)
-  num = _group_size(rest)
+  kind = opcode.removesuffix('-start')
+  sizes = [
+    _num_bytes(array)
+    for array in _ARRAY.finditer(shape)
+    if array[0] != 'u32[]'  # a mark of what was started
+  ]
+  if opcode != kind and kind != 'all-reduce':
+    sizes = sizes[len(sizes) // 2 :]  # before the results it has the operands
+  size = sum(sizes)
   if kind == 'collective-permute':
     return size
-  if num is None or num == 1:
-    return 0.0
+  num = _group_size(rest) or num_devices
   if kind == 'all-reduce':  # the sum of parts, then the parts
     return 2.0 * size * (num - 1) / num
-  if kind == 'reduce-scatter' and not is_start:
+  if kind == 'reduce-scatter':
     return size * (num - 1.0)
   return size * (num - 1) / num
 
@@ -208,7 +216,7 @@ def _num_bytes(array: re.Match) -> int:
 
 
 def _group_size(rest: str) -> int | None:
-  """Returns among how many devices it happens."""
+  """Returns among how many devices it happens; None: all."""
   # mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, [2,4]<=[8], or {{0,1},{2,3}}
   if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', rest):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epy
 
-from gkd_jax import seqio_tasks, vocabularies
+from gkd_jax import checkpoint, seqio_tasks, vocabularies
 from gkd_jax.batch import EOS_ID, PAD_ID, Batch
 
 with epy.lazy_imports():
@@ -178,6 +178,7 @@ class TrainIterator(Iterator[Batch]):
     seed: int,
     shards: Sequence[int] = (0,),
     num_shards: int = 1,
+    saves: bool = True,
   ):
     """Opens the data.
 
@@ -187,6 +188,7 @@ class TrainIterator(Iterator[Batch]):
       shards: those of this host.
       num_shards: of all hosts. With as many, the batches are the same however
         many hosts there are.
+      saves: whether `save` writes; of hosts with the same shards one does.
     """
     task = get_task(config)
     if config.num_examples is not None:
@@ -214,6 +216,7 @@ class TrainIterator(Iterator[Batch]):
       f'shard_{shard}_of_{num_shards}': open_shard(shard) for shard in shards
     }
     self._num_shards = num_shards
+    self._saves = saves
     self._task_name = config.mixture_or_task_name
     self._was_read = False
 
@@ -243,6 +246,8 @@ class TrainIterator(Iterator[Batch]):
     Raises:
       ValueError: the task is not made of TensorFlow alone.
     """
+    if not self._saves:
+      return
     try:
       for name, iterator in self._iterators.items():
         tf.train.Checkpoint(iterator=iterator).write(
@@ -262,17 +267,26 @@ class TrainIterator(Iterator[Batch]):
     """Goes to the position that `save` wrote.
 
     Raises:
-      ValueError: the data was dealt to another number of shards.
+      checkpoint.DoesNotFit: the data was dealt to another number of shards.
+      ValueError: a file is damaged.
     """
     for name, iterator in self._iterators.items():
       path = os.path.join(directory, name)
       if not os.path.exists(path + '.index'):
-        raise ValueError(
-          f'{directory} holds no position of {name}: the data was dealt to '
-          f'another number of shards. Set NUM_DATA_SHARDS to what its files '
-          f'say, not {self._num_shards}.'
+        there = sorted(
+          name.removesuffix('.index')
+          for name in os.listdir(directory)
+          if name.endswith('.index')
         )
-      tf.train.Checkpoint(iterator=iterator).read(path).assert_consumed()
+        raise checkpoint.DoesNotFit(
+          f'{directory} has the positions {", ".join(there) or "of nothing"}, '
+          f'but not {name}: this run deals its data to {self._num_shards} '
+          'shard(s). Set NUM_DATA_SHARDS to the number that it was dealt to.'
+        )
+      try:
+        tf.train.Checkpoint(iterator=iterator).read(path).assert_consumed()
+      except (tf.errors.OpError, IndexError, AssertionError) as e:
+        raise ValueError(f'{path} is damaged: {e}') from e
 
 
 def _reading_options() -> tf.data.Options:

@@ -70,7 +70,7 @@ def _check(coordinator_address, process_count, process_index):
 
 def _is_on_tpu() -> bool:
   return (
-    os.environ.get('JAX_PLATFORMS', 'tpu') in ('', 'tpu')
+    'tpu' in (os.environ.get('JAX_PLATFORMS') or 'tpu').split(',')
     and importlib.util.find_spec('libtpu') is not None
     and bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
   )

@@ -109,7 +109,8 @@ def locked(folder: pathlib.Path, setting: str) -> Iterator[None]:
   if not hosts.is_first():
     yield
     return
-  descriptor = os.open(folder, os.O_RDONLY)
+  # A network file system locks no folders.
+  descriptor = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT)
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

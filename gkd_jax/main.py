@@ -109,6 +109,32 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def main(argv: Sequence[str]) -> None:
   """Resolves the configuration, then hands over to the run mode."""
+  try:
+    _run_and_say_errors(argv)
+  except BaseException as e:
+    _leave_other_hosts(e)
+    raise
+
+
+def _leave_other_hosts(error: BaseException) -> None:
+  """Ends the process at once, if there are others and they do not end, too.
+
+  They notice. Python's own way out would wait for them first.
+  """
+  hosts = sys.modules.get('gkd_jax.hosts')
+  if hosts is None or not hosts.are_several():
+    return
+  if isinstance(error, SystemExit):
+    if error.code == os.EX_TEMPFAIL:  # all have saved
+      return
+    print(error.code, file=sys.stderr)
+  else:
+    traceback.print_exception(error)
+  sys.stderr.flush()
+  os._exit(1)
+
+
+def _run_and_say_errors(argv: Sequence[str]) -> None:
   # TensorFlow only reads data here: it need not talk, nor look for GPUs.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   logging.set_verbosity(logging.ERROR)

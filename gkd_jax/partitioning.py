@@ -62,7 +62,7 @@ def standard_logical_axis_rules(
 
   Args:
     parameter_partitioning_dims: 1 spreads parameters over 'model'; 2 over
-      'data', too (in other words: fully sharded, ZeRO-3). 0, which T5X has not,
+      'data', too, at rest: who uses them gathers them. 0, which T5X has not,
       leaves them, and all that is computed with them, whole on every device of
       'model'.
     activation_partitioning_dims: 1 spreads activations over 'data'; 2 the
@@ -203,6 +203,22 @@ def rows_of_host(batch_size: int, mesh: Mesh) -> tuple[int, int]:
       'the devices of a host, or is a multiple of their number.'
     )
   return spans[0][0], spans[-1][1]
+
+
+def is_first_of_rows(batch_size: int, mesh: Mesh) -> bool:
+  """Whether no host before this one holds the same rows of a batch."""
+  parts = batch_sharding(mesh).devices_indices_map((batch_size,))
+  own = jax.process_index()
+  rows = {
+    rows.indices(batch_size)[:2]
+    for device, (rows,) in parts.items()
+    if device.process_index == own
+  }
+  return own == min(
+    device.process_index
+    for device, (other,) in parts.items()
+    if other.indices(batch_size)[:2] in rows
+  )
 
 
 def put_batch(batch: Any, mesh: Mesh, batch_size: int) -> Any:

@@ -91,7 +91,8 @@ def precompile(
     mesh: makes the mesh of the devices that it is given.
 
   Returns:
-    What was compiled, and bytes on each device; see `_report`.
+    What was compiled; bytes on each device (see `_memory`); and what each
+    phase takes (see `_times`).
 
   Raises:
     ValueError: settings do not fit together, there is no such topology, or
@@ -228,6 +229,7 @@ def precompile(
       lengths['target_length'],
       samples=policy.student_data_fraction > 0.0,
     ),
+    'not_counted': _not_counted(policy, reward),
     'versions': _versions(),
   }
   if output is not None:
@@ -414,12 +416,12 @@ def _times(compiled, cost, topology, max_decode_len, *, samples):
   """
   if not samples:
     cost = {name: c for name, c in cost.items() if name != 'sampling'}
-  found = []
+  found = None
   if compiled is not None:
     found = collectives.find(compiled.as_text(), max_decode_len)
   phases = roofline.of_phases(cost, found, _chip(topology))
   step_seconds = sampling_share = None
-  if _chip(topology) is not None:
+  if found is not None and _chip(topology) is not None:
     step_seconds = sum(phase['seconds'] for phase in phases.values())
     sampling = phases.get('sampling', {'seconds': 0.0})
     sampling_share = sampling['seconds'] / step_seconds
@@ -431,6 +433,16 @@ def _times(compiled, cost, topology, max_decode_len, *, samples):
     if compiled is None
     else roofline.summary(found, phases),
   }
+
+
+def _not_counted(policy, reward) -> list[str]:
+  """Returns what a step does beside its phases."""
+  parts = []
+  if policy.needs_teacher:
+    parts.append('outputs that the teacher writes')
+  if reward is not None:
+    parts.append('the reward')
+  return parts
 
 
 def _itemsize(params) -> int:
@@ -505,11 +517,13 @@ def format_report(report: dict[str, Any]) -> str:
   for name, phase in report['phases'].items():
     row = (
       f'  {name.replace("_", " "):16}{phase["flops"] / 1e12:>10.3f}'
-      f'{phase["bytes"] / 2**30:>10.3f}{phase["received"] / 2**30:>14.3f}'
+      f'{phase["bytes"] / 2**30:>10.3f}{_gib(phase["received"]):>14}'
     )
     if 'seconds' in phase:
       row += f'{1e3 * phase["seconds"]:>13.2f}  {phase["bound_by"]}'
     lines.append(row)
+  if report['not_counted']:
+    lines.append(f'  not counted: {", ".join(report["not_counted"])}')
   if report['step_seconds'] is not None:
     lines.append(
       f'  {"step":50}{1e3 * report["step_seconds"]:>13.2f}  of which sampling '
@@ -525,6 +539,10 @@ def format_report(report: dict[str, Any]) -> str:
       lines.append(row + ('  in sampling' if one['in_decode_loop'] else ''))
   lines += ['', _verdict(report)]
   return '\n'.join(lines)
+
+
+def _gib(num_bytes: float | None) -> str:
+  return '' if num_bytes is None else f'{num_bytes / 2**30:.3f}'
 
 
 def _verdict(report: dict[str, Any]) -> str:

@@ -76,7 +76,8 @@ def on_a_device(
     target_length: tokens.
     num_microbatches: weights are read again for each.
     data: devices that share the batch.
-    student_model: devices that share each of the student's products.
+    student_model: devices that share each of the student's products (and, in
+      phase 'student', the teacher's projection to the vocabulary).
     teacher_model: likewise.
     teacher_weight_bytes: of one of its weights in memory.
     optimizer_bytes: that a device moves to update its part of the state.
@@ -102,22 +103,24 @@ def on_a_device(
 
 def of_phases(
   cost: Mapping[str, Cost],
-  collectives: Sequence[Collective],
+  collectives: Sequence[Collective] | None,
   chip: Chip | None,
 ) -> dict[str, dict[str, Any]]:
   """Returns figures of each phase, as JSON can hold them.
 
   Args:
     cost: of each, on one device.
-    collectives: of the program; those of no phase (metrics) are phase 'other'.
+    collectives: of the program; those of no phase are phase 'other'. None: it
+      was not compiled.
     chip: None: nothing is said of time.
 
   Returns:
     {phase: {'flops', 'bytes': from memory, 'received': bytes from other
-    devices, 'seconds', 'bound_by': 'compute', 'memory' or 'interconnect'}}.
+    devices, 'seconds', 'bound_by': 'compute', 'memory' or 'interconnect'}};
+    without collectives 'received' is None, and there are no seconds.
   """
   received = dict.fromkeys([*cost, 'other'], 0.0)
-  for one in collectives:
+  for one in collectives or ():
     received[phase_of(one, cost)] += one.times * one.received
   phases = {}
   for phase, num_bytes in received.items():
@@ -125,9 +128,9 @@ def of_phases(
     phases[phase] = {
       'flops': of_phase.flops,
       'bytes': of_phase.bytes,
-      'received': num_bytes,
+      'received': None if collectives is None else num_bytes,
     }
-    if chip is not None:
+    if chip is not None and collectives is not None:
       seconds = {
         'compute': of_phase.flops / chip.flops,
         'memory': of_phase.bytes / chip.bandwidth,

@@ -110,7 +110,8 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     policy_rng, sample_rng, dropout_rng = jax.random.split(rng, 3)
     # Once for sampling, both passes, and all microbatches.
-    params = student.gather_params(state.params)
+    with jax.named_scope('student'):
+      params = student.gather_params(state.params)
 
     def grads_and_sums(batch, row_ids_B, microbatch):
       rngs = (
@@ -126,18 +127,19 @@ def make_train_step(
     count = jnp.maximum(sums.pop('count'), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     grad_norm = optax.tree.norm(grads)
-    with jax.named_scope('optimizer'):
+
+    def update():
       updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params
       )
-      params = optax.apply_updates(state.params, updates)
+      return optax.apply_updates(state.params, updates), opt_state
+
     # What is not finite would spoil every step to come.
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
-      (params, opt_state),
-      (state.params, state.opt_state),
-    )
+    with jax.named_scope('optimizer'):
+      params, opt_state = jax.lax.cond(
+        finite, update, lambda: (state.params, state.opt_state)
+      )
 
     of_rewards = _reward_metrics(sums)
     sequences = sums.pop('sequences')

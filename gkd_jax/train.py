@@ -130,7 +130,8 @@ def train(
     checkpoint_period: steps; one more is saved at the end; 0: only that.
     log_period: steps whose metrics are averaged into one line.
     max_skipped_steps: a step whose loss or gradient is not finite changes
-      nothing; after so many in a row, and the one under way, the run stops.
+      nothing (the learning rate's schedule waits, too); after so many in a row,
+      and the one under way, the run stops.
     keep_checkpoints: the last ones that are kept.
     best_metric: name of a validation metric; its best checkpoint is kept
       beside the last.
@@ -198,6 +199,7 @@ def train(
     ('LOG_PERIOD', log_period, 1),
     ('MAX_SKIPPED_STEPS', max_skipped_steps, 1),
     ('KEEP_CHECKPOINTS', keep_checkpoints, 1),
+    ('NUM_DATA_SHARDS', num_data_shards or 1, 1),
   ):
     if not isinstance(value, int) or value < least:
       raise ValueError(
@@ -229,9 +231,7 @@ def train(
   _check_not_trained_on(
     train_dataset, [d for d in (eval_dataset, final_eval_dataset) if d]
   )
-  shards, num_shards = _data_shards(
-    num_data_shards, train_dataset.batch_size, device_mesh
-  )
+  dealt = _deal_data(num_data_shards, train_dataset.batch_size, device_mesh)
   _check_same_config(run_dir, config_text())
   sources = {}
   for role, path, setting, shape, shape_setting in (
@@ -325,8 +325,7 @@ def train(
   iterator = data.TrainIterator(
     train_dataset,
     seed=seed,
-    shards=shards,
-    num_shards=num_shards,
+    **dealt,
   )
 
   hosts.wait('all is checked')
@@ -609,9 +608,10 @@ def _loop(
         continue
 
       log.flush()
+      stops = stops or log.too_many_skipped
       train_seconds += time.monotonic() - clock
       values, evaluated = None, not evaluates
-      if evaluates and not log.too_many_skipped:
+      if evaluates and not stops:
         try:
           with signals.at_once():
             values, evaluated = evaluate_now(step), True
@@ -625,7 +625,8 @@ def _loop(
           metrics=values,
           to_evaluate=not evaluated,
         )
-      if stops or log.too_many_skipped:
+      stops = stops or signals.received is not None
+      if stops:
         checkpoints.close()
         writer.close()
         log.close()
@@ -782,21 +783,23 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:
     )
 
 
-def _data_shards(
-  num_shards: int | None, batch_size: int, mesh
-) -> tuple[list[int], int]:
-  """Returns the shards of the data that this host reads, and their number."""
+def _deal_data(num_shards: int | None, batch_size: int, mesh) -> dict[str, Any]:
+  """Returns which part of the data this host reads: `data.TrainIterator`'s."""
   first, end = partitioning.rows_of_host(batch_size, mesh)
   if num_shards is None:
     num_shards = batch_size // (end - first)
-  rows = batch_size // num_shards if num_shards else 0
-  if not rows or batch_size % num_shards or first % rows or end % rows:
+  rows = batch_size // num_shards
+  if batch_size % num_shards or first % rows or end % rows:
     raise ValueError(
       f'NUM_DATA_SHARDS {num_shards} must divide BATCH_SIZE {batch_size} into '
       f'parts of which each host has whole ones; this one has rows {first} to '
       f'{end - 1}.'
     )
-  return list(range(first // rows, end // rows)), num_shards
+  return {
+    'shards': range(first // rows, end // rows),
+    'num_shards': num_shards,
+    'saves': partitioning.is_first_of_rows(batch_size, mesh),
+  }
 
 
 def _check_not_trained_on(
@@ -865,12 +868,17 @@ def _check_same_config(run_dir: pathlib.Path, config: str) -> None:
 
 
 def _comparable(config: str) -> list[str]:
-  """Lines that must not change: all but comments and where the run lies."""
+  """Lines that must not change: all but comments, and what is checked apart.
+
+  Where the run lies; and how its data is dealt, which its checkpoints say.
+  """
   # A long path begins on the next line, and goes on while lines are indented.
-  where = re.compile(r'^MODEL_DIR = .*(?:\n .*)*', re.MULTILINE)
+  free = re.compile(
+    r'^(?:MODEL_DIR|NUM_DATA_SHARDS) = .*(?:\n .*)*', re.MULTILINE
+  )
   return [
     line
-    for line in where.sub('', config).splitlines()
+    for line in free.sub('', config).splitlines()
     if line and not line.startswith('#')
   ]
 

@@ -129,16 +129,16 @@ def main() -> None:
     nonlocal params, opt_state
     key = jax.random.PRNGKey(i)
     tokens = jax.block_until_ready(sample(params, key))
-    assert tokens.shape == (batch_size, length), tokens.shape
-    assert not (tokens == EOS_ID).any()
     yield
     logits = jax.block_until_ready(score(teacher_params, tokens))
     yield
     loss, grads = jax.block_until_ready(gradient(params, logits, tokens))
-    assert jnp.isfinite(loss)
     yield
     params, opt_state = jax.block_until_ready(update(params, opt_state, grads))
     yield
+    assert jnp.isfinite(loss)
+    assert tokens.shape == (batch_size, length), tokens.shape
+    assert not (tokens == EOS_ID).any()
 
   bench_peer.measure(
     work,

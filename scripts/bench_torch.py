@@ -67,8 +67,6 @@ def main() -> None:
         max_new_tokens=length,
       )
     tokens = tokens.clone()
-    assert tokens.shape == (work['batch'], length + 1), tokens.shape
-    assert not (tokens[:, 1:] == EOS_ID).any()
     yield
     with torch.inference_mode():
       teacher_logits = teacher(
@@ -83,11 +81,13 @@ def main() -> None:
       logits, teacher_logits, beta=BETAS[work['divergence']]
     )
     loss.backward()
-    assert torch.isfinite(loss)
     yield
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     yield
+    assert torch.isfinite(loss)
+    assert tokens.shape == (work['batch'], length + 1), tokens.shape
+    assert not (tokens[:, 1:] == EOS_ID).any()
 
   bench_peer.measure(
     work,

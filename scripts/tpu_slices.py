@@ -9,6 +9,7 @@ one to three minutes. The reports are kept in --output_dir: what has been
 compiled is not compiled again.
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -102,13 +103,10 @@ def _is_hopeless(report) -> bool:
 
 def _precompile(topology, arguments) -> dict:
   settings = (*arguments, *SETTINGS)
-  name = '_'.join(
-    a.partition('=')[2].removesuffix('.gin').replace('/', '_')
-    for a in arguments
-  )
+  digest = hashlib.sha256(' '.join(settings).encode()).hexdigest()[:12]
   path = (
     pathlib.Path(_OUTPUT_DIR.value)
-    / f'{topology.replace(":", "_")}_{name}.json'
+    / f'{topology.replace(":", "_")}_{digest}.json'
   )
   if path.exists():
     return json.loads(path.read_text())

@@ -176,6 +176,60 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh(
   assert folders(tmp_path) == ['checkpoint_1', 'checkpoint_2']
 
 
+def test_a_step_may_be_damaged_again(tmp_path):
+  for _ in range(2):
+    save_steps(tmp_path, {1: None, 2: None}, keep=2)
+    cut_off(tmp_path / 'checkpoint_2')
+    checkpoint.Checkpoints(tmp_path, DESCRIPTION)
+
+  assert folders(tmp_path) == [
+    'checkpoint_1',
+    'damaged_checkpoint_2',
+    'damaged_checkpoint_2_again',
+  ]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    checkpoint.DoesNotFit('the data of another'),
+    RuntimeError('RESOURCE_EXHAUSTED: no memory'),
+    OSError(24, 'Too many open files'),
+  ],
+  ids=lambda error: str(error)[:9],
+)
+def test_a_checkpoint_is_not_called_damaged_for_another_reason(tmp_path, error):
+  save_steps(tmp_path, {1: None, 2: None}, keep=2)
+
+  class Refusing(Counter):
+    def restore(self, directory):
+      raise error
+
+  with pytest.raises(type(error)):
+    checkpoint.Checkpoints(tmp_path, DESCRIPTION).restore(
+      abstract(state_at(0)), Refusing()
+    )
+
+  assert folders(tmp_path) == ['checkpoint_1', 'checkpoint_2']
+
+
+def test_an_evaluation_that_was_made_up_for_is_not_asked_for_again(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, DESCRIPTION)
+  checkpoints.save(state_at(1), Counter(1), train_seconds=0.0, to_evaluate=True)
+  checkpoints.close()
+
+  def to_evaluate():
+    checkpoints = checkpoint.Checkpoints(tmp_path, DESCRIPTION)
+    return checkpoints, checkpoints.restore(
+      abstract(state_at(0)), Counter()
+    ).to_evaluate
+
+  checkpoints, before = to_evaluate()
+  checkpoints.add_metrics(1, {'wer': 3.0})
+
+  assert (before, to_evaluate()[1]) == (True, False)
+
+
 def test_metrics_that_come_later_count(tmp_path):
   save_steps(tmp_path, {1: {'wer': 30.0}, 2: None}, keep=2, best_metric='wer')
 

@@ -45,7 +45,8 @@ def programs():
     def body(x):
       return jax.lax.ppermute(x, 'data', [(i, (i + 1) % 4) for i in range(4)])
 
-    return jax.lax.while_loop(lambda x: x[0, 0] < 3.0, body, x)
+    with jax.named_scope('sampling'):
+      return jax.lax.while_loop(lambda x: x[0, 0] < 3.0, body, x)
 
   def nothing(x):
     return 2.0 * x
@@ -90,7 +91,7 @@ def test_what_stands_in_a_scan_happens_as_often_as_it_runs(found):
   assert one.received == PART
 
 
-def test_a_loop_of_unknown_length_is_one_that_samples(found):
+def test_a_loop_of_unknown_length_that_samples_runs_for_each_token(found):
   (one,) = found['permute_in_loop_of_unknown_length']
 
   assert (one.kind, one.times) == ('collective-permute', 7)
@@ -162,6 +163,44 @@ def test_one_that_is_started_and_waited_for_counts_once():
   (one,) = collectives.find(STARTED, 7)
 
   assert (one.kind, one.received) == ('all-gather', 3 * 4 * 4)
+
+
+def one_of(instruction):
+  """Bytes that the only instruction of a program for 8 devices receives."""
+  (one,) = collectives.find(
+    'HloModule jit_f, num_partitions=8\n\n'
+    'ENTRY %main (a: f32[4]) -> f32[4] {\n'
+    f'  %s = {instruction}\n'
+    '}\n',
+    7,
+  )
+  return one.received
+
+
+@pytest.mark.parametrize(
+  ('instruction', 'received'),
+  [
+    # The sum, then its parts: twice 3/4 of both arrays.
+    (
+      '(f32[8], f32[4]) all-reduce-start(%a, %b), replica_groups=[2,4]<=[8]',
+      2 * 12 * 4 * 3 / 4,
+    ),
+    (
+      '((f32[2], f32[1]), (f32[8], f32[4])) all-gather-start(%a, %b), '
+      'replica_groups=[2,4]<=[8]',
+      12 * 4 * 3 / 4,
+    ),
+    (
+      '(f32[8], f32[8], u32[], u32[]) collective-permute-start(%a)',
+      8 * 4,
+    ),
+    ('f32[2] reduce-scatter(%a), replica_groups={{0,1,2,3},{4,5,6,7}}', 24),
+    # Among all devices.
+    ('f32[8] all-gather(%a), replica_groups={}', 8 * 4 * 7 / 8),
+  ],
+)
+def test_what_is_received_is_what_the_others_have(instruction, received):
+  assert one_of(instruction) == received
 
 
 def test_a_loop_that_was_unrolled_runs_less_often():

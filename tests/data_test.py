@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import seqio
 
-from gkd_jax import data, vocabularies
+from gkd_jax import checkpoint, data, vocabularies
 from gkd_jax.batch import Batch
 from gkd_jax.tasks import _common, cmudict_g2p
 from tests import conftest
@@ -180,7 +180,7 @@ def test_a_position_of_another_number_of_shards_is_refused(
     train_config, seed=0, shards=[0], num_shards=2
   )
 
-  with pytest.raises(ValueError, match='Set NUM_DATA_SHARDS'):
+  with pytest.raises(checkpoint.DoesNotFit, match='Set NUM_DATA_SHARDS'):
     one_of_two.restore(tmp_path)
 
 

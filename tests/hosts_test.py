@@ -202,6 +202,7 @@ def test_sigterm_on_one_host_saves_on_all(start):
     '--gin.TRAIN_STEPS=100000',
     '--gin.EVAL_PERIOD=0',
     '--gin.CHECKPOINT_PERIOD=0',
+    '--gin.MESH_MODEL=2',  # both have all rows
     count=2,
     devices=1,
   )

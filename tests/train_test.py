@@ -172,6 +172,15 @@ def damage(distil, folder):
     (folder / name).unlink()
 
 
+def damage_data_position(distil, folder):
+  """Cuts off where a run's last checkpoint says how far the data was read."""
+  distil(folder)
+  (path,) = (folder / 'checkpoint_6' / 'data').glob('*.data-*')
+  os.truncate(path, path.stat().st_size // 2)
+  for name in ('eval_test.json', 'samples_test.json'):
+    (folder / name).unlink()
+
+
 @contextlib.contextmanager
 def in_step(number, action):
   """Does something when a run asks for that step's batch."""
@@ -195,7 +204,13 @@ def send_sigterm():
 
 @pytest.fixture(
   scope='module',
-  params=[(kill, 3), (terminate, 5), (terminate_in_evaluation, 3), (damage, 3)],
+  params=[
+    (kill, 3),
+    (terminate, 5),
+    (terminate_in_evaluation, 3),
+    (damage, 3),
+    (damage_data_position, 3),
+  ],
   ids=lambda param: param[0].__name__,
 )
 def resumed(request, distil, tmp_path_factory):
@@ -553,6 +568,25 @@ def test_a_run_of_skipped_steps_ends_with_the_last_good_state(
       arrays(tmp_path / 'run', item),
       arrays(tmp_path / 'good', item),
     )
+
+
+def test_a_run_of_skipped_steps_that_ends_when_it_would_evaluate_is_saved(
+  train_letters, tmp_path
+):
+  with spoilt_batches(*range(3, 10)):
+    with pytest.raises(FloatingPointError):
+      train_letters(
+        tmp_path,
+        total_steps=9,
+        max_skipped_steps=3,
+        eval_dataset=train_letters.dataset('validation'),
+        eval_period=5,
+        checkpoint_period=0,
+      )
+
+  assert [path.name for path in tmp_path.glob('checkpoint_*')] == [
+    'checkpoint_5'
+  ]
 
 
 def test_parameters_that_are_not_finite_end_the_run_unsaved(
