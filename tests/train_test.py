@@ -355,6 +355,7 @@ def test_a_run_leaves_the_documented_files(whole):
   there = {path.name for path in whole.folder.iterdir()}
 
   assert there - {path.name for path in whole.folder.glob('events.*')} == {
+    '.lock',
     'checkpoint_3',
     'checkpoint_6',
     'config.gin',
