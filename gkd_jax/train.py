@@ -199,7 +199,7 @@ def train(
     ('LOG_PERIOD', log_period, 1),
     ('MAX_SKIPPED_STEPS', max_skipped_steps, 1),
     ('KEEP_CHECKPOINTS', keep_checkpoints, 1),
-    ('NUM_DATA_SHARDS', num_data_shards or 1, 1),
+    ('NUM_DATA_SHARDS', 1 if num_data_shards is None else num_data_shards, 1),
   ):
     if not isinstance(value, int) or value < least:
       raise ValueError(

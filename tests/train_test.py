@@ -658,13 +658,28 @@ def test_a_batch_must_be_divisible_by_its_parts(refused, num_microbatches):
     ('eval_period', -1, 0),
     ('checkpoint_period', 0.5, 0),
     ('log_period', 0, 1),
+    ('max_skipped_steps', 0, 1),
+    ('keep_checkpoints', 0, 1),
+    ('num_data_shards', 0, 1),
+    ('num_data_shards', 2.0, 1),
   ],
 )
-def test_steps_and_periods_are_whole_numbers(refused, name, value, least):
+def test_counts_and_periods_are_whole_numbers(refused, name, value, least):
   message = refused(**{name: value})
 
   macro = name.upper().replace('TOTAL', 'TRAIN')
   assert f'{macro} must be a whole number, {least} or more, got' in message
+
+
+@pytest.mark.parametrize('num_data_shards', [3, 16])
+def test_the_shards_of_the_data_have_equal_parts_of_a_batch(
+  refused, num_data_shards
+):
+  message = refused(num_data_shards=num_data_shards)
+
+  assert (
+    f'NUM_DATA_SHARDS {num_data_shards} must divide BATCH_SIZE 8' in message
+  )
 
 
 def test_a_batch_must_be_divisible_by_the_devices(refused):
