@@ -512,7 +512,7 @@ def format_report(report: dict[str, Any]) -> str:
     '',
     'each device, in a step',
     f'  {"":16}{"TFLOP":>10}{"GiB read":>10}{"GiB received":>14}'
-    f'{"ms at least":>13}',
+    + ('' if report['step_seconds'] is None else f'{"ms at least":>13}'),
   ]
   for name, phase in report['phases'].items():
     row = (
