@@ -31,9 +31,8 @@ _PREFIX = 'checkpoint'
 _METRICS = 'metrics/metrics'
 _MAX_DIFFERENCES = 5
 
-# What reading a file that was cut off or overwritten raises.
-_DAMAGE = (ValueError, TypeError, KeyError, OSError, RuntimeError)
-# What else an OSError or RuntimeError can be: then the checkpoint is whole.
+# A file that was cut off or overwritten can raise anything; Orbax has errors
+# that are an Exception and no more. But these do not come from damage.
 _NO_DAMAGE = re.compile('RESOURCE_EXHAUSTED|Too many open files|No space left')
 
 
@@ -240,7 +239,7 @@ class Checkpoints:
             description=ocp.args.JsonRestore(),
           ),
         )
-      except _DAMAGE as e:
+      except Exception as e:
         if hosts.are_several() or not _is_damage(e):
           raise
         damaged.append((folder, e))
@@ -280,7 +279,7 @@ def _error_of(read: Callable[[], Any]) -> Exception | None:
   """Returns the error that damage causes in reading; None: there is none."""
   try:
     read()
-  except _DAMAGE as e:
+  except Exception as e:
     if not _is_damage(e):
       raise
     return e
@@ -314,7 +313,7 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
   """
   if not damaged:
     return
-  reasons = {folder: _first_line(error) for folder, error in damaged}
+  reasons = {folder: first_line(error) for folder, error in damaged}
   num_there = len(_steps(run_dir))
   hosts.wait('checkpoints counted')  # before one of them has another name
   if len(reasons) == num_there:
@@ -336,7 +335,8 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
   hosts.wait('damaged checkpoints set aside')
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+  """Returns an error's kind, and how its message begins."""
   text = str(error).strip().split('\n')[0]
   return f'{type(error).__name__}: {text[:200]}'
 
@@ -422,7 +422,7 @@ def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
   with ocp.StandardCheckpointer() as checkpointer:
     metadata = checkpointer.metadata(folder / 'params').item_metadata
   if metadata is None:
-    raise ValueError(f'{folder / "params"} does not say what it holds')
+    raise OSError(f'{folder / "params"} does not say what it holds')
   return shapes(metadata.tree)
 
 

@@ -55,7 +55,10 @@ def reverse_kl(
 
 
 def generalized_jsd(
-  *, teacher_logits: jax.Array, student_logits: jax.Array, beta: float
+  *,
+  teacher_logits: jax.Array,
+  student_logits: jax.Array,
+  beta: float | None,
 ) -> jax.Array:
   """Generalized Jensen-Shannon divergence, JSD(beta).
 
@@ -69,7 +72,8 @@ def generalized_jsd(
   Args:
     teacher_logits: [..., V] logits of P.
     student_logits: [..., V] logits of Q.
-    beta: weight of the teacher in M, strictly between 0 and 1.
+    beta: weight of the teacher in M, strictly between 0 and 1. None, which gin
+      files have where it is not set, is refused like any other.
 
   Returns:
     [...] float32 nats, at most -(beta ln beta + (1 - beta) ln(1 - beta)).

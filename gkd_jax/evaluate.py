@@ -295,6 +295,16 @@ class Evaluation:
     )
 
 
+def check_decodings(decodings: Mapping[str, Any]) -> None:
+  """Raises ValueError if a value is no way to draw outputs."""
+  for name, decoding in decodings.items():
+    if not isinstance(decoding, programs.Decoding):
+      raise ValueError(
+        f'DECODINGS: {name!r} must be @sampler.SamplerConfig() or '
+        f'@beam_search.BeamConfig(), got {decoding!r}.'
+      )
+
+
 def _num_outputs(
   decodings: Mapping[str, programs.Decoding], num_samples: int
 ) -> dict[str, int]:
@@ -304,6 +314,7 @@ def _num_outputs(
       'DECODINGS is empty: name at least one way to draw outputs, e.g. '
       "{'greedy': @greedy/sampler.SamplerConfig()}."
     )
+  check_decodings(decodings)
   if num_samples < 1:
     raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_samples}.')
   num = {

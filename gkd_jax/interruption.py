@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a run save before it stops, and keeps a folder to one process."""
+"""Lets a run save before it stops, and keeps its folder in order."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
@@ -91,6 +92,73 @@ class Signals:
       raise Interrupted(
         'Interrupted. The same command goes on from there.', self.exit_code
       )
+
+
+def check_folder(path: str, setting: str) -> None:
+  """Raises ValueError if a run cannot write to a folder, which may be absent.
+
+  Args:
+    path: of it.
+    setting: that names it, for messages.
+  """
+  if '://' in str(path):
+    raise ValueError(
+      f'{setting} {path}: a run folder must be on a file system. Mount the '
+      'bucket, e.g. with gcsfuse, and give the path where it is mounted.'
+    )
+  there = pathlib.Path(path).absolute()
+  while not os.path.lexists(there):
+    there = there.parent
+  if not there.is_dir():
+    raise ValueError(f'{setting} {path}: {there} is a file, not a folder.')
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise ValueError(f'{setting} {path}: {there} cannot be written to.')
+
+
+@contextlib.contextmanager
+def written(folder: str, setting: str) -> Iterator[None]:
+  """Names the folder, where what fails within it could not write there.
+
+  Args:
+    folder: that is written to.
+    setting: that names it, for messages.
+
+  Raises:
+    OSError: the disk is full, or a file cannot be written.
+  """
+  try:
+    yield
+  except Exception as e:
+    folder = os.path.abspath(folder)
+    if is_full(e):
+      raise OSError(
+        f'{setting} {folder}: no space is left on its disk, or the quota is '
+        'used up. Make room and give the same command again: it goes on from '
+        'what was whole before.'
+      ) from e
+    for error in _chain(e) if isinstance(e, OSError) else ():
+      file = str(getattr(error, 'filename', None) or '')
+      if file and (file.startswith(folder) or folder.startswith(file)):
+        raise OSError(f'{setting} {file}: {error.strerror}.') from e
+    raise
+
+
+def is_full(error: BaseException) -> bool:
+  """Whether an error, or what led to it, is that of a full disk."""
+  # TensorFlow and Orbax say it in words alone.
+  numbers = (errno.ENOSPC, errno.EDQUOT)
+  return any(
+    getattr(e, 'errno', None) in numbers
+    or any(os.strerror(number) in str(e) for number in numbers)
+    for e in _chain(error)
+  )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  """Yields an error and what led to it; gin raises another in its place."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

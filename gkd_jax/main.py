@@ -24,12 +24,14 @@ Run modes:
 """
 
 import ast
+import contextlib
 import ctypes
 import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
+import logging as std_logging
 import os
 import pathlib
 import re
@@ -37,7 +39,7 @@ import sys
 import time
 import tokenize
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -138,6 +140,9 @@ def _run_and_say_errors(argv: Sequence[str]) -> None:
   # TensorFlow only reads data here: it need not talk, nor look for GPUs.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   logging.set_verbosity(logging.ERROR)
+  # Orbax writes in many tasks, and each would tell of a full disk at length.
+  for name in ('absl', 'asyncio'):
+    std_logging.getLogger(name).addFilter(_is_news)
   try:
     _run(argv)
   except (
@@ -165,6 +170,13 @@ def _run_and_say_errors(argv: Sequence[str]) -> None:
       file=sys.stderr,
     )
     sys.exit(getattr(e, 'exit_code', 130))
+
+
+def _is_news(record: std_logging.LogRecord) -> bool:
+  """Whether a library logs something else than that the disk is full."""
+  from gkd_jax import interruption
+
+  return not (record.exc_info and interruption.is_full(record.exc_info[1]))
 
 
 def _keep_compiled_programs() -> None:
@@ -267,7 +279,27 @@ def _run(argv: Sequence[str]) -> None:
     keywords['flags'] = [f'--tfds_data_dir={_TFDS_DATA_DIR.value}']
   if starts_runs:
     keywords['check'] = functools.partial(_check_arguments, gin)
-  gin.get_configurable(function)(**keywords)
+  with _output_folder(gin, mode):
+    gin.get_configurable(function)(**keywords)
+
+
+@contextlib.contextmanager
+def _output_folder(gin, mode: str) -> Iterator[None]:
+  """Checks the folder that a run mode writes to; see `interruption`."""
+  from gkd_jax import interruption
+
+  bindings = gin.config._CONFIG.get(('', _RUN_MODES[mode]), {})
+  for name in bindings.keys() & {'model_dir', 'output_dir'}:
+    setting, folder = _resolve(gin, name, bindings[name])
+    if isinstance(folder, str):
+      break
+  else:  # it chooses one itself
+    yield
+    return
+  if mode != 'export':  # which can write to gs://
+    interruption.check_folder(folder, setting)
+  with interruption.written(folder, setting):
+    yield
 
 
 def _start_hosts(mode: str) -> None:
@@ -376,7 +408,9 @@ def _parse(
     gin.parse_config_files_and_bindings(files, [], finalize_config=False)
     # A flag may name whatever the modules that the files import hold.
     imports = re.findall(r'^(?:from|import) .+', gin.config_str(), re.MULTILINE)
-    gin.parse_config([*imports, *bindings])
+    for binding in bindings:
+      _parse_binding(gin, imports, binding)
+    _check_types(gin)
     if not needs_files:
       gin.parse_config(_without_files(gin.config_str()))
     gin.finalize()
@@ -405,6 +439,54 @@ def _parse(
       )
       + _nearest(name, used)
     )
+
+
+def _parse_binding(gin, imports: Sequence[str], binding: str) -> None:
+  try:
+    gin.parse_config([*imports, binding])
+  except (SyntaxError, tokenize.TokenError) as e:
+    raise ValueError(
+      f'--gin.{binding.replace(" = ", "=", 1)} is no value for gin: it takes '
+      'numbers, texts, True, False, None, lists, {...}, @names and %MACROS.'
+    ) from e
+
+
+def _check_types(gin) -> None:
+  """Raises ValueError if a value is of another type than what takes it says.
+
+  What a call (@name()) gives is not known yet, and checked where it is used.
+  """
+  from gkd_jax import settings
+
+  for (_, selector), bindings in gin.config._CONFIG.items():
+    if selector == 'gin.macro':
+      continue
+    parameters = _parameters(gin.get_configurable(selector))
+    for name, value in bindings.items():
+      setting = f'{".".join(selector.split(".")[-2:])}.{name}'
+      setting, value = _resolve(gin, setting, value)
+      if name in parameters and not getattr(value, 'evaluate', False):
+        settings.check(setting, value, parameters[name].annotation)
+
+
+def _resolve(gin, setting: str, value: Any) -> tuple[str, Any]:
+  """Follows macros: returns the last one's name, and its value."""
+  seen = [setting]
+  while isinstance(value, gin.config.ConfigurableReference):
+    macro = gin.config._CONFIG.get(value.config_key, {})
+    if value.selector != 'gin.macro' or 'value' not in macro:
+      break
+    (setting,), value = value.scopes, macro['value']
+    if setting in seen:
+      raise ValueError(f'{setting} is set to itself: %{" = %".join(seen[1:])}.')
+    seen.append(setting)
+  return setting, value
+
+
+def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
+  if inspect.isclass(function):  # gin hides what the class is called with
+    function = function.__init__
+  return inspect.signature(function).parameters
 
 
 def _without_files(config: str) -> list[str]:
@@ -472,10 +554,7 @@ def _explain(gin, message: str) -> str:
       and (module.__name__ == package or value.__module__ == module.__name__)
     ]
   elif match := re.match(r".*'(.+)' doesn't have a .* named '(.+)'", message):
-    function = gin.get_configurable(match[1])
-    if inspect.isclass(function):  # gin hides what the class is called with
-      function = function.__init__
-    names = inspect.signature(function).parameters
+    names = _parameters(gin.get_configurable(match[1]))
   else:
     return message
   return message + _nearest(match[match.lastindex], names)
@@ -492,6 +571,8 @@ def _who_sets(function: str) -> str:
     for macro in re.findall(binding, config, re.MULTILINE)
     for value in re.findall(rf'^{macro} =\s+(.+)', config, re.MULTILINE)
   ]
+  if not given:
+    return ''
   return f' Look at what {function} is given: {", ".join(given)}.'
 
 

@@ -4,13 +4,17 @@
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 
-import tensorboardX
 import tqdm
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from gkd_jax import hosts
+
+_FLUSH_SECONDS = 120.0
 
 
 class MetricWriter:
@@ -33,24 +37,38 @@ class MetricWriter:
     path = pathlib.Path(run_dir) / 'metrics.jsonl'
     if path.exists():
       _keep_through_step(path, first_step)
-    self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-      os.fspath(run_dir), purge_step=first_step + 1
+    # Nothing is kept back that would be written when the file is closed.
+    self._file = path.open('ab', buffering=0)
+    # tensorboardX's SummaryWriter has a thread that writes. It would die of a
+    # full disk, and whoever writes next would wait for it without end.
+    self._board = event_file_writer.EventsWriter(
+      os.path.join(run_dir, 'events')
     )
+    self._flush_at = 0.0
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(step=first_step + 1, session_log=start)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Writes the scalars of a step, at once visible to others."""
     if self._file is None:
       return
-    self._file.write(json.dumps({'step': step, **scalars}) + '\n')
-    self._file.flush()
+    line = (json.dumps({'step': step, **scalars}) + '\n').encode()
+    while line:
+      line = line[self._file.write(line) :]
     for name, value in scalars.items():
-      self._board.add_scalar(name, value, step)
+      self._add(step=step, summary=summary.scalar(name, value))
 
   def text(self, step: int, name: str, markdown: str) -> None:
     """Writes a text to TensorBoard."""
     if self._board is not None:
-      self._board.add_text(name, markdown, step)
+      self._add(step=step, summary=summary.text(name, markdown))
+
+  def _add(self, **fields):
+    """Writes an event to TensorBoard, visible after a while."""
+    self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+    if time.monotonic() >= self._flush_at:
+      self._board.flush()
+      self._flush_at = time.monotonic() + _FLUSH_SECONDS
 
   def close(self) -> None:
     """Closes both."""
@@ -61,12 +79,22 @@ class MetricWriter:
 
 def _keep_through_step(path: pathlib.Path, step: int) -> None:
   """Drops later lines, and one that was cut off while it was written."""
-  kept = []
-  for line in path.read_text().splitlines(keepends=True):
+  kept, damaged = [], 0
+  for line in path.read_text(errors='replace').splitlines(keepends=True):
     if not line.endswith('\n'):
       break
-    if json.loads(line)['step'] <= step:
-      kept.append(line)
+    try:
+      if json.loads(line)['step'] <= step:
+        kept.append(line)
+    except (ValueError, TypeError, KeyError):
+      damaged += 1
+  if damaged:
+    aside = path.with_name(f'damaged_{path.name}')
+    shutil.copy(path, aside)
+    say(
+      f'{path} has {damaged} lines that cannot be read. They are left out; as '
+      f'it was, it is in {aside.name}.'
+    )
   write_whole(path, ''.join(kept))
 
 
@@ -90,7 +118,11 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix('.partial')
-  partial.write_text(text)
+  try:
+    partial.write_text(text)
+  except OSError:
+    partial.unlink(missing_ok=True)
+    raise
   partial.rename(path)
 
 

@@ -87,6 +87,16 @@ class T5Config:
       raise ValueError(
         f"T5Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}."
       )
+    for name in ('emb_dim', 'num_heads', 'head_dim', 'mlp_dim'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'T5Config.{name} must be 1 or more, got {getattr(self, name)}.'
+        )
+    for name in ('num_encoder_layers', 'num_decoder_layers'):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f'T5Config.{name} must be 0 or more, got {getattr(self, name)}.'
+        )
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ValueError(
         f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.'

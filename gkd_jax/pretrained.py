@@ -5,10 +5,13 @@ A path means a run folder of ours or a step in it, a Hugging Face folder, or a
 T5X checkpoint. Which it is, is found out from the files that are there.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -24,6 +27,7 @@ Params = Any
 
 # Fields of T5Config that do not change what the parameters mean.
 _FREE_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
+_PACKAGE = pathlib.Path(__file__).parent
 # In a run folder: what a Hugging Face checkpoint had beside its weights.
 _SIDE_FOLDER = 'huggingface_files'
 
@@ -73,6 +77,33 @@ def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
     folder = checkpoint.find(path, _is_checkpoint)
   except ValueError as e:
     raise ValueError(f'{setting}: {e}') from e
+  with _named(setting, folder):
+    found = _open(folder)
+
+  def load(abstract_params, dtype):
+    with _named(setting, folder):
+      return found.load(abstract_params, dtype)
+
+  return found._replace(load=load)
+
+
+@contextlib.contextmanager
+def _named(setting: str, folder: epath.Path) -> Iterator[None]:
+  """Says which checkpoint it is that a library cannot read."""
+  try:
+    yield
+  except Exception as e:  # a damaged file can raise anything
+    *_, last = traceback.extract_tb(e.__traceback__)
+    is_ours = pathlib.Path(last.filename).is_relative_to(_PACKAGE)
+    if is_ours and isinstance(e, ValueError):
+      raise
+    raise ValueError(
+      f'{setting}: {folder} cannot be read ({checkpoint.first_line(e)}). If it '
+      'is not whole, copy it again, or name another.'
+    ) from e
+
+
+def _open(folder: epath.Path) -> Pretrained:
   if checkpoint.is_checkpoint(folder):
     saved = checkpoint.describe(folder)
     return Pretrained(

@@ -71,6 +71,11 @@ def _import_module(name: str, module: str | None) -> types.ModuleType | None:
     if name in _our_tasks():
       return importlib.import_module(f'gkd_jax.tasks.{name}')
     return None
+  if not all(part.isidentifier() for part in module.split('.')):
+    raise ValueError(
+      f'MIXTURE_OR_TASK_MODULE: {module!r} is no name of a Python module, such '
+      'as my_project.tasks.'
+    )
   try:
     return importlib.import_module(module)
   except ModuleNotFoundError as e:

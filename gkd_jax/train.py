@@ -194,6 +194,7 @@ def train(
   _check_reward_baseline(objective, train_dataset.batch_size, num_microbatches)
   for name, value, least in (
     ('TRAIN_STEPS', total_steps, 1),
+    ('RANDOM_SEED', seed, 0),
     ('EVAL_PERIOD', eval_period, 0),
     ('CHECKPOINT_PERIOD', checkpoint_period, 0),
     ('LOG_PERIOD', log_period, 1),
@@ -207,6 +208,7 @@ def train(
       )
   if best_mode not in ('min', 'max'):
     raise ValueError(f"BEST_MODE must be 'min' or 'max', got {best_mode!r}.")
+  evaluate.check_decodings(decodings or {})
   if best_metric is not None and eval_dataset is None:
     raise ValueError(
       f'BEST_METRIC is {best_metric!r}, but nothing is evaluated during '
@@ -275,6 +277,8 @@ def train(
       batch_size=train_dataset.batch_size,
       lengths=train_dataset.task_feature_lengths,
     )
+
+  _check_rates(learning_rate, total_steps)
 
   # From here on files are read whole, and the run's folder is written.
   teacher_model = teacher_params = None
@@ -468,8 +472,21 @@ def make_plan(
     )
   _check_batch(train_dataset.batch_size, num_microbatches, mesh)
   model = T5(student, partitioning.Placement(mesh, student_rules))
-  tx = optimizer(learning_rate=learning_rate)
+  try:
+    tx = optimizer(learning_rate=learning_rate)
+  except TypeError as e:
+    tx = e
+  if not isinstance(tx, optax.GradientTransformation):
+    raise ValueError(
+      'OPTIMIZER must make an optax optimizer of a learning rate, as '
+      f'@optax.adafactor does; it gives {tx!r}.'
+    )
   if max_grad_norm is not None:
+    if max_grad_norm <= 0.0:
+      raise ValueError(
+        'MAX_GRAD_NORM must be above 0, or None for gradients as they are; got '
+        f'{max_grad_norm}.'
+      )
     tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
   return Plan(
     student=model,
@@ -833,6 +850,23 @@ def _check_reward_baseline(
     )
 
 
+def _check_rates(learning_rate: optax.Schedule, total_steps: int) -> None:
+  """Refuses what is no schedule, and one that would climb."""
+  for step in (0, total_steps // 2, total_steps):
+    try:
+      rate = float(learning_rate(step))
+    except (TypeError, ValueError) as e:
+      raise ValueError(
+        'LEARNING_RATE_SCHEDULE must give a number for each step, as '
+        f'@optax.constant_schedule() does: {e}.'
+      ) from e
+    if rate < 0.0:
+      raise ValueError(
+        f'The learning rate of step {step} is {rate}: LEARNING_RATE and '
+        'FINAL_LEARNING_RATE must not be negative.'
+      )
+
+
 def _check_best_metric(name: str, names: Sequence[str]) -> None:
   if name not in names:
     near = difflib.get_close_matches(name, names, n=1)
@@ -853,7 +887,8 @@ def _check_same_config(run_dir: pathlib.Path, config: str) -> None:
         'of gkd_jax. Use another MODEL_DIR.'
       )
     return
-  was, now = _comparable(path.read_text()), _comparable(config)
+  was = _comparable(path.read_text(errors='replace'))
+  now = _comparable(config)
   if was != now:
     changes = [
       line
@@ -889,11 +924,12 @@ def _save_manifest(run_dir: pathlib.Path, config: str) -> None:
   Raises:
     ValueError: this host does not see what the first one wrote.
   """
+  # The first file of all: without it the folder is not known to be a run.
+  metrics_lib.write_whole(run_dir / 'config.gin', config)
   versions = {**checkpoint.versions(), 'command': sys.argv}
   metrics_lib.write_whole(
     run_dir / 'versions.json', json.dumps(versions, indent=2) + '\n'
   )
-  metrics_lib.write_whole(run_dir / 'config.gin', config)
   hosts.wait('the folder is there')
   if not (run_dir / 'config.gin').exists():
     raise ValueError(

@@ -18,6 +18,7 @@ LAYERS = (
     'calculator',
     'collectives',
     'hosts',
+    'settings',
   },
   {'layers', 'sampler', 'beam_search', 'objectives'},
   {'model', 'policies', 'rewards'},

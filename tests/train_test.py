@@ -682,6 +682,26 @@ def test_the_shards_of_the_data_have_equal_parts_of_a_batch(
   )
 
 
+def test_a_schedule_must_give_rates(refused):
+  message = refused(learning_rate=optax.constant_schedule)
+
+  assert 'LEARNING_RATE_SCHEDULE must give a number for each step' in message
+
+
+def test_a_rate_must_not_be_negative(refused):
+  message = refused(learning_rate=lambda step: 0.5 - step, total_steps=2)
+
+  assert 'The learning rate of step 1 is -0.5: LEARNING_RATE and' in message
+
+
+def test_a_way_to_draw_outputs_must_be_one(refused, train_letters):
+  message = refused(
+    decodings={'greedy': 1}, eval_dataset=train_letters.dataset('validation')
+  )
+
+  assert "DECODINGS: 'greedy' must be @sampler.SamplerConfig() or" in message
+
+
 def test_a_batch_must_be_divisible_by_the_devices(refused):
   three = types.SimpleNamespace(shape={'data': 3, 'model': 1})
 
