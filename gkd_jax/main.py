@@ -31,6 +31,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import io
 import logging as std_logging
 import os
 import pathlib
@@ -389,7 +390,7 @@ def _parse(
   Without a need for files, settings that name files need not be set.
   """
   # gin would also look inside Python packages, and takes folders for some.
-  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+  gin.config._FILE_READERS[:] = [(_open_gin_file, os.path.isfile)]
   folders = [*_GIN_SEARCH_PATHS.value, str(_ROOT)]
   for folder in folders:
     gin.add_config_file_search_path(folder)
@@ -439,6 +440,15 @@ def _parse(
       )
       + _nearest(name, used)
     )
+
+
+def _open_gin_file(path: str) -> io.TextIOBase:
+  try:
+    file = io.StringIO(pathlib.Path(path).read_text(encoding='utf-8'))
+  except (OSError, UnicodeDecodeError) as e:
+    raise ValueError(f'The gin file {path} cannot be read: {e}.') from e
+  file.name = path  # for gin's messages
+  return file
 
 
 def _parse_binding(gin, imports: Sequence[str], binding: str) -> None:

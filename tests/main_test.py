@@ -782,6 +782,33 @@ def test_a_file_that_is_cut_off_is_refused(refused, tmp_path):
   assert 'EOF in multi-line' in refused(f'--gin_file={tmp_path}/mine.gin')
 
 
+def test_a_file_that_is_no_text_is_refused(refused, tmp_path):
+  (tmp_path / 'mine.gin').write_bytes(b'TRAIN_STEPS = \xff\x00')
+
+  message = refused(f'--gin_file={tmp_path}/mine.gin')
+
+  assert f'The gin file {tmp_path}/mine.gin cannot be read: ' in message
+
+
+def test_a_line_that_gin_cannot_read_is_refused_with_its_number(
+  refused, tmp_path
+):
+  (tmp_path / 'mine.gin').write_text('METRICS = (1)\nSEEDS 3\n')
+
+  message = refused(f'--gin_file={tmp_path}/mine.gin')
+
+  assert 'mine.gin' in message and 'line 2' in message
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest_right_one():
+  finished = run_python('-m', 'gkd_jax.main', '--gin_fiel=x')
+
+  assert finished.returncode == 1
+  assert "Unknown command line flag 'gin_fiel'" in finished.stderr
+  assert 'Did you mean: gin_file' in finished.stderr
+  assert 'Traceback' not in finished.stderr
+
+
 def test_a_missing_include_is_refused(refused, tmp_path):
   (tmp_path / 'mine.gin').write_text("include 'gin/methods/stf.gin'\n")
 

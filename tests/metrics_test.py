@@ -75,6 +75,19 @@ def test_a_line_that_was_cut_off_is_not_read(tmp_path):
   assert [m['step'] for m in metrics.read(tmp_path)] == [1, 2]
 
 
+def test_a_line_in_the_middle_that_was_damaged_is_left_out(tmp_path, capsys):
+  write_steps(tmp_path, [1, 2, 3])
+  path = tmp_path / 'metrics.jsonl'
+  damaged = path.read_bytes().replace(b'"step": 2', b'"st\xff\x00')
+  path.write_bytes(damaged)
+
+  write_steps(tmp_path, [4], first_step=3)
+
+  assert [m['step'] for m in metrics.read(tmp_path)] == [1, 3, 4]
+  assert (tmp_path / 'damaged_metrics.jsonl').read_bytes() == damaged
+  assert '1 lines that cannot be read' in capsys.readouterr().err
+
+
 def test_a_whole_last_line_without_its_newline_counts_as_cut_off(tmp_path):
   # Otherwise the next line would be appended to it.
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n{"step": 2}')
