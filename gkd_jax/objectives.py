@@ -123,11 +123,17 @@ class Objective:
       # A divergence refuses bad settings (beta, say) when it is called. Call
       # it now rather than in the middle of a compilation.
       logits = jax.ShapeDtypeStruct((2,), jnp.float32)
-      jax.eval_shape(
-        lambda p, q: self.divergence(teacher_logits=p, student_logits=q),
-        logits,
-        logits,
-      )
+      try:
+        jax.eval_shape(
+          lambda p, q: self.divergence(teacher_logits=p, student_logits=q),
+          logits,
+          logits,
+        )
+      except TypeError as e:
+        raise ValueError(
+          'Objective.divergence must be a function of teacher_logits and '
+          f'student_logits, such as @divergences.forward_kl: {e}.'
+        ) from e
 
   @property
   def needs_teacher(self) -> bool:

@@ -154,6 +154,10 @@ def test_any_value_of_any_setting_is_accepted_or_refused_by_name(
     ('NUM_DECODER_LAYERS=-1', 'T5Config.num_decoder_layers must be 0 or more'),
     ('MAX_GRAD_NORM=0', 'MAX_GRAD_NORM must be above 0, or None for'),
     ('RANDOM_SEED=-1', 'RANDOM_SEED must be a whole number, 0 or more, got -1'),
+    (
+      'DIVERGENCE=@policies.student',
+      'Objective.divergence must be a function of teacher_logits and student_l',
+    ),
     ('OPTIMIZER=@policies.student', 'OPTIMIZER must make an optax optimizer'),
     (
       'MIXTURE_OR_TASK_MODULE=./my.py',
