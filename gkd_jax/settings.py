@@ -57,7 +57,9 @@ def _kinds(annotation: Any) -> list[str]:
   if annotation in (inspect.Parameter.empty, Any):
     return ['Any']
   if isinstance(annotation, str):  # evaluating it could import what it names
-    return re.sub(r'\[.*?\]', '', annotation).split(' | ')
+    while '[' in annotation:  # the innermost first
+      annotation = re.sub(r'\[[^\[\]]*\]', '', annotation)
+    return annotation.split(' | ')
   origin = typing.get_origin(annotation)
   if origin in (typing.Union, types.UnionType):
     return [k for part in typing.get_args(annotation) for k in _kinds(part)]
