@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax import layers, partitioning
 from gkd_jax.batch import PAD_ID, shift_right
@@ -445,16 +446,16 @@ def _run_layers(stack, layer_class, x, *args):
   """
   c = stack.config
   x = _spread(x, stack.placement)
-  if not c.scan_layers or stack.is_initializing():
+  if not c.scan_layers or not stack.layers or stack.is_initializing():
     for layer in stack.layers:
       x = _spread(layer(x, *args), stack.placement)
     return x
-  # The state keeps a name for each layer, as T5X's checkpoints do, and the
-  # optimizer sees each by itself.
-  params = jax.tree.map(
-    lambda *leaves: jnp.stack(leaves),
-    *[layer.variables['params'] for layer in stack.layers],
-  )
+  params = stack.variables['params'].get('layers')
+  if params is None:
+    # The state keeps a name for each layer, as T5X's checkpoints do, and the
+    # optimizer sees each by itself.
+    each, _ = _split_layers(stack.variables['params'])
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
   rngs = None
   if c.dropout_rate > 0.0 and not args[-1]:
     rngs = jax.random.split(stack.make_rng('dropout'), len(stack.layers))
@@ -472,6 +473,61 @@ def _run_layers(stack, layer_class, x, *args):
   if c.remat:
     run_layer = jax.checkpoint(run_layer, prevent_cse=False)
   return jax.lax.scan(run_layer, x, (params, rngs))[0]
+
+
+def stack_layers(params: Params) -> Params:
+  """Returns parameters as `T5Config.scan_layers` reads them.
+
+  The layers of the encoder are one tree of arrays [layers, ...], named
+  'layers', and so are the decoder's. A program that is given them one by one
+  makes that first: a second copy of the weights.
+
+  Args:
+    params: of a T5; arrays, which are gone then (there is never a second copy
+      of them all), or shapes with shardings.
+  """
+
+  def stack(*leaves):
+    mesh, spec = leaves[0].sharding.mesh, leaves[0].sharding.spec
+    sharding = NamedSharding(mesh, PartitionSpec(None, *spec))
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+      shape = (len(leaves), *leaves[0].shape)
+      return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=sharding)
+    make = jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=sharding)
+    stacked = jax.block_until_ready(make(*leaves))
+    for leaf in leaves:
+      leaf.delete()
+    return stacked
+
+  params = dict(params)
+  for name in ('encoder', 'decoder'):
+    each, others = _split_layers(params[name])
+    if each:
+      params[name] = {**others, 'layers': jax.tree.map(stack, *each)}
+  return params
+
+
+def _unstack_layers(params: Params) -> Params:
+  """Returns parameters with a name for each layer, whatever they have."""
+  params = dict(params)
+  for name in ('encoder', 'decoder'):
+    others = dict(params[name])
+    if stacked := others.pop('layers', None):
+      num = jax.tree.leaves(stacked)[0].shape[0]
+      each = {
+        f'layers_{i}': jax.tree.map(lambda x, i=i: x[i], stacked)
+        for i in range(num)
+      }
+      params[name] = {**others, **each}
+  return params
+
+
+def _split_layers(stack_params: Params) -> tuple[list[Params], Params]:
+  """Returns the layers of an encoder or decoder in order, and what is left."""
+  others, each = dict(stack_params), []
+  while (layer := others.pop(f'layers_{len(each)}', None)) is not None:
+    each.append(layer)
+  return each, others
 
 
 class T5(nn.Module):
@@ -569,7 +625,9 @@ class T5(nn.Module):
 
     For those who read them again and again, a loop or a whole step. The others
     stay as they are: then each layer's are gathered when it is their turn.
+    Each layer has a name of its own then; see `stack_layers`.
     """
+    params = _unstack_layers(params)
     if self.placement is None or not self.placement.spreads_params_over_data:
       return params
     return jax.lax.with_sharding_constraint(

@@ -44,7 +44,12 @@ from gkd_jax import (
 )
 from gkd_jax import metrics as metrics_lib
 from gkd_jax.batch import Batch
-from gkd_jax.model import T5Config, abstract_params, count_params
+from gkd_jax.model import (
+  T5Config,
+  abstract_params,
+  count_params,
+  stack_layers,
+)
 
 # Instead of a compiler's refusal.
 _NOT_COMPILED = (
@@ -138,6 +143,8 @@ def precompile(
     teacher_params = _with_dtype(
       abstract_params(teacher_model), teacher_dtype or 'float32'
     )
+    if teacher_model.config.scan_layers:
+      teacher_params = stack_layers(teacher_params)
   pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
   if reward_model is None and reward_checkpoint_path is not None:
     reward_model = pretrained.open_checkpoint(

@@ -41,6 +41,7 @@ from gkd_jax.model import (
   abstract_params,
   count_params,
   init_params,
+  stack_layers,
 )
 
 
@@ -287,6 +288,8 @@ def train(
     teacher_params = sources['teacher'].load(
       abstract_params(teacher_model), teacher_dtype
     )
+    if teacher_model.config.scan_layers:
+      teacher_params = stack_layers(teacher_params)
     metrics_lib.say(f'Teacher: {sources["teacher"]}')
   if 'reward' in sources:
     reward_params = sources['reward'].load(reward_params, reward_dtype)

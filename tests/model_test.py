@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gkd_jax import model as model_lib
-from gkd_jax.model import T5, T5Config
+from gkd_jax import partitioning
+from gkd_jax.model import T5, T5Config, stack_layers
 from tests import t5_reference, tiny
 
 VERSIONS = pytest.mark.parametrize('version', ['1.0', '1.1'])
@@ -409,6 +410,62 @@ def test_layers_in_a_loop_change_neither_values_nor_gradients(changes):
     value_and_grad(scanned),
     value_and_grad(plain),
   )
+
+
+@pytest.fixture
+def stacked():
+  """A model whose layers are a loop, its parameters, and these stacked."""
+  depths = {'num_encoder_layers': 3, 'num_decoder_layers': 2}
+  model, params = tiny.model_and_params(0, scan_layers=True, **depths)
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  everywhere = partitioning.everywhere(mesh)
+  copies = jax.tree.map(lambda x: jax.device_put(x + 0.0, everywhere), params)
+  return model, params, copies, stack_layers(copies)
+
+
+def test_stacked_layers_give_what_each_layer_gives(stacked):
+  model, params, _, stacked_params = stacked
+  inputs, targets = tiny.tokens(1, [7, 5], 7), tiny.tokens(2, [6, 6], 6)
+
+  def logits(params):
+    return model.apply({'params': params}, inputs, targets)
+
+  np.testing.assert_array_equal(
+    tiny.jit(logits)(stacked_params), tiny.jit(logits)(params)
+  )
+
+
+def test_stacked_layers_can_be_had_one_by_one_again(stacked):
+  model, params, _, stacked_params = stacked
+
+  again = model.gather_params(stacked_params)
+
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_the_layers_that_were_stacked_are_gone(stacked):
+  _, _, given, stacked_params = stacked
+
+  assert given['encoder']['layers_1']['mlp']['wo']['kernel'].is_deleted()
+  stacked_kernel = stacked_params['encoder']['layers']['mlp']['wo']['kernel']
+  assert stacked_kernel.shape[0] == 3
+
+
+def test_a_program_keeps_no_second_copy_of_stacked_layers(stacked):
+  model, params, _, stacked_params = stacked
+  inputs = tiny.tokens(1, [1], 1)
+
+  def temporaries(params):
+    def encode(params):
+      return model.apply({'params': params}, inputs, method='encode')
+
+    compiled = jax.jit(encode).lower(params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  layer = stacked_params['encoder']['layers']
+  num_bytes = sum(x.nbytes for x in jax.tree.leaves(layer))
+  assert temporaries(params) > num_bytes
+  assert temporaries(stacked_params) < num_bytes
 
 
 def test_layers_in_a_loop_have_dropout():
