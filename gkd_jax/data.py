@@ -315,13 +315,22 @@ Predict = Callable[[Batch], np.ndarray]
 class EvalDataset:
   """A split in memory, with the task's metrics (through seqio.Evaluator)."""
 
-  def __init__(self, config: DatasetConfig):
+  def __init__(
+    self,
+    config: DatasetConfig,
+    before_batch: Callable[[], None] = lambda: None,
+  ):
     """Reads the split.
+
+    Args:
+      config: of it.
+      before_batch: called before each, as to stop by raising an exception.
 
     Raises:
       ValueError: it is empty, or the task has no metrics.
     """
     check_not_empty(config)
+    self._before_batch = before_batch
     task = get_task(config)
     self.batch_size = config.batch_size
     self._name = config.mixture_or_task_name
@@ -364,6 +373,7 @@ class EvalDataset:
     All batches have the same shape, so that one compiled program serves.
     """
     for start in range(0, len(self), self.batch_size):
+      self._before_batch()
       part = Batch(*(x[start : start + self.batch_size] for x in self._rows))
       fill = self.batch_size - len(part.encoder_input_tokens)
       yield (

@@ -101,6 +101,7 @@ class Evaluation:
     num_samples: int = 1,
     self_bleu_tokenize: str = diversity.WORDS,
     judge: programs.Judge | None = None,
+    before_batch: Callable[[], None] = lambda: None,
   ):
     """Reads the split.
 
@@ -116,13 +117,14 @@ class Evaluation:
         Its metrics are means over them, and it gets a 'self_bleu'.
       self_bleu_tokenize: see `diversity.self_bleu`.
       judge: adds the mean reward of what is written.
+      before_batch: called before each, as to stop by raising an exception.
 
     Raises:
       ValueError: several outputs are to be drawn, and no decoding samples.
     """
     self.notes: dict[str, Any] = {}
     self._self_bleu_tokenize = self_bleu_tokenize
-    self._dataset = data.EvalDataset(config)
+    self._dataset = data.EvalDataset(config, before_batch)
     self._judge = judge
     self._teacher_params = teacher_params
     shape = {

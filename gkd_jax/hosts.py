@@ -7,6 +7,7 @@ are the first host's; checkpoints are written by all.
 
 import glob
 import importlib.util
+import itertools
 import os
 
 import jax
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 # Known without asking for devices, which would take them.
 _index = 0
 _count = 1
+_times_asked = itertools.count()
 
 
 def start(
@@ -117,10 +119,12 @@ def whole(x: jax.Array) -> np.ndarray:
   return multihost_utils.process_allgather(x, tiled=True)
 
 
-def reached_preemption(step: int) -> bool:
-  """Returns whether all are to stop after this step: one got SIGTERM.
+def reached_preemption() -> bool:
+  """Returns whether all are to stop here: one got SIGTERM.
 
-  They agree on the step in the background; all ask at each. False where there
-  is one host.
+  They agree in the background on how many times more they ask, and are told
+  once; all must ask equally often. False where there is one host.
   """
-  return are_several() and multihost_utils.reached_preemption_sync_point(step)
+  return are_several() and multihost_utils.reached_preemption_sync_point(
+    next(_times_asked)
+  )

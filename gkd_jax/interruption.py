@@ -31,8 +31,8 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
   """Notes SIGTERM and Ctrl-C; a second Ctrl-C ends the process as usual.
 
-  With several hosts it notes neither: JAX notes SIGTERM, see
-  `hosts.reached_preemption`.
+  With several hosts JAX notes SIGTERM, and all hosts agree on where to stop:
+  see `hosts.reached_preemption`.
 
   Attributes:
     received: the first one's number; None: there was none.
@@ -41,7 +41,6 @@ class Signals:
   def __init__(self):
     """Nothing was received yet, and nothing is noted."""
     self.received: int | None = None
-    self._at_once = False
 
   @property
   def exit_code(self) -> int:
@@ -62,19 +61,18 @@ class Signals:
       for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
-  def stops_after(self, step: int) -> bool:
-    """Whether the run is to stop; asked at each step."""
-    return self.received is not None or hosts.reached_preemption(step)
+  def stops(self) -> bool:
+    """Whether the run is to stop; all hosts ask, equally often."""
+    if hosts.reached_preemption():
+      self.received = signal.SIGTERM
+    return self.received is not None
 
-  @contextlib.contextmanager
-  def at_once(self) -> Iterator[None]:
-    """Within it a signal raises `Interrupted`, one that came before, too."""
-    self._at_once = True
-    try:
-      self._raise_if_received()
-      yield
-    finally:
-      self._at_once = False
+  def check(self) -> None:
+    """Raises `Interrupted` if the run is to stop; see `stops`."""
+    if self.stops():
+      raise Interrupted(
+        'Interrupted. The same command goes on from there.', self.exit_code
+      )
 
   def _note(self, number, frame):
     del frame
@@ -84,14 +82,6 @@ class Signals:
       self.received = number
       name = signal.Signals(number).name
       metrics_lib.say(f'{name}: saving what there is, then stopping.')
-    if self._at_once:
-      self._raise_if_received()
-
-  def _raise_if_received(self):
-    if self.received is not None:
-      raise Interrupted(
-        'Interrupted. The same command goes on from there.', self.exit_code
-      )
 
 
 def check_folder(path: str, setting: str) -> None:

@@ -174,8 +174,9 @@ def run(
   start = said = time.monotonic()
   signals = interruption.Signals()
   try:
-    with signals.noted(), signals.at_once():
+    with signals.noted():
       while waiting or running:
+        signals.check()
         for job in list(waiting):
           if broken := [name for name in job.needs if name in failed]:
             waiting.remove(job)

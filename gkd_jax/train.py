@@ -313,6 +313,8 @@ def train(
   if reward is not None:
     judge = programs.make_judge(reward, score, reward_params, device_mesh)
 
+  signals = interruption.Signals()
+
   def make_evaluation(split):
     return split and evaluate.Evaluation(
       split,
@@ -323,6 +325,7 @@ def train(
       seed=seed,
       mesh=device_mesh,
       judge=judge,
+      before_batch=signals.check,
     )
 
   evaluation = make_evaluation(eval_dataset)
@@ -372,6 +375,7 @@ def train(
         (teacher_params, reward_params),
         iterator,
         raise_failure=reward.raise_failure if reward else lambda: None,
+        signals=signals,
         writer=metrics_lib.MetricWriter(run_dir, first_step),
         checkpoints=checkpoints,
         evaluation=evaluation,
@@ -552,6 +556,7 @@ def _loop(
   iterator,
   *,
   raise_failure,
+  signals,
   writer,
   checkpoints,
   evaluation,
@@ -609,7 +614,6 @@ def _loop(
     run_dir / 'skipped_steps.jsonl',
     say_started,
   )
-  signals = interruption.Signals()
   clock = time.monotonic()
   with signals.noted():
     for step in range(first_step + 1, total_steps + 1):
@@ -621,7 +625,7 @@ def _loop(
       log.dispatched(step, step_metrics, batch)
       batch = None
       last = step == total_steps
-      stops = signals.stops_after(step) or log.too_many_skipped
+      stops = signals.stops() or log.too_many_skipped
       evaluates = evaluation is not None and (last or step % eval_period == 0)
       saves = last or stops or step % checkpoint_period == 0
       if not (evaluates or saves):
@@ -633,8 +637,7 @@ def _loop(
       values, evaluated = None, not evaluates
       if evaluates and not stops:
         try:
-          with signals.at_once():
-            values, evaluated = evaluate_now(step), True
+          values, evaluated = evaluate_now(step), True
         except interruption.Interrupted:
           stops = True
       if saves or stops:

@@ -196,11 +196,13 @@ def test_one_host_alone_writes_metrics_and_speaks(one, killed):
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_host_saves_on_all(start):
+@pytest.mark.parametrize('eval_period', [0, 1], ids=['step', 'evaluation'])
+def test_sigterm_on_one_host_saves_on_all(start, eval_period):
   folder, processes = start(
-    'terminated',
+    f'terminated_{eval_period}',
     '--gin.TRAIN_STEPS=100000',
-    '--gin.EVAL_PERIOD=0',
+    f'--gin.EVAL_PERIOD={eval_period}',
+    '--gin.EVALUATOR_NUM_EXAMPLES=3200',  # 100 batches
     '--gin.CHECKPOINT_PERIOD=0',
     '--gin.MESH_MODEL=2',  # both have all rows
     count=2,
@@ -217,6 +219,8 @@ def test_sigterm_on_one_host_saves_on_all(start):
   ]
   assert stopped[0] == stopped[1]
   assert (folder / f'checkpoint_{stopped[0]}').is_dir()
+  for line in metrics.read(folder):
+    assert not any(name.startswith('validation/') for name in line)
 
 
 @pytest.mark.parametrize(

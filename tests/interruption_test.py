@@ -25,23 +25,16 @@ def test_a_signal_is_noted_and_the_work_goes_on():
 @pytest.mark.parametrize(
   ('number', 'code'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
 )
-def test_at_once_a_signal_raises_with_the_code_to_end_with(number, code):
+def test_a_check_after_a_signal_raises_with_the_code_to_end_with(number, code):
   signals = interruption.Signals()
 
   with pytest.raises(interruption.Interrupted) as error:
-    with signals.noted(), signals.at_once():
+    with signals.noted():
+      signals.check()
       send(number)
+      signals.check()
 
   assert error.value.exit_code == code
-
-
-def test_at_once_a_signal_that_came_before_raises_too():
-  signals = interruption.Signals()
-
-  with signals.noted():
-    send(signal.SIGTERM)
-    with pytest.raises(interruption.Interrupted), signals.at_once():
-      raise AssertionError('should not get here')
 
 
 def test_a_second_ctrl_c_does_not_wait():
