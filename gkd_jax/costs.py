@@ -43,14 +43,15 @@ def of_step(
   batch_size: int,
   input_length: int,
   target_length: int,
+  num_microbatches: int = 1,
   weight_bytes: int = 4,
   teacher_weight_bytes: int = 4,
   moments: int = 2,
 ) -> dict[str, Cost]:
   """Returns the cost of each phase of an on-policy step.
 
-  The outputs are as long as they may be. Without dropout the student's encoder
-  runs once, for sampling and for the loss.
+  The outputs are as long as they may be. Without dropout and microbatches the
+  student's encoder runs once, for sampling and for the loss.
 
   Args:
     student: its shape.
@@ -58,6 +59,8 @@ def of_step(
     batch_size: B.
     input_length: S.
     target_length: T.
+    num_microbatches: parts of the batch, for each of which all but sampling
+      reads the weights.
     weight_bytes: of a number that the student's products read, 2 for bfloat16.
     teacher_weight_bytes: likewise.
     moments: numbers that the optimizer keeps for each parameter, in float32;
@@ -69,27 +72,29 @@ def of_step(
     projection to the vocabulary included), and the backward pass. A phase is
     the named scope of the same name in `step`.
   """
-  sizes = (batch_size, input_length, target_length)
-  encoder = _encoder(student, batch_size, input_length, weight_bytes)
+  rows = batch_size // num_microbatches
+  sizes = (rows, input_length, target_length)
+  encoder = _encoder(student, rows, input_length, weight_bytes)
   decoder = _decoder(student, *sizes, weight_bytes)
-  tokens = batch_size * target_length
-  heads = _head(student, tokens, weight_bytes).times(3)
-  of_teacher = {}
+  heads = _head(student, rows * target_length, weight_bytes).times(3)
+  of_part = {}
   if teacher is not None:
-    heads += _head(teacher, tokens, teacher_weight_bytes)
-    of_teacher['teacher'] = _encoder(
-      teacher, batch_size, input_length, teacher_weight_bytes
+    heads += _head(teacher, rows * target_length, teacher_weight_bytes)
+    of_part['teacher'] = _encoder(
+      teacher, rows, input_length, teacher_weight_bytes
     ) + _decoder(teacher, *sizes, teacher_weight_bytes)
   # The backward pass has two products for each of the forward pass.
   again = 1 if student.remat else 0
-  of_encoder = 2 + again + (1 if student.dropout_rate > 0.0 else 0)
+  shared = num_microbatches == 1 and student.dropout_rate == 0.0
+  of_encoder = 2 + again + (0 if shared else 1)
   body = decoder.times(3 + again) + encoder.times(of_encoder)
+  of_part |= {'student_encoder': encoder, 'student': body + heads}
   num_params = count_weights(student)
   return {
-    'student_encoder': encoder,
-    'sampling': _sampling(student, *sizes, weight_bytes),
-    **of_teacher,
-    'student': body + heads,
+    **{name: c.times(num_microbatches) for name, c in of_part.items()},
+    'sampling': _sampling(
+      student, batch_size, input_length, target_length, weight_bytes
+    ),
     # Reads gradient, parameter and moments, writes the latter two.
     'optimizer': Cost(0.0, 4.0 * num_params * (3 + 2 * moments)),
   }

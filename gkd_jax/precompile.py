@@ -172,10 +172,7 @@ def precompile(
     'target_length': train_dataset.task_feature_lengths['targets'],
   }
 
-  # Of a microbatch, on a device.
-  rows = train_dataset.batch_size // (
-    device_mesh.shape['data'] * num_microbatches
-  )
+  rows_on_a_device = train_dataset.batch_size // device_mesh.shape['data']
   metrics_lib.say(
     f'Compiling the step for {len(devices)} x {devices[0].device_kind}.'
   )
@@ -213,7 +210,7 @@ def precompile(
     **_memory(topology, compiled, refusal, given, plan.needs_teacher),
     'caches': costs.cache_bytes(
       student,
-      **lengths | {'batch_size': rows},
+      **lengths | {'batch_size': rows_on_a_device},
     )
     // plan.student.placement.num_parts('heads'),
     **_times(

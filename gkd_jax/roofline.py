@@ -74,7 +74,7 @@ def on_a_device(
     batch_size: of all devices.
     input_length: tokens.
     target_length: tokens.
-    num_microbatches: weights are read again for each.
+    num_microbatches: parts that the batch is worked through in.
     data: devices that share the batch.
     student_model: devices that share each of the student's products (and, in
       phase 'student', the teacher's projection to the vocabulary).
@@ -85,7 +85,8 @@ def on_a_device(
   cost = costs.of_step(
     student,
     teacher,
-    batch_size=batch_size // (data * num_microbatches),
+    batch_size=batch_size // data,
+    num_microbatches=num_microbatches,
     input_length=input_length,
     target_length=target_length,
     weight_bytes={'float32': 4, 'bfloat16': 2}[student.dtype],
@@ -93,9 +94,7 @@ def on_a_device(
   )
   shared = {'teacher': teacher_model}
   return {
-    phase: cost[phase].times(
-      num_microbatches / shared.get(phase, student_model)
-    )
+    phase: cost[phase].times(1 / shared.get(phase, student_model))
     for phase in PHASES
     if phase in cost and phase != 'optimizer'
   } | {'optimizer': Cost(0.0, optimizer_bytes)}

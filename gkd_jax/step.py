@@ -87,7 +87,9 @@ def make_train_step(
       `state.step` it determines them all.
     num_microbatches: parts the batch is worked through in, to save memory.
       Changes nothing else, up to rounding and dropout masks; but the baseline
-      'batch_mean' is the mean over a part.
+      'batch_mean' is the mean over a part. Outputs are written for all parts
+      together: a token takes the time that reading the weights does, of however
+      few rows.
     reward: how good the student's outputs are; None: the objective has none.
 
   Raises:
@@ -95,16 +97,16 @@ def make_train_step(
       maximised, a calculator would write part of them, or the reward's gradient
       would not be that of its expectation.
   """
-  loss_sums = make_loss_sums(
-    student=student,
-    teacher=teacher,
-    policy=policy,
-    objective=objective,
-    student_sampler=student_sampler,
-    teacher_sampler=teacher_sampler,
-    num_ids=num_ids,
-    reward=reward,
-  )
+  who_writes = {
+    'student': student,
+    'teacher': teacher,
+    'policy': policy,
+    'student_sampler': student_sampler,
+    'teacher_sampler': teacher_sampler,
+    'num_ids': num_ids,
+  }
+  loss_sums = make_loss_sums(**who_writes, objective=objective, reward=reward)
+  write = _make_write(**who_writes, num_parts=num_microbatches)
 
   def train_step(state, teacher_params, batch, reward_params=None):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -113,17 +115,26 @@ def make_train_step(
     with jax.named_scope('student'):
       params = student.gather_params(state.params)
 
-    def grads_and_sums(batch, row_ids_B, microbatch):
+    row_ids_B = jnp.arange(batch.encoder_input_tokens.shape[0])
+    written = None
+    if num_microbatches > 1:
+      written = write(
+        params, teacher_params, batch, row_ids_B, policy_rng, sample_rng
+      )
+
+    def grads_and_sums(batch, written, row_ids_B, microbatch):
       rngs = (
         policy_rng,  # the same for all: one draw a step, as in Algorithm 1
         sample_rng,  # the same for all: draws are told apart by row_ids
         jax.random.fold_in(dropout_rng, microbatch),
       )
       return jax.grad(loss_sums, has_aux=True)(
-        params, teacher_params, batch, row_ids_B, rngs, reward_params
+        params, teacher_params, batch, row_ids_B, rngs, reward_params, written
       )
 
-    grads, sums = _over_microbatches(grads_and_sums, batch, num_microbatches)
+    grads, sums = _over_microbatches(
+      grads_and_sums, (batch, written, row_ids_B), num_microbatches
+    )
     count = jnp.maximum(sums.pop('count'), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     grad_norm = optax.tree.norm(grads)
@@ -176,10 +187,11 @@ def make_loss_sums(
 
   Returns:
     (student params, teacher params, batch, row numbers [B], rngs, params of the
-    reward's model or None) -> (loss, sums), where rngs are the keys of policy,
-    sampling and dropout. The sums have the loss and its parts, too; all are
-    still to be divided by sums['count'], those of sequences by
-    sums['sequences'], those of rewards by sums['on_policy'].
+    reward's model or None, what the policy wrote or None: it is to write now)
+    -> (loss, sums), where rngs are the keys of policy, sampling and dropout.
+    The sums have the loss and its parts, too; all are still to be divided by
+    sums['count'], those of sequences by sums['sequences'], those of rewards by
+    sums['on_policy'].
 
   Raises:
     ValueError: see `make_train_step`.
@@ -196,24 +208,50 @@ def make_loss_sums(
     student_sampler=student_sampler, teacher_sampler=teacher_sampler
   )
 
+  write = _make_write(
+    student=student,
+    teacher=teacher,
+    policy=policy,
+    student_sampler=student_sampler,
+    teacher_sampler=teacher_sampler,
+    num_ids=num_ids,
+  )
+  has_dropout = student.config.dropout_rate > 0.0
+
   def loss_sums(
-    params, teacher_params, batch, row_ids_B, rngs, reward_params=None
+    params,
+    teacher_params,
+    batch,
+    row_ids_B,
+    rngs,
+    reward_params=None,
+    written=None,
   ):
-    encoded = _encode_once(student, params, batch.encoder_input_tokens)
-    written, student_hidden = _write_and_run_student(
-      student,
-      teacher,
-      policy,
-      params,
-      teacher_params,
-      batch,
-      row_ids_B,
-      rngs,
-      encoded=encoded,
-      samplers=(student_sampler, teacher_sampler),
-      num_ids=num_ids,
-    )
+    policy_rng, sample_rng, dropout_rng = rngs
+    encoded = None
+    if written is None:
+      if not has_dropout:  # sampling and loss see the same
+        with jax.named_scope('student_encoder'):
+          encoded = _encode(student, params, batch.encoder_input_tokens)
+      written = write(
+        params,
+        teacher_params,
+        batch,
+        row_ids_B,
+        policy_rng,
+        sample_rng,
+        encoded=encoded,
+      )
     outputs = written.outputs
+    with jax.named_scope('student'):
+      student_hidden = hidden_states(
+        student,
+        params,
+        batch.encoder_input_tokens,
+        outputs.tokens,
+        encoded=encoded,
+        dropout_rng=dropout_rng if has_dropout else None,
+      )
     weights_BT, count = objectives.coefficients(
       outputs.weights, objective.reduction
     )
@@ -237,7 +275,7 @@ def make_loss_sums(
           student,
           params,
           batch.encoder_input_tokens,
-          rngs[1],
+          sample_rng,
           sampler.GREEDY,
           encoded=encoded,
           row_ids_B=row_ids_B,
@@ -407,65 +445,80 @@ def hidden_states(
   )
 
 
-def _encode_once(student, params, inputs) -> jax.Array | None:
-  """Returns the encoder's output, where sampling and loss see the same.
+def _encode(
+  model, params, encoder_input_tokens: jax.Array, num_parts: int = 1
+) -> jax.Array:
+  """Returns the encoder's output [B, S, D], made in parts."""
 
-  With dropout they do not. (Sampling itself is never differentiated.)
-  """
-  if student.config.dropout_rate > 0.0:
-    return None
-  with jax.named_scope('student_encoder'):
-    return student.apply({'params': params}, inputs, method='encode')
+  def encode(inputs):
+    return model.apply({'params': params}, inputs, method='encode')
+
+  if num_parts == 1:
+    return encode(encoder_input_tokens)
+  parts = jax.lax.map(encode, _split(encoder_input_tokens, num_parts))
+  return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 
-def _write_and_run_student(
+def _make_write(
+  *,
   student,
   teacher,
   policy,
-  params,
-  teacher_params,
-  batch,
-  row_ids_B,
-  rngs,
-  *,
-  encoded,
-  samplers,
+  student_sampler,
+  teacher_sampler,
   num_ids,
-) -> tuple[policies.Written, jax.Array]:
-  """Returns what the policy wrote, and the student's hidden states on it."""
-  policy_rng, sample_rng, dropout_rng = rngs
-  inputs = batch.encoder_input_tokens
-  shape = {
-    'row_ids_B': row_ids_B,
-    'max_decode_len': batch.decoder_target_tokens.shape[1],
-    'num_ids': num_ids,
-  }
+  num_parts: int = 1,
+) -> Callable[..., policies.Written]:
+  """Makes the function that lets the policy write.
 
-  def sample_student() -> Outputs:
-    drawn = policies.rollout(
-      student, params, inputs, sample_rng, samplers[0], encoded=encoded, **shape
-    )
-    return Outputs(drawn.tokens, drawn.weights)
+  Args: see `make_train_step`; and
+    num_parts: that the inputs are encoded in, where the student's are not yet.
 
-  def sample_teacher() -> Outputs:
-    drawn = policies.rollout(
-      teacher, teacher_params, inputs, sample_rng, samplers[1], **shape
-    )
-    return Outputs(drawn.tokens, drawn.weights)
+  Returns:
+    (student params, teacher params, batch, row numbers [B], keys of policy and
+    sampling, encoded=the student's [B, S, D] or None) -> Written.
+  """
 
-  written = policy.write(
-    policy_rng, batch, row_ids_B, sample_student, sample_teacher
-  )
-  with jax.named_scope('student'):
-    hidden = hidden_states(
-      student,
-      params,
-      inputs,
-      written.outputs.tokens,
-      encoded=encoded,
-      dropout_rng=dropout_rng if encoded is None else None,
+  def write(
+    params,
+    teacher_params,
+    batch,
+    row_ids_B,
+    policy_rng,
+    sample_rng,
+    *,
+    encoded=None,
+  ):
+    def sample(model, params, config, encoded):
+      inputs = batch.encoder_input_tokens
+      if encoded is None:
+        scope = 'student_encoder' if model is student else 'sampling'
+        with jax.named_scope(scope):
+          encoded = _encode(
+            model, jax.lax.stop_gradient(params), inputs, num_parts
+          )
+      drawn = policies.rollout(
+        model,
+        params,
+        inputs,
+        sample_rng,
+        config,
+        encoded=encoded,
+        row_ids_B=row_ids_B,
+        max_decode_len=batch.decoder_target_tokens.shape[1],
+        num_ids=num_ids,
+      )
+      return Outputs(drawn.tokens, drawn.weights)
+
+    return policy.write(
+      policy_rng,
+      batch,
+      row_ids_B,
+      lambda: sample(student, params, student_sampler, encoded),
+      lambda: sample(teacher, teacher_params, teacher_sampler, None),
     )
-  return written, hidden
+
+  return write
 
 
 def _judge(
@@ -529,27 +582,27 @@ def _reward_metrics(sums: Metrics) -> Metrics:
   return means
 
 
-def _over_microbatches(grads_and_sums, batch, num_microbatches):
-  """Adds up grads_and_sums(batch, row_ids, i) over the parts of a batch."""
-  row_ids_B = jnp.arange(batch.encoder_input_tokens.shape[0])
+def _over_microbatches(grads_and_sums, rows, num_microbatches):
+  """Adds up grads_and_sums(*rows, i) over parts of what has rows [B, ...]."""
   if num_microbatches == 1:
-    return grads_and_sums(batch, row_ids_B, 0)
-
-  # Row i goes to part i % num_microbatches: a part has rows of every device.
-  def split(x):
-    return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-  parts = jax.tree.map(split, (batch, row_ids_B))
+    return grads_and_sums(*rows, 0)
+  parts = jax.tree.map(lambda x: _split(x, num_microbatches), rows)
   shapes = jax.eval_shape(
     grads_and_sums, *jax.tree.map(lambda x: x[0], parts), 0
   )
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   def add(total, part):
-    i, (batch, row_ids_B) = part
-    return jax.tree.map(
-      jnp.add, total, grads_and_sums(batch, row_ids_B, i)
-    ), None
+    i, rows = part
+    return jax.tree.map(jnp.add, total, grads_and_sums(*rows, i)), None
 
   total, _ = jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), parts))
   return total
+
+
+def _split(x: jax.Array, num_parts: int) -> jax.Array:
+  """Returns rows [B, ...] as [num_parts, B / num_parts, ...].
+
+  Row i goes to part i % num_parts: a part has rows of every device.
+  """
+  return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)

@@ -375,7 +375,7 @@ def steps_on_each_mesh():
       'parts': parts.params['encoder']['layers_0']['mlp']['wi_0']['kernel'],
       'params': jax.tree.map(np.asarray, state.params),
       'metrics': {name: float(value) for name, value in metrics.items()},
-      'written': np.concatenate([written.pop(0), written.pop(0)]),
+      'written': written.pop(0),
     }
 
   return {mesh: run(mesh, *dims) for mesh, dims in MESHES.items()}

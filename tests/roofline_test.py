@@ -48,9 +48,15 @@ def test_over_model_each_has_a_part_of_every_product():
 def test_weights_are_read_again_for_each_microbatch():
   whole, parts = on_a_device(), on_a_device(num_microbatches=4)
 
-  assert parts['sampling'].flops == pytest.approx(whole['sampling'].flops)
-  weights = 4 * costs.count_weights(STUDENT) * LENGTHS['target_length']
-  assert parts['sampling'].bytes > whole['sampling'].bytes + weights
+  assert parts['teacher'] == Cost(
+    pytest.approx(whole['teacher'].flops), 4 * whole['teacher'].bytes
+  )
+
+
+def test_outputs_are_written_for_all_microbatches_together():
+  whole, parts = on_a_device(), on_a_device(num_microbatches=4)
+
+  assert parts['sampling'] == whole['sampling']
 
 
 def test_without_a_teacher_there_is_no_such_phase():

@@ -245,6 +245,16 @@ def test_microbatches_change_nothing():
     assert_trees_close(metrics, whole.metrics, atol=1e-5, rtol=1e-5)
 
 
+def test_outputs_are_written_once_for_all_microbatches():
+  written = []
+  step = make_step(recording(student(), written), num_microbatches=4)
+
+  tiny.jit(step)(start(), TEACHER_PARAMS, tiny.batch())
+
+  (outputs,) = (w.outputs for w in written)
+  assert outputs.tokens.shape == tiny.batch().decoder_target_tokens.shape
+
+
 def test_microbatches_of_a_mixture_agree_on_who_writes():
   whole, halves = (
     tiny.jit(
