@@ -44,6 +44,19 @@ def shift_right(tokens_BT: jax.Array) -> jax.Array:
   return jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
 
 
+def split_rows(x: jax.Array, num_parts: int) -> jax.Array:
+  """Returns rows [B, ...] as [num_parts, B / num_parts, ...].
+
+  Row i goes to part i % num_parts: a part has rows of every device.
+  """
+  return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def merge_rows(parts: jax.Array) -> jax.Array:
+  """Returns what `split_rows` was given."""
+  return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+
+
 def mask_unused_ids(logits: jax.Array, num_ids: int) -> jax.Array:
   """Removes from a distribution the ids that no output may hold.
 

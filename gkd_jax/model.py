@@ -26,7 +26,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax import layers, partitioning
-from gkd_jax.batch import PAD_ID, shift_right
+from gkd_jax.batch import PAD_ID, merge_rows, shift_right, split_rows
 
 Params = Any
 
@@ -326,13 +326,21 @@ class Encoder(nn.Module):
     self.encoder_norm = layers.RMSNorm(c.dtype)
     self.dropout = _dropout(c)
 
-  def __call__(self, x_BSD, mask, deterministic):
+  def __call__(self, x_BSD, mask, deterministic, num_parts):
     """Encodes; mask is [B, 1, 1, S] bool."""
     bias = None
     if not self.config.relpos_bias_per_layer:
       bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
     x_BSD = self.dropout(x_BSD, deterministic=deterministic)
-    x_BSD = _run_layers(self, EncoderLayer, x_BSD, bias, mask, deterministic)
+    x_BSD = _run_layers(
+      self,
+      EncoderLayer,
+      x_BSD,
+      bias,
+      mask,
+      deterministic,
+      num_parts=num_parts,
+    )
     x_BSD = self.encoder_norm(x_BSD)
     return self.dropout(x_BSD, deterministic=deterministic)
 
@@ -356,7 +364,9 @@ class Decoder(nn.Module):
     if not c.logits_via_embedding:
       self.logits_dense = layers.LogitsDense(c.vocab_size, c.dtype)
 
-  def __call__(self, x_BTD, encoded_BSD, encoder_mask, deterministic):
+  def __call__(
+    self, x_BTD, encoded_BSD, encoder_mask, deterministic, num_parts
+  ):
     """Teacher-forced hidden states [B, T, D], after the last norm."""
     length = x_BTD.shape[1]
     bias = None
@@ -373,6 +383,7 @@ class Decoder(nn.Module):
       causal_mask,
       encoder_mask,
       deterministic,
+      num_parts=num_parts,
     )
     x_BTD = self.decoder_norm(x_BTD)
     return self.dropout(x_BTD, deterministic=deterministic)
@@ -432,7 +443,7 @@ def _spread(x_BLD: jax.Array, placement) -> jax.Array:
   return partitioning.constrain(x_BLD, placement, 'batch', 'length', 'embed')
 
 
-def _run_layers(stack, layer_class, x, *args):
+def _run_layers(stack, layer_class, x, *args, num_parts=1):
   """Runs the layers of an encoder or decoder on x.
 
   Args:
@@ -440,25 +451,18 @@ def _run_layers(stack, layer_class, x, *args):
     layer_class: of each.
     x: [B, L, D].
     *args: of a layer; the last is `deterministic`.
+    num_parts: that each layer works through the rows in; without dropout alone.
 
   Returns:
     [B, L, D].
   """
   c = stack.config
   x = _spread(x, stack.placement)
-  if not c.scan_layers or not stack.layers or stack.is_initializing():
+  is_loop = c.scan_layers and stack.layers
+  if stack.is_initializing() or not (is_loop or num_parts > 1):
     for layer in stack.layers:
       x = _spread(layer(x, *args), stack.placement)
     return x
-  params = stack.variables['params'].get('layers')
-  if params is None:
-    # The state keeps a name for each layer, as T5X's checkpoints do, and the
-    # optimizer sees each by itself.
-    each, _ = _split_layers(stack.variables['params'])
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-  rngs = None
-  if c.dropout_rate > 0.0 and not args[-1]:
-    rngs = jax.random.split(stack.make_rng('dropout'), len(stack.layers))
 
   def run_layer(x, layer):
     params, rng = layer
@@ -470,9 +474,69 @@ def _run_layers(stack, layer_class, x, *args):
     )
     return _spread(x, stack.placement), None
 
-  if c.remat:
+  if num_parts > 1:
+    assert c.dropout_rate == 0.0 or args[-1]
+    run_layer = _in_parts(stack, layer_class, x, args, num_parts)
+    x = split_rows(x, num_parts)
+  elif c.remat:
     run_layer = jax.checkpoint(run_layer, prevent_cse=False)
-  return jax.lax.scan(run_layer, x, (params, rngs))[0]
+
+  if is_loop:
+    params = stack.variables['params'].get('layers')
+    if params is None:
+      # The state keeps a name for each layer, as T5X's checkpoints do, and the
+      # optimizer sees each by itself.
+      each, _ = _split_layers(stack.variables['params'])
+      params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    rngs = None
+    if c.dropout_rate > 0.0 and not args[-1]:
+      rngs = jax.random.split(stack.make_rng('dropout'), len(stack.layers))
+    x, _ = jax.lax.scan(run_layer, x, (params, rngs))
+  else:
+    for layer in stack.layers:
+      x, _ = run_layer(x, (layer.variables['params'], None))
+  return x if num_parts == 1 else merge_rows(x)
+
+
+def _in_parts(stack, layer_class, x_BLD, args, num_parts):
+  """Returns (x [num_parts, rows, L, D], (params, None)) -> (the same, None).
+
+  A layer's parameters are gathered once for all parts.
+  """
+  c, placement = stack.config, stack.placement
+  # Masks and biases that all rows share have one row.
+  is_of_rows = [
+    getattr(arg, 'shape', ())[:1] == x_BLD.shape[:1] for arg in args
+  ]
+  parts = [
+    split_rows(arg, num_parts)
+    for arg, of_rows in zip(args, is_of_rows, strict=True)
+    if of_rows
+  ]
+  layer = layer_class(c, parent=None)
+
+  def run_layer(x, layer_params):
+    params, _ = layer_params
+    if placement is not None and placement.spreads_params_over_data:
+      boxed = jax.eval_shape(
+        lambda: layer.init(jax.random.key(0), x_BLD, *args)['params']
+      )
+      params = jax.lax.with_sharding_constraint(
+        params, placement.gathered().shardings(nn.get_partition_spec(boxed))
+      )
+
+    def run_part(part):
+      x, *of_rows = part
+      of_rows = iter(of_rows)
+      part_args = [
+        next(of_rows) if split else arg
+        for arg, split in zip(args, is_of_rows, strict=True)
+      ]
+      return _spread(layer.apply({'params': params}, x, *part_args), placement)
+
+    return jax.lax.map(run_part, (x, *parts)), None
+
+  return run_layer
 
 
 def stack_layers(params: Params) -> Params:
@@ -569,12 +633,13 @@ class T5(nn.Module):
     )
     return self.unembed(hidden)
 
-  def encode(self, encoder_input_tokens, *, deterministic=True):
-    """Returns encoded inputs [B, S, D]."""
+  def encode(self, encoder_input_tokens, *, deterministic=True, num_parts=1):
+    """Returns encoded inputs [B, S, D]; `decode` says what the keywords do."""
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
       _encoder_mask(encoder_input_tokens),
       deterministic,
+      num_parts,
     )
 
   def decode(
@@ -584,13 +649,24 @@ class T5(nn.Module):
     decoder_target_tokens,
     *,
     deterministic=True,
+    num_parts=1,
   ):
-    """Returns hidden states [B, T, D]; t sees the targets before t."""
+    """Returns hidden states [B, T, D]; t sees the targets before t.
+
+    Args:
+      encoded: [B, S, D].
+      encoder_input_tokens: [B, S] int32.
+      decoder_target_tokens: [B, T] int32.
+      deterministic: False applies dropout.
+      num_parts: that each layer works through the rows in, to save memory. Its
+        parameters are read (and gathered) once for all. Without dropout alone.
+    """
     return self.decoder(
       self.token_embedder(shift_right(decoder_target_tokens)),
       encoded,
       _encoder_mask(encoder_input_tokens),
       deterministic,
+      num_parts,
     )
 
   def unembed(self, hidden):

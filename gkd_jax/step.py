@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gkd_jax import objectives, partitioning, policies, rewards, sampler
-from gkd_jax.batch import EOS_ID, Outputs
+from gkd_jax.batch import EOS_ID, Outputs, split_rows
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -87,9 +87,9 @@ def make_train_step(
       `state.step` it determines them all.
     num_microbatches: parts the batch is worked through in, to save memory.
       Changes nothing else, up to rounding and dropout masks; but the baseline
-      'batch_mean' is the mean over a part. Outputs are written for all parts
-      together: a token takes the time that reading the weights does, of however
-      few rows.
+      'batch_mean' is the mean over a part. What needs no gradient is done for
+      all parts together, so that sampling reads the student's weights once for
+      a token, and the teacher's are gathered once.
     reward: how good the student's outputs are; None: the objective has none.
 
   Raises:
@@ -97,16 +97,17 @@ def make_train_step(
       maximised, a calculator would write part of them, or the reward's gradient
       would not be that of its expectation.
   """
-  who_writes = {
+  settings = {
     'student': student,
     'teacher': teacher,
     'policy': policy,
+    'objective': objective,
     'student_sampler': student_sampler,
     'teacher_sampler': teacher_sampler,
     'num_ids': num_ids,
   }
-  loss_sums = make_loss_sums(**who_writes, objective=objective, reward=reward)
-  write = _make_write(**who_writes, num_parts=num_microbatches)
+  loss_sums = make_loss_sums(**settings, reward=reward)
+  prepare = _make_prepare(**settings, num_parts=num_microbatches)
 
   def train_step(state, teacher_params, batch, reward_params=None):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -116,24 +117,28 @@ def make_train_step(
       params = student.gather_params(state.params)
 
     row_ids_B = jnp.arange(batch.encoder_input_tokens.shape[0])
-    written = None
+    prepared = teacher_head = None
     if num_microbatches > 1:
-      written = write(
+      prepared = prepare(
         params, teacher_params, batch, row_ids_B, policy_rng, sample_rng
       )
+      teacher_head = prepared.teacher_head
+      prepared = prepared._replace(teacher_head=None)  # the rest has rows
 
-    def grads_and_sums(batch, written, row_ids_B, microbatch):
+    def grads_and_sums(batch, prepared, row_ids_B, microbatch):
+      if prepared is not None:
+        prepared = prepared._replace(teacher_head=teacher_head)
       rngs = (
         policy_rng,  # the same for all: one draw a step, as in Algorithm 1
         sample_rng,  # the same for all: draws are told apart by row_ids
         jax.random.fold_in(dropout_rng, microbatch),
       )
       return jax.grad(loss_sums, has_aux=True)(
-        params, teacher_params, batch, row_ids_B, rngs, reward_params, written
+        params, teacher_params, batch, row_ids_B, rngs, reward_params, prepared
       )
 
     grads, sums = _over_microbatches(
-      grads_and_sums, (batch, written, row_ids_B), num_microbatches
+      grads_and_sums, (batch, prepared, row_ids_B), num_microbatches
     )
     count = jnp.maximum(sums.pop('count'), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
@@ -187,9 +192,9 @@ def make_loss_sums(
 
   Returns:
     (student params, teacher params, batch, row numbers [B], rngs, params of the
-    reward's model or None, what the policy wrote or None: it is to write now)
-    -> (loss, sums), where rngs are the keys of policy, sampling and dropout.
-    The sums have the loss and its parts, too; all are still to be divided by
+    reward's model or None, `Prepared` or None: it is to be done now) -> (loss,
+    sums), where rngs are the keys of policy, sampling and dropout. The sums
+    have the loss and its parts, too; all are still to be divided by
     sums['count'], those of sequences by sums['sequences'], those of rewards by
     sums['on_policy'].
 
@@ -208,10 +213,11 @@ def make_loss_sums(
     student_sampler=student_sampler, teacher_sampler=teacher_sampler
   )
 
-  write = _make_write(
+  prepare = _make_prepare(
     student=student,
     teacher=teacher,
     policy=policy,
+    objective=objective,
     student_sampler=student_sampler,
     teacher_sampler=teacher_sampler,
     num_ids=num_ids,
@@ -225,15 +231,17 @@ def make_loss_sums(
     row_ids_B,
     rngs,
     reward_params=None,
-    written=None,
+    prepared=None,
   ):
     policy_rng, sample_rng, dropout_rng = rngs
     encoded = None
-    if written is None:
+    if prepared is None:
       if not has_dropout:  # sampling and loss see the same
         with jax.named_scope('student_encoder'):
-          encoded = _encode(student, params, batch.encoder_input_tokens)
-      written = write(
+          encoded = student.apply(
+            {'params': params}, batch.encoder_input_tokens, method='encode'
+          )
+      prepared = prepare(
         params,
         teacher_params,
         batch,
@@ -242,6 +250,7 @@ def make_loss_sums(
         sample_rng,
         encoded=encoded,
       )
+    written, teacher_hidden, teacher_head = prepared
     outputs = written.outputs
     with jax.named_scope('student'):
       student_hidden = hidden_states(
@@ -255,18 +264,6 @@ def make_loss_sums(
     weights_BT, count = objectives.coefficients(
       outputs.weights, objective.reduction
     )
-    teacher_head = teacher_hidden = teacher_unembed = None
-    if objective.needs_teacher:
-      teacher_params = jax.lax.stop_gradient(teacher_params)
-      with jax.named_scope('teacher'):
-        # Each chunk of tokens needs the head.
-        teacher_head = teacher.head_params(
-          teacher.gather_params(teacher_params)
-        )
-        teacher_hidden = hidden_states(
-          teacher, teacher_params, batch.encoder_input_tokens, outputs.tokens
-        )
-      teacher_unembed = unembed(teacher)
     advantages_BT, reward_sums = None, {}
     if reward is not None:
 
@@ -298,7 +295,7 @@ def make_loss_sums(
       sums = objectives.weighted_sums(
         objective.terms(num_ids),
         unembed(student),
-        teacher_unembed,
+        unembed(teacher) if objective.needs_teacher else None,
         objective.chunk_tokens,
         student.head_params(params),
         student_hidden,
@@ -414,6 +411,7 @@ def hidden_states(
   *,
   encoded: jax.Array | None = None,
   dropout_rng: jax.Array | None = None,
+  num_parts: int = 1,
 ) -> jax.Array:
   """Runs a model on inputs and outputs, up to the projection: [B, T, D].
 
@@ -424,8 +422,9 @@ def hidden_states(
     target_tokens: [B, T] int32.
     encoded: [B, S, D], where the encoder's output is known already.
     dropout_rng: switches dropout on.
+    num_parts: that each layer works through the rows in.
   """
-  keywords = {'deterministic': dropout_rng is None}
+  keywords = {'deterministic': dropout_rng is None, 'num_parts': num_parts}
   if dropout_rng is not None:
     encoder_rng, decoder_rng = jax.random.split(dropout_rng)
   apply = functools.partial(model.apply, {'params': params})
@@ -445,41 +444,36 @@ def hidden_states(
   )
 
 
-def _encode(
-  model, params, encoder_input_tokens: jax.Array, num_parts: int = 1
-) -> jax.Array:
-  """Returns the encoder's output [B, S, D], made in parts."""
+class Prepared(NamedTuple):
+  """What no gradient flows through."""
 
-  def encode(inputs):
-    return model.apply({'params': params}, inputs, method='encode')
-
-  if num_parts == 1:
-    return encode(encoder_input_tokens)
-  parts = jax.lax.map(encode, _split(encoder_input_tokens, num_parts))
-  return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+  written: policies.Written
+  teacher_hidden: jax.Array | None  # [B, T, D], on what was written
+  teacher_head: Any  # parameters that make them logits
 
 
-def _make_write(
+def _make_prepare(
   *,
   student,
   teacher,
   policy,
+  objective,
   student_sampler,
   teacher_sampler,
   num_ids,
   num_parts: int = 1,
-) -> Callable[..., policies.Written]:
-  """Makes the function that lets the policy write.
+) -> Callable[..., Prepared]:
+  """Makes the function that has outputs written, and the teacher read them.
 
   Args: see `make_train_step`; and
-    num_parts: that the inputs are encoded in, where the student's are not yet.
+    num_parts: that each layer works through the rows in, to save memory.
 
   Returns:
     (student params, teacher params, batch, row numbers [B], keys of policy and
-    sampling, encoded=the student's [B, S, D] or None) -> Written.
+    sampling, encoded=[B, S, D] by the student, where it is known) -> Prepared.
   """
 
-  def write(
+  def prepare(
     params,
     teacher_params,
     batch,
@@ -489,13 +483,15 @@ def _make_write(
     *,
     encoded=None,
   ):
+    params, teacher_params = jax.lax.stop_gradient((params, teacher_params))
+    inputs = batch.encoder_input_tokens
+
     def sample(model, params, config, encoded):
-      inputs = batch.encoder_input_tokens
       if encoded is None:
         scope = 'student_encoder' if model is student else 'sampling'
         with jax.named_scope(scope):
-          encoded = _encode(
-            model, jax.lax.stop_gradient(params), inputs, num_parts
+          encoded = model.apply(
+            {'params': params}, inputs, method='encode', num_parts=num_parts
           )
       drawn = policies.rollout(
         model,
@@ -510,15 +506,28 @@ def _make_write(
       )
       return Outputs(drawn.tokens, drawn.weights)
 
-    return policy.write(
+    written = policy.write(
       policy_rng,
       batch,
       row_ids_B,
       lambda: sample(student, params, student_sampler, encoded),
       lambda: sample(teacher, teacher_params, teacher_sampler, None),
     )
+    if not objective.needs_teacher:
+      return Prepared(written, None, None)
+    with jax.named_scope('teacher'):
+      hidden = hidden_states(
+        teacher,
+        teacher_params,
+        inputs,
+        written.outputs.tokens,
+        num_parts=num_parts,
+      )
+      # Gathered, for each chunk of tokens needs it.
+      head = teacher.head_params(teacher.gather_params(teacher_params))
+    return Prepared(written, hidden, head)
 
-  return write
+  return prepare
 
 
 def _judge(
@@ -586,7 +595,7 @@ def _over_microbatches(grads_and_sums, rows, num_microbatches):
   """Adds up grads_and_sums(*rows, i) over parts of what has rows [B, ...]."""
   if num_microbatches == 1:
     return grads_and_sums(*rows, 0)
-  parts = jax.tree.map(lambda x: _split(x, num_microbatches), rows)
+  parts = jax.tree.map(lambda x: split_rows(x, num_microbatches), rows)
   shapes = jax.eval_shape(
     grads_and_sums, *jax.tree.map(lambda x: x[0], parts), 0
   )
@@ -598,11 +607,3 @@ def _over_microbatches(grads_and_sums, rows, num_microbatches):
 
   total, _ = jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), parts))
   return total
-
-
-def _split(x: jax.Array, num_parts: int) -> jax.Array:
-  """Returns rows [B, ...] as [num_parts, B / num_parts, ...].
-
-  Row i goes to part i % num_parts: a part has rows of every device.
-  """
-  return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)

@@ -468,6 +468,29 @@ def test_a_program_keeps_no_second_copy_of_stacked_layers(stacked):
   assert temporaries(stacked_params) < num_bytes
 
 
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('changes', [{}, {'relpos_bias_per_layer': True}])
+def test_rows_in_parts_give_what_they_give_together(scan_layers, changes):
+  model, params = tiny.model_and_params(
+    0, scan_layers=scan_layers, **DEPTHS, **changes
+  )
+  inputs = tiny.tokens(1, [7, 5, 3, 6, 2, 7], 7)
+  targets = tiny.tokens(2, [6, 1, 5, 6, 4, 2], 6)
+
+  def encoded_and_hidden(**keywords):
+    apply = functools.partial(model.apply, {'params': params}, **keywords)
+    encoded = apply(inputs, method='encode')
+    return encoded, apply(encoded, inputs, targets, method='decode')
+
+  parts = tiny.jit(functools.partial(encoded_and_hidden, num_parts=3))()
+  # Equal up to how XLA multiplies fewer rows.
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    parts,
+    tiny.jit(encoded_and_hidden)(),
+  )
+
+
 def test_layers_in_a_loop_have_dropout():
   model, params = tiny.model_and_params(0, scan_layers=True, dropout_rate=0.5)
   inputs = tiny.tokens(1, [7, 5], 7)
