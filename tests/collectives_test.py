@@ -227,8 +227,12 @@ SHAPE = {
   'num_decoder_layers': 2,
 }
 NUM_TOKENS = 5
-# (data, model, parameter partitioning dims)
-PLACEMENTS = {'over data': (8, 1, 2), 'over model': (2, 4, 1)}
+# (data, model, parameter partitioning dims, microbatches)
+PLACEMENTS = {
+  'over data': (8, 1, 2, 1),
+  'over data, in parts': (8, 1, 2, 2),
+  'over model': (2, 4, 1, 1),
+}
 
 
 def steps():
@@ -237,7 +241,7 @@ def steps():
     0, (7, 3, 5, 6) * 4, (5, 2, 5, 4) * 4, max_target_len=NUM_TOKENS
   )
 
-  def of(data, over_model, dims):
+  def of(data, over_model, dims, num_microbatches):
     mesh = partitioning.make_mesh(data, over_model)
     placement = partitioning.Placement(
       mesh, partitioning.standard_logical_axis_rules(dims)
@@ -255,6 +259,7 @@ def steps():
       teacher_sampler=sampler.ANCESTRAL,
       num_ids=tiny.NUM_IDS,
       seed=0,
+      num_microbatches=num_microbatches,
     )
     params, teacher_params = map(model.abstract_params, (student, teacher))
     state = step.abstract_state(params, optimizer, mesh)
@@ -292,9 +297,12 @@ def gathered(found, is_teachers):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('where', ['over data', 'over data, in parts'])
 @pytest.mark.parametrize('role', ['student', 'teacher'])
-def test_parameters_spread_over_data_are_gathered_once_a_step(of_step, role):
-  over_data = of_step['over data']
+def test_parameters_spread_over_data_are_gathered_once_a_step(
+  of_step, role, where
+):
+  over_data = of_step[where]
 
   received = gathered(over_data['found'], role == 'teacher')
 
