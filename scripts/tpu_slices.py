@@ -15,6 +15,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from absl import app, flags
 
@@ -79,19 +80,27 @@ def main(argv: list[str]) -> None:
 def _smallest(arguments, batch_size, generation) -> dict | None:
   """Returns the report of the first slice, and setting, that fits."""
   for chips in SLICES[generation]:
-    rows = batch_size // math.prod(map(int, chips.split('x')))
-    # What takes less memory takes more time.
-    sparing = (
-      '--gin.REMAT=True',
-      f'--gin.NUM_MICROBATCHES={min(rows, 8)}',
-    )
-    for settings in ((), sparing):
+    num_chips = math.prod(map(int, chips.split('x')))
+    for settings in _settings(batch_size, num_chips):
       report = _precompile(f'{generation}:{chips}', (*arguments, *settings))
       if report['fits']:
         return report | {'sparing': settings}
       if _is_hopeless(report):
         break
   return None
+
+
+def _settings(batch_size: int, num_chips: int) -> Iterator[tuple[str, ...]]:
+  """Yields ever more sparing ones: what takes less memory takes more time."""
+  yield ()
+  for mesh_model in (1, 4):
+    if num_chips % mesh_model == 0:
+      rows = batch_size * mesh_model // num_chips
+      yield (
+        '--gin.REMAT=True',
+        f'--gin.NUM_MICROBATCHES={min(rows, 8)}',
+        *((f'--gin.MESH_MODEL={mesh_model}',) if mesh_model > 1 else ()),
+      )
 
 
 def _is_hopeless(report) -> bool:
