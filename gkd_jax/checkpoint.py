@@ -31,13 +31,17 @@ _PREFIX = 'checkpoint'
 _METRICS = 'metrics/metrics'
 _MAX_DIFFERENCES = 5
 
-# A file that was cut off or overwritten can raise anything; Orbax has errors
-# that are an Exception and no more. But these do not come from damage.
-_NO_DAMAGE = re.compile('RESOURCE_EXHAUSTED|Too many open files|No space left')
-
 
 class DoesNotFit(ValueError):
   """A checkpoint is whole, but of something else."""
+
+
+# A file that was cut off or overwritten can raise anything; Orbax has errors
+# that are an Exception and no more. But these do not come from damage.
+_NO_DAMAGE = (DoesNotFit, MemoryError, ImportError, NameError)
+_SAYS_NO_DAMAGE = re.compile(
+  'RESOURCE_EXHAUSTED|Too many open files|No space left'
+)
 
 
 # Packages whose versions can change a result.
@@ -110,6 +114,16 @@ class _RestoreIterator(ocp.args.CheckpointArgs):
   item: Any
 
 
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Leaves it to `hosts.reached_preemption`.
+
+    JAX compares the numbers that it is asked with: Orbax's, of steps, among
+    ours could put the moment to stop off without end.
+    """
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one run: the last ones and the best are kept."""
 
@@ -147,7 +161,7 @@ class Checkpoints:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         step_prefix=_PREFIX,
@@ -240,7 +254,7 @@ class Checkpoints:
           ),
         )
       except Exception as e:
-        if hosts.are_several() or not _is_damage(e):
+        if hosts.are_several() or not is_damage(e):
           raise
         damaged.append((folder, e))
         continue
@@ -271,8 +285,11 @@ Damaged = Sequence[tuple[epath.Path, Exception]]
 _ELSEWHERE = ValueError('another host cannot read it')
 
 
-def _is_damage(error: Exception) -> bool:
-  return not isinstance(error, DoesNotFit) and not _NO_DAMAGE.search(str(error))
+def is_damage(error: Exception) -> bool:
+  """Whether reading raises it because of what was read."""
+  return not (
+    isinstance(error, _NO_DAMAGE) or _SAYS_NO_DAMAGE.search(str(error))
+  )
 
 
 def _error_of(read: Callable[[], Any]) -> Exception | None:
@@ -280,7 +297,7 @@ def _error_of(read: Callable[[], Any]) -> Exception | None:
   try:
     read()
   except Exception as e:
-    if not _is_damage(e):
+    if not is_damage(e):
       raise
     return e
   return None

@@ -117,7 +117,8 @@ class Evaluation:
         Its metrics are means over them, and it gets a 'self_bleu'.
       self_bleu_tokenize: see `diversity.self_bleu`.
       judge: adds the mean reward of what is written.
-      before_batch: called before each, as to stop by raising an exception.
+      before_batch: called before each one that is read, as to stop by raising
+        an exception.
 
     Raises:
       ValueError: several outputs are to be drawn, and no decoding samples.

@@ -41,6 +41,7 @@ class Signals:
   def __init__(self):
     """Nothing was received yet, and nothing is noted."""
     self.received: int | None = None
+    self._at_once = False
 
   @property
   def exit_code(self) -> int:
@@ -61,6 +62,19 @@ class Signals:
       for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """Within it a signal raises `Interrupted`, one that came before, too.
+
+    With several hosts none does: they `check`.
+    """
+    self._at_once = True
+    try:
+      self._raise_if_received()
+      yield
+    finally:
+      self._at_once = False
+
   def stops(self) -> bool:
     """Whether the run is to stop; all hosts ask, equally often."""
     if hosts.reached_preemption():
@@ -69,10 +83,8 @@ class Signals:
 
   def check(self) -> None:
     """Raises `Interrupted` if the run is to stop; see `stops`."""
-    if self.stops():
-      raise Interrupted(
-        'Interrupted. The same command goes on from there.', self.exit_code
-      )
+    self.stops()
+    self._raise_if_received()
 
   def _note(self, number, frame):
     del frame
@@ -82,6 +94,14 @@ class Signals:
       self.received = number
       name = signal.Signals(number).name
       metrics_lib.say(f'{name}: saving what there is, then stopping.')
+    if self._at_once:
+      self._raise_if_received()
+
+  def _raise_if_received(self):
+    if self.received is not None:
+      raise Interrupted(
+        'Interrupted. The same command goes on from there.', self.exit_code
+      )
 
 
 def check_folder(path: str, setting: str) -> None:
@@ -119,16 +139,22 @@ def written(folder: str, setting: str) -> Iterator[None]:
   try:
     yield
   except Exception as e:
-    folder = os.path.abspath(folder)
+    folder = pathlib.Path(folder).absolute()
+    files = [
+      (pathlib.Path(os.fsdecode(error.filename)).absolute(), error)
+      for error in _chain(e)
+      if isinstance(error, OSError) and error.filename
+    ]
     if is_full(e):
+      elsewhere = [f for f, _ in files if not f.is_relative_to(folder)]
+      where = elsewhere[0] if elsewhere else f'{setting} {folder}'
       raise OSError(
-        f'{setting} {folder}: no space is left on its disk, or the quota is '
-        'used up. Make room and give the same command again: it goes on from '
-        'what was whole before.'
+        f'{where}: no space is left on its disk, or the quota is used up. Make '
+        'room and give the same command again: it goes on from what was whole '
+        'before.'
       ) from e
-    for error in _chain(e) if isinstance(e, OSError) else ():
-      file = str(getattr(error, 'filename', None) or '')
-      if file and (file.startswith(folder) or folder.startswith(file)):
+    for file, error in files if isinstance(e, OSError) else ():
+      if file.is_relative_to(folder) or folder.is_relative_to(file):
         raise OSError(f'{setting} {file}: {error.strerror}.') from e
     raise
 

@@ -174,9 +174,8 @@ def run(
   start = said = time.monotonic()
   signals = interruption.Signals()
   try:
-    with signals.noted():
+    with signals.noted(), signals.at_once():
       while waiting or running:
-        signals.check()
         for job in list(waiting):
           if broken := [name for name in job.needs if name in failed]:
             waiting.remove(job)

@@ -486,7 +486,7 @@ def _resolve(gin, setting: str, value: Any) -> tuple[str, Any]:
     macro = gin.config._CONFIG.get(value.config_key, {})
     if value.selector != 'gin.macro' or 'value' not in macro:
       break
-    (setting,), value = value.scopes, macro['value']
+    setting, value = '/'.join(value.scopes), macro['value']
     if setting in seen:
       raise ValueError(f'{setting} is set to itself: %{" = %".join(seen[1:])}.')
     seen.append(setting)

@@ -80,12 +80,11 @@ class MetricWriter:
 def _keep_through_step(path: pathlib.Path, step: int) -> None:
   """Drops later lines, and one that was cut off while it was written."""
   kept, damaged = [], 0
-  for line in path.read_text(errors='replace').splitlines(keepends=True):
-    if not line.endswith('\n'):
-      break
+  *whole, _ = path.read_text(errors='replace').split('\n')
+  for line in whole:
     try:
       if json.loads(line)['step'] <= step:
-        kept.append(line)
+        kept.append(line + '\n')
     except (ValueError, TypeError, KeyError):
       damaged += 1
   if damaged:

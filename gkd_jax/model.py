@@ -14,7 +14,8 @@ that another encoder-decoder can take its place:
 
 and by `head_params`, the parameters that `unembed` reads, and `gather_params`,
 the parameters as whole as each device needs them. The five are called as
-`model.apply({'params': params}, ..., method='encode')`.
+`model.apply({'params': params}, ..., method='encode')`; the first two also get
+`deterministic` and, with microbatches, `num_parts`: see `T5.decode`.
 """
 
 import dataclasses
@@ -659,7 +660,7 @@ class T5(nn.Module):
       decoder_target_tokens: [B, T] int32.
       deterministic: False applies dropout.
       num_parts: that each layer works through the rows in, to save memory. Its
-        parameters are read (and gathered) once for all. Without dropout alone.
+        parameters are gathered once for all. Without dropout alone.
     """
     return self.decoder(
       self.token_embedder(shift_right(decoder_target_tokens)),

@@ -174,11 +174,13 @@ def rollout(
   Returns:
     A `sampler.Rollout` of shapes [B, T].
   """
-  # Once, not for each token.
-  params = model.gather_params(jax.lax.stop_gradient(params))
-  variables = {'params': params}
+  params = jax.lax.stop_gradient(params)
   if encoded is None:
-    encoded = model.apply(variables, encoder_input_tokens, method='encode')
+    encoded = model.apply(
+      {'params': params}, encoder_input_tokens, method='encode'
+    )
+  # Once, not for each token.
+  variables = {'params': model.gather_params(params)}
   cache = model.apply(
     variables,
     jax.lax.stop_gradient(encoded),

@@ -93,6 +93,8 @@ def _named(setting: str, folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as e:  # a damaged file can raise anything
+    if not checkpoint.is_damage(e):
+      raise
     *_, last = traceback.extract_tb(e.__traceback__)
     is_ours = pathlib.Path(last.filename).is_relative_to(_PACKAGE)
     if is_ours and isinstance(e, ValueError):

@@ -109,10 +109,11 @@ def make_write(
     ).tokens
 
   def beam(params, inputs):
+    width = decoding.num_beams
+    encoded = model.apply({'params': params}, inputs, method='encode')
+    encoded = jnp.repeat(encoded, width, axis=0)
     params = model.gather_params(params)  # once, not for each token
     apply = functools.partial(model.apply, {'params': params})
-    width = decoding.num_beams
-    encoded = jnp.repeat(apply(inputs, method='encode'), width, axis=0)
     inputs = jnp.repeat(inputs, width, axis=0)
     cache = apply(encoded, inputs, max_decode_len, method='start_cache')
 

@@ -17,18 +17,26 @@ _WRITTEN = {
   'NoneType': 'None',
   'None': 'None',
   'Mapping': '{name: value}',
+  'dict': '{name: value}',
   'Sequence': 'a list',
+  'list': 'a list',
   'tuple': 'a list',
   'Callable': 'a function (@module.name)',
   'Policy': 'a policy, such as @policies.student()',
   'T5Config': 'the shape of a model, such as @model.T5Config()',
   'DatasetConfig': 'examples, such as @eval/data.DatasetConfig()',
+  'Objective': 'an objective, such as @objectives.Objective()',
+  'SamplerConfig': 'a way to draw outputs, such as @sampler.SamplerConfig()',
+  'BeamConfig': 'a search, such as @beam_search.BeamConfig()',
+  'seqio.Vocabulary': 'a vocabulary, such as @seqio.ByteVocabulary()',
   'Reward': 'a reward, such as @rewards.exact_match()',
 }
 _LITERALS = (
   *(bool, int, float, complex, str, bytes),
   *(list, tuple, dict, set, type(None)),
 )
+# Of these there is nothing that could be written in a gin file.
+_ARRAYS = {'Array', 'ndarray', 'number'}
 # What is larger overflows somewhere inside.
 _MAX_INT = 2**31 - 1
 
@@ -40,13 +48,19 @@ def check(setting: str, value: Any, annotation: Any) -> None:
     setting: what it is called in gin.
     value: a literal; whatever else it is stands for a function.
     annotation: of the parameter that takes it, as `inspect.signature` has it.
+      One with a type that is not known here takes any value.
   """
   kinds = _kinds(annotation)
-  if 'float' in kinds:  # libraries call a number what counts as one in Python
-    kinds = [kind for kind in kinds if kind in ('float', 'NoneType', 'None')]
-  if kinds == ['Any'] or any(_is(value, kind) for kind in kinds):
+  if 'complex' in kinds:  # jax.typing.ArrayLike: what counts as a number
+    kinds = [kind for kind in kinds if kind not in ('bool', 'int', 'complex')]
+  kinds = [kind for kind in kinds if kind not in _ARRAYS]
+  if not _WRITTEN.keys() >= {*kinds}:
     return
-  written = dict.fromkeys(_WRITTEN.get(k, f'a {k} (@...)') for k in kinds)
+  if any(_is(value, kind) for kind in kinds):
+    return
+  written = dict.fromkeys(_WRITTEN[kind] for kind in kinds)
+  if 'int' in kinds and type(value) is int:
+    written = [f'from {-_MAX_INT} to {_MAX_INT}']
   raise ValueError(
     f'{setting} must be {" or ".join(written)}, got {_shortened(value)}.'
   )
@@ -63,7 +77,8 @@ def _kinds(annotation: Any) -> list[str]:
   origin = typing.get_origin(annotation)
   if origin in (typing.Union, types.UnionType):
     return [k for part in typing.get_args(annotation) for k in _kinds(part)]
-  return [getattr(origin or annotation, '__name__', 'Any')]
+  name = getattr(origin or annotation, '__name__', 'Any')
+  return [name.rsplit('.', 1)[-1]]
 
 
 def _is(value: Any, kind: str) -> bool:
@@ -81,7 +96,9 @@ def _is(value: Any, kind: str) -> bool:
     'NoneType': type(None),
     'None': type(None),
     'Mapping': dict,
+    'dict': dict,
     'Sequence': list | tuple,
+    'list': list | tuple,
     'tuple': list | tuple,
   }
   if kind in types_of:

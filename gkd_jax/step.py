@@ -89,7 +89,8 @@ def make_train_step(
       Changes nothing else, up to rounding and dropout masks; but the baseline
       'batch_mean' is the mean over a part. What needs no gradient is done for
       all parts together, so that sampling reads the student's weights once for
-      a token, and the teacher's are gathered once.
+      a token, and the teacher's are gathered once: the keys and values that
+      sampling keeps, and both models' encoded inputs, are of the whole batch.
     reward: how good the student's outputs are; None: the objective has none.
 
   Raises:
@@ -424,7 +425,7 @@ def hidden_states(
     dropout_rng: switches dropout on.
     num_parts: that each layer works through the rows in.
   """
-  keywords = {'deterministic': dropout_rng is None, 'num_parts': num_parts}
+  keywords = {'deterministic': dropout_rng is None, **_in_parts(num_parts)}
   if dropout_rng is not None:
     encoder_rng, decoder_rng = jax.random.split(dropout_rng)
   apply = functools.partial(model.apply, {'params': params})
@@ -442,6 +443,11 @@ def hidden_states(
     rngs=rngs,
     **keywords,
   )
+
+
+def _in_parts(num_parts: int) -> dict[str, int]:
+  """Keywords of a model's methods."""
+  return {'num_parts': num_parts} if num_parts > 1 else {}
 
 
 class Prepared(NamedTuple):
@@ -491,7 +497,7 @@ def _make_prepare(
         scope = 'student_encoder' if model is student else 'sampling'
         with jax.named_scope(scope):
           encoded = model.apply(
-            {'params': params}, inputs, method='encode', num_parts=num_parts
+            {'params': params}, inputs, method='encode', **_in_parts(num_parts)
           )
       drawn = policies.rollout(
         model,

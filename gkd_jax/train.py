@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from gkd_jax import (
@@ -106,7 +107,8 @@ def train(
       Without a need for one in policy and objective it only serves evaluation.
     teacher_dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
     max_grad_norm: gradients of a larger global norm are scaled down to it.
-    num_microbatches: parts a batch is worked through in, to save memory.
+    num_microbatches: parts a batch is worked through in, to save memory; see
+      `step.make_train_step`.
     num_data_shards: that the data is dealt to, which decides its order; None:
       as many as hosts that have rows of their own. A run that is to go on with
       another number of hosts names one that both divide.
@@ -479,15 +481,16 @@ def make_plan(
     )
   _check_batch(train_dataset.batch_size, num_microbatches, mesh)
   model = T5(student, partitioning.Placement(mesh, student_rules))
+  wanted = (
+    'OPTIMIZER must make an optax optimizer of a learning rate, as '
+    '@optax.adafactor does; it '
+  )
   try:
     tx = optimizer(learning_rate=learning_rate)
   except TypeError as e:
-    tx = e
-  if not isinstance(tx, optax.GradientTransformation):
-    raise ValueError(
-      'OPTIMIZER must make an optax optimizer of a learning rate, as '
-      f'@optax.adafactor does; it gives {tx!r}.'
-    )
+    raise ValueError(f'{wanted}raises TypeError: {e}.') from e
+  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
+    raise ValueError(f'{wanted}gives {tx!r}.')
   if max_grad_norm is not None:
     if max_grad_norm <= 0.0:
       raise ValueError(
@@ -637,7 +640,8 @@ def _loop(
       values, evaluated = None, not evaluates
       if evaluates and not stops:
         try:
-          values, evaluated = evaluate_now(step), True
+          with signals.at_once():
+            values, evaluated = evaluate_now(step), True
         except interruption.Interrupted:
           stops = True
       if saves or stops:
@@ -757,7 +761,7 @@ class _Log:
       step,
       {
         **{f'train/{k}': v for k, v in mean.items()},
-        'train/learning_rate': float(self._learning_rate(step - 1)),
+        'train/learning_rate': _rate(self._learning_rate, step - 1),
         'train/steps_per_second': len(window) / seconds,
         'train/target_tokens_per_second': tokens_per_second,
       },
@@ -860,7 +864,7 @@ def _check_rates(learning_rate: optax.Schedule, total_steps: int) -> None:
   """Refuses what is no schedule, and one that would climb."""
   for step in (0, total_steps // 2, total_steps):
     try:
-      rate = float(learning_rate(step))
+      rate = _rate(learning_rate, step)
     except (TypeError, ValueError) as e:
       raise ValueError(
         'LEARNING_RATE_SCHEDULE must give a number for each step, as '
@@ -871,6 +875,12 @@ def _check_rates(learning_rate: optax.Schedule, total_steps: int) -> None:
         f'The learning rate of step {step} is {rate}: LEARNING_RATE and '
         'FINAL_LEARNING_RATE must not be negative.'
       )
+
+
+def _rate(learning_rate: optax.Schedule, step: int) -> float:
+  """Returns the rate of a step, which the schedule gets as an array."""
+  with np.errstate(divide='ignore'):
+    return float(learning_rate(np.int32(step)))
 
 
 def _check_best_metric(name: str, names: Sequence[str]) -> None:

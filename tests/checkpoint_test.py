@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from gkd_jax import checkpoint
 from gkd_jax.model import T5
@@ -195,6 +196,7 @@ def test_a_step_may_be_damaged_again(tmp_path):
     checkpoint.DoesNotFit('the data of another'),
     RuntimeError('RESOURCE_EXHAUSTED: no memory'),
     OSError(24, 'Too many open files'),
+    MemoryError(),
   ],
   ids=lambda error: str(error)[:9],
 )
@@ -209,6 +211,18 @@ def test_a_checkpoint_is_not_called_damaged_for_another_reason(tmp_path, error):
     checkpoint.Checkpoints(tmp_path, DESCRIPTION).restore(
       abstract(state_at(0)), Refusing()
     )
+
+  assert folders(tmp_path) == ['checkpoint_1', 'checkpoint_2']
+
+
+def test_saving_does_not_ask_jax_where_to_stop(tmp_path, monkeypatch):
+  # It would ask with a step, and the training loop asks with another number.
+  def asked(step):
+    raise AssertionError(f'asked with {step}')
+
+  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', asked)
+
+  save_steps(tmp_path, {1: None, 2: None}, keep=2)
 
   assert folders(tmp_path) == ['checkpoint_1', 'checkpoint_2']
 

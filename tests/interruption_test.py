@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 import signal
 import subprocess
@@ -77,3 +78,44 @@ def test_a_killed_process_keeps_no_lock(tmp_path):
 
   with interruption.locked(tmp_path, 'MODEL_DIR'):
     pass
+
+
+# --- What cannot be written ---------------------------------------------------
+
+
+def full(file=None):
+  return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+
+
+@pytest.mark.parametrize(
+  'error, where',
+  [
+    (full(), 'MODEL_DIR /data/run'),
+    (full('/data/run/checkpoint_1'), 'MODEL_DIR /data/run'),
+    (full('/home/me/tfds/x'), '/home/me/tfds/x'),
+    (ValueError('RESOURCE: No space left on device'), 'MODEL_DIR /data/run'),
+  ],
+)
+def test_a_full_disk_is_named(error, where):
+  with pytest.raises(OSError) as told:
+    with interruption.written('/data/run', 'MODEL_DIR'):
+      raise error
+
+  assert str(told.value).startswith(f'{where}: no space is left on its disk')
+
+
+def test_a_file_of_the_folder_that_cannot_be_written_is_named():
+  with pytest.raises(OSError, match='MODEL_DIR /data/run/x: Is a directory.'):
+    with interruption.written('/data/run', 'MODEL_DIR'):
+      raise IsADirectoryError(errno.EISDIR, 'Is a directory', '/data/run/x')
+
+
+@pytest.mark.parametrize('file', ['/data/run2/x', None])
+def test_other_errors_are_left_as_they_are(file):
+  error = FileNotFoundError(errno.ENOENT, 'No such file', file)
+
+  with pytest.raises(FileNotFoundError) as told:
+    with interruption.written('/data/run', 'MODEL_DIR'):
+      raise error
+
+  assert told.value is error

@@ -75,10 +75,13 @@ def test_a_line_that_was_cut_off_is_not_read(tmp_path):
   assert [m['step'] for m in metrics.read(tmp_path)] == [1, 2]
 
 
-def test_a_line_in_the_middle_that_was_damaged_is_left_out(tmp_path, capsys):
+@pytest.mark.parametrize('garbage', [b'\xff\x00', b'\x0b', b'\xe2\x80\xa8'])
+def test_a_line_in_the_middle_that_was_damaged_is_left_out(
+  tmp_path, capsys, garbage
+):
   write_steps(tmp_path, [1, 2, 3])
   path = tmp_path / 'metrics.jsonl'
-  damaged = path.read_bytes().replace(b'"step": 2', b'"st\xff\x00')
+  damaged = path.read_bytes().replace(b'"step": 2', b'"st' + garbage)
   path.write_bytes(damaged)
 
   write_steps(tmp_path, [4], first_step=3)

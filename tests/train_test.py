@@ -14,6 +14,7 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -690,6 +691,15 @@ def test_a_schedule_must_give_rates(refused):
   message = refused(learning_rate=optax.constant_schedule)
 
   assert 'LEARNING_RATE_SCHEDULE must give a number for each step' in message
+
+
+def test_a_schedule_may_be_infinite_but_in_a_minimum(train_letters, tmp_path):
+  def inverse_square_root(step):
+    return 0.01 * jnp.minimum(step**-0.5, step * 4**-1.5)  # 0 ** -0.5
+
+  train_letters(tmp_path, learning_rate=inverse_square_root, total_steps=1)
+
+  assert metrics.read(tmp_path)[0]['train/learning_rate'] == 0.0
 
 
 def test_a_rate_must_not_be_negative(refused):
