@@ -140,11 +140,7 @@ def precompile(
   teacher_model = teacher_params = None
   if teacher is not None:
     teacher_model = train.like_student(teacher, student, placement)
-    teacher_params = _with_dtype(
-      abstract_params(teacher_model), teacher_dtype or 'float32'
-    )
-    if teacher_model.config.scan_layers:
-      teacher_params = stack_layers(teacher_params)
+    teacher_params = _constants(teacher_model, teacher_dtype)
   pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
   if reward_model is None and reward_checkpoint_path is not None:
     reward_model = pretrained.open_checkpoint(
@@ -160,9 +156,7 @@ def precompile(
           'configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH, which tells it.'
         )
       judge = train.like_student(reward_model, student, placement)
-      reward_params = _with_dtype(
-        abstract_params(judge), reward_dtype or 'float32'
-      )
+      reward_params = _constants(judge, reward_dtype)
     score = reward.make_score(_WordVocabulary(), judge)
   num_ids = min(model.vocab_size for model in (student, teacher) if model)
   batch = abstract_batch(train_dataset, device_mesh)
@@ -339,10 +333,15 @@ class _WordVocabulary:
     ]
 
 
-def _with_dtype(params, dtype):
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
+def _constants(model, dtype):
+  """Returns the shapes of parameters that no step changes, as `train` does."""
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, dtype or 'float32', sharding=x.sharding
+    ),
+    abstract_params(model),
   )
+  return stack_layers(params) if model.config.scan_layers else params
 
 
 def _compile(

@@ -287,14 +287,10 @@ def train(
   teacher_model = teacher_params = None
   if 'teacher' in sources:
     teacher_model = like_student(sources['teacher'].config, student, placement)
-    teacher_params = sources['teacher'].load(
-      abstract_params(teacher_model), teacher_dtype
-    )
-    if teacher_model.config.scan_layers:
-      teacher_params = stack_layers(teacher_params)
+    teacher_params = _load(sources['teacher'], teacher_model, teacher_dtype)
     metrics_lib.say(f'Teacher: {sources["teacher"]}')
   if 'reward' in sources:
-    reward_params = sources['reward'].load(reward_params, reward_dtype)
+    reward_params = _load(sources['reward'], scorer, reward_dtype)
     metrics_lib.say(f'Reward: {sources["reward"]}')
   if 'student' in sources:
     params = sources['student'].load(plan.state.params, 'float32')
@@ -528,6 +524,14 @@ def like_student(
     config, dtype=student.dtype, scan_layers=student.scan_layers
   )
   return T5(config, placement)
+
+
+def _load(
+  source: pretrained.Pretrained, model: T5, dtype: str | None
+) -> step_lib.Params:
+  """Loads what no step changes."""
+  params = source.load(abstract_params(model), dtype)
+  return stack_layers(params) if model.config.scan_layers else params
 
 
 def compile_step(

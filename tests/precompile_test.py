@@ -104,18 +104,22 @@ def what_is_compiled(monkeypatch):
   return run
 
 
+@pytest.mark.parametrize('scan_layers', [False, True])
 def test_the_program_is_the_one_that_train_runs(
-  what_is_compiled, train_letters, tmp_path
+  what_is_compiled, train_letters, tmp_path, scan_layers
 ):
+  settings = SETTINGS | {
+    'student': dataclasses.replace(STUDENT, scan_layers=scan_layers)
+  }
   conftest.save_model(tmp_path / 'teacher', TEACHER)
   run, *placed = what_is_compiled(
     train_letters,
     tmp_path / 'run',
-    **SETTINGS,
+    **settings,
     teacher_checkpoint_path=str(tmp_path / 'teacher'),
   )
   precompiled, *abstract = what_is_compiled(
-    precompile.precompile, **SETTINGS, **FOR_CPU, teacher=TEACHER
+    precompile.precompile, **settings, **FOR_CPU, teacher=TEACHER
   )
 
   def describe(x):

@@ -380,6 +380,19 @@ def test_the_checkpoint_that_is_best_by_the_chosen_metric_is_kept(whole):
   assert (whole.folder / 'checkpoint_3').is_dir()
 
 
+def test_layers_as_a_loop_change_no_metric(distil, tmp_path):
+  def metrics_of(scan_layers):
+    folder = tmp_path / str(scan_layers)
+    config = dataclasses.replace(
+      STUDENT, dropout_rate=0.0, scan_layers=scan_layers
+    )
+    distil(folder, student=config, total_steps=2)
+    return [without_timing(line) for line in metrics.read(folder)]
+
+  for got, want in zip(metrics_of(True), metrics_of(False), strict=True):
+    assert got == pytest.approx(want, rel=1e-4)  # rounding
+
+
 def test_the_learning_rate_that_is_logged_is_the_one_of_that_step(whole):
   lines = [m for m in metrics.read(whole.folder) if 'train/loss' in m]
 
