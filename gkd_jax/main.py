@@ -50,13 +50,13 @@ _START = time.monotonic()
 # Run mode -> the function that gin configures and main calls.
 _RUN_MODES = {
   'train': 'gkd_jax.train.train',
-  'eval': 'gkd_jax.evaluate.evaluate_checkpoint',
-  'infer': 'gkd_jax.infer.infer',
-  'export': 'gkd_jax.export.export',
-  'compare': 'gkd_jax.compare.compare',
-  'sweep': 'gkd_jax.sweep.sweep',
+  'eval': 'gkd_jax.evaluation.evaluate.evaluate_checkpoint',
+  'infer': 'gkd_jax.evaluation.infer.infer',
+  'export': 'gkd_jax.checkpoints.export.export',
+  'compare': 'gkd_jax.sweeps.compare.compare',
+  'sweep': 'gkd_jax.sweeps.sweep.sweep',
   'report': 'gkd_jax.report.report.report',
-  'precompile': 'gkd_jax.precompile.precompile',
+  'precompile': 'gkd_jax.capacity.precompile.precompile',
 }
 # What is run where no file is named: a mode without an experiment.
 _GIN_FILE_OF_MODE = {
@@ -124,7 +124,7 @@ def _leave_other_hosts(error: BaseException) -> None:
 
   They notice. Python's own way out would wait for them first.
   """
-  hosts = sys.modules.get('gkd_jax.hosts')
+  hosts = sys.modules.get('gkd_jax.parallel.hosts')
   if hosts is None or not hosts.are_several():
     return
   if isinstance(error, SystemExit):
@@ -175,9 +175,9 @@ def _run_and_say_errors(argv: Sequence[str]) -> None:
 
 def _is_news(record: std_logging.LogRecord) -> bool:
   """Whether a library logs something else than that the disk is full."""
-  from gkd_jax import interruption
+  from gkd_jax.runtime import run_folder
 
-  return not (record.exc_info and interruption.is_full(record.exc_info[1]))
+  return not (record.exc_info and run_folder.is_full(record.exc_info[1]))
 
 
 def _keep_compiled_programs() -> None:
@@ -287,7 +287,7 @@ def _run(argv: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _output_folder(gin, mode: str) -> Iterator[None]:
   """Checks the folder that a run mode writes to; see `interruption`."""
-  from gkd_jax import interruption
+  from gkd_jax.runtime import run_folder
 
   bindings = gin.config._CONFIG.get(('', _RUN_MODES[mode]), {})
   for name in bindings.keys() & {'model_dir', 'output_dir'}:
@@ -298,13 +298,13 @@ def _output_folder(gin, mode: str) -> Iterator[None]:
     yield
     return
   if mode != 'export':  # which can write to gs://
-    interruption.check_folder(folder, setting)
-  with interruption.written(folder, setting):
+    run_folder.check_folder(folder, setting)
+  with run_folder.written(folder, setting):
     yield
 
 
 def _start_hosts(mode: str) -> None:
-  from gkd_jax import hosts
+  from gkd_jax.parallel import hosts
 
   given = [_COORDINATOR_ADDRESS, _PROCESS_COUNT, _PROCESS_INDEX]
   if mode in ('train', 'eval', 'infer'):
@@ -367,8 +367,8 @@ def _check_arguments(gin, arguments: Sequence[str], result: str) -> None:
       raise ValueError(
         f'it is done when it has written {result}, but FINAL_EVAL and '
         f'TEST_SPLIT make it write {written or "none"}. Set FINAL_EVAL = '
-        "'@final_eval/data.DatasetConfig()' and TEST_SPLIT, or say which file "
-        "it ends with: {'result': 'eval_validation.json'}."
+        "'@final_eval/datasets.DatasetConfig()' and TEST_SPLIT, or say which "
+        "file it ends with: {'result': 'eval_validation.json'}."
       )
 
 
@@ -466,7 +466,7 @@ def _check_types(gin) -> None:
 
   What a call (@name()) gives is not known yet, and checked where it is used.
   """
-  from gkd_jax import settings
+  from gkd_jax.config import annotations
 
   for (_, selector), bindings in gin.config._CONFIG.items():
     if selector == 'gin.macro':
@@ -476,7 +476,7 @@ def _check_types(gin) -> None:
       setting = f'{".".join(selector.split(".")[-2:])}.{name}'
       setting, value = _resolve(gin, setting, value)
       if name in parameters and not getattr(value, 'evaluate', False):
-        settings.check(setting, value, parameters[name].annotation)
+        annotations.check(setting, value, parameters[name].annotation)
 
 
 def _resolve(gin, setting: str, value: Any) -> tuple[str, Any]:

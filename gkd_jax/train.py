@@ -17,26 +17,14 @@ import jax
 import numpy as np
 import optax
 
-from gkd_jax import (
-  checkpoint,
-  data,
-  evaluate,
-  hosts,
-  interruption,
-  objectives,
-  partitioning,
-  policies,
-  predictions,
-  pretrained,
-  programs,
-  rewards,
-  sampler,
-  vocabularies,
-)
-from gkd_jax import metrics as metrics_lib
-from gkd_jax import step as step_lib
 from gkd_jax.batch import Batch
-from gkd_jax.model import (
+from gkd_jax.checkpoints import checkpoint, pretrained
+from gkd_jax.data import datasets, iterators, predictions, vocabularies
+from gkd_jax.decoding import sampler
+from gkd_jax.distill import objectives, policies, rewards
+from gkd_jax.distill import step as step_lib
+from gkd_jax.evaluation import evaluate, programs
+from gkd_jax.models.t5 import (
   T5,
   T5Config,
   abstract_params,
@@ -44,13 +32,17 @@ from gkd_jax.model import (
   init_params,
   stack_layers,
 )
+from gkd_jax.parallel import hosts, partitioning
+from gkd_jax.runtime import console, files, run_folder
+from gkd_jax.runtime import metrics as metrics_lib
+from gkd_jax.runtime import signals as signals_lib
 
 
 def train(
   *,
   model_dir: str,
   student: T5Config,
-  train_dataset: data.DatasetConfig,
+  train_dataset: datasets.DatasetConfig,
   policy: policies.Policy,
   objective: objectives.Objective,
   optimizer: Callable[..., optax.GradientTransformation],
@@ -74,8 +66,8 @@ def train(
   mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
   student_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
   teacher_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
-  eval_dataset: data.DatasetConfig | None = None,
-  final_eval_dataset: data.DatasetConfig | None = None,
+  eval_dataset: datasets.DatasetConfig | None = None,
+  final_eval_dataset: datasets.DatasetConfig | None = None,
   decodings: Mapping[str, programs.Decoding] | None = None,
   eval_period: int = 1000,
   checkpoint_period: int = 1000,
@@ -147,7 +139,7 @@ def train(
   Raises:
     ValueError: something does not fit together. All such errors come before
       anything is compiled or written.
-    interruption.Interrupted: SIGTERM or Ctrl-C came; the run is saved.
+    signals_lib.Interrupted: SIGTERM or Ctrl-C came; the run is saved.
     FloatingPointError: too many steps were skipped; the run is saved.
   """
   started = time.monotonic() if started is None else started
@@ -218,7 +210,7 @@ def train(
       'training: leave EVAL as it is, or set BEST_METRIC = None.'
     )
   import_seconds += vocabularies.import_libraries()
-  vocabulary = data.get_vocabulary(train_dataset)
+  vocabulary = datasets.get_vocabulary(train_dataset)
   num_ids = vocabulary.vocab_size
   if num_ids > student.vocab_size:
     raise ValueError(
@@ -232,7 +224,7 @@ def train(
   )
   for dataset in (train_dataset, eval_dataset, final_eval_dataset):
     if dataset is not None:
-      data.check_not_empty(dataset)
+      datasets.check_not_empty(dataset)
   _check_not_trained_on(
     train_dataset, [d for d in (eval_dataset, final_eval_dataset) if d]
   )
@@ -288,19 +280,19 @@ def train(
   if 'teacher' in sources:
     teacher_model = like_student(sources['teacher'].config, student, placement)
     teacher_params = _load(sources['teacher'], teacher_model, teacher_dtype)
-    metrics_lib.say(f'Teacher: {sources["teacher"]}')
+    console.log(f'Teacher: {sources["teacher"]}')
   if 'reward' in sources:
     reward_params = _load(sources['reward'], scorer, reward_dtype)
-    metrics_lib.say(f'Reward: {sources["reward"]}')
+    console.log(f'Reward: {sources["reward"]}')
   if 'student' in sources:
     params = sources['student'].load(plan.state.params, 'float32')
-    metrics_lib.say(f'Student: {sources["student"]}')
+    console.log(f'Student: {sources["student"]}')
   else:
     params = jax.jit(
       lambda: init_params(plan.student, jax.random.key(seed)),
       out_shardings=_shardings(plan.state.params),
     )()
-    metrics_lib.say(
+    console.log(
       f'Student: {pretrained.architecture(student)}, {count_params(params):,} '
       'float32 parameters, from random initialisation'
     )
@@ -311,7 +303,7 @@ def train(
   if reward is not None:
     judge = programs.make_judge(reward, score, reward_params, device_mesh)
 
-  signals = interruption.Signals()
+  signals = signals_lib.Signals()
 
   def make_evaluation(split):
     return split and evaluate.Evaluation(
@@ -330,7 +322,7 @@ def train(
   final_evaluation = make_evaluation(final_eval_dataset)
   if best_metric is not None:
     _check_best_metric(best_metric, evaluation.names())
-  iterator = data.TrainIterator(
+  iterator = iterators.TrainIterator(
     train_dataset,
     seed=seed,
     **dealt,
@@ -338,7 +330,7 @@ def train(
 
   hosts.wait('all is checked')
   run_dir.mkdir(parents=True, exist_ok=True)
-  with interruption.locked(run_dir, 'MODEL_DIR'):
+  with run_folder.locked(run_dir, 'MODEL_DIR'):
     was_there = (run_dir / 'config.gin').exists()
     _save_manifest(run_dir, config_text())
     # One vocabulary serves both; the student's own files come first.
@@ -362,9 +354,9 @@ def train(
     train_seconds, to_evaluate = 0.0, False
     if saved := checkpoints.restore(plan.state, iterator):
       state, train_seconds, to_evaluate = saved
-      metrics_lib.say(f'Resuming after step {int(state.step)}.')
+      console.log(f'Resuming after step {int(state.step)}.')
     elif was_there:
-      metrics_lib.say('The run was interrupted before its first checkpoint.')
+      console.log('The run was interrupted before its first checkpoint.')
     first_step = int(state.step)
     if first_step < total_steps or to_evaluate:
       state, train_seconds = _loop(
@@ -414,10 +406,10 @@ def train(
             **final_evaluation.notes,
           },
         )
-        metrics_lib.say(
+        console.log(
           f'{final_eval_dataset.split}: {evaluate.format_metrics(values)}'
         )
-    metrics_lib.say(f'Done: {run_dir}')
+    console.log(f'Done: {run_dir}')
 
 
 class Plan(NamedTuple):
@@ -444,7 +436,7 @@ def make_plan(
   mesh: jax.sharding.Mesh,
   student_rules: partitioning.AxisRules,
   student: T5Config,
-  train_dataset: data.DatasetConfig,
+  train_dataset: datasets.DatasetConfig,
   policy: policies.Policy,
   objective: objectives.Objective,
   optimizer: Callable[..., optax.GradientTransformation],
@@ -594,7 +586,7 @@ def _loop(
     values, table = evaluation(state.params)
     writer.write(step, {f'validation/{k}': v for k, v in values.items()})
     writer.text(step, 'samples', table)
-    metrics_lib.say(f'step {step}  {evaluate.format_metrics(values)}\n{table}')
+    console.log(f'step {step}  {evaluate.format_metrics(values)}\n{table}')
     return values
 
   if to_evaluate:
@@ -608,7 +600,7 @@ def _loop(
   compiled = compile_step(
     train_step, state, teacher_params, batch, reward_params
   )
-  metrics_lib.say(f'Compiled the step in {time.monotonic() - start:.1f} s.')
+  console.log(f'Compiled the step in {time.monotonic() - start:.1f} s.')
 
   log = _Log(
     writer,
@@ -646,7 +638,7 @@ def _loop(
         try:
           with signals.at_once():
             values, evaluated = evaluate_now(step), True
-        except interruption.Interrupted:
+        except signals_lib.Interrupted:
           stops = True
       if saves or stops:
         checkpoints.save(
@@ -662,7 +654,7 @@ def _loop(
         writer.close()
         log.close()
         log.raise_if_too_many_skipped()
-        raise interruption.Interrupted(
+        raise signals_lib.Interrupted(
           f'Stopped after step {step}, which is saved. The same command goes '
           'on from there.',
           signals.exit_code,
@@ -697,7 +689,7 @@ class _Log:
     self._skipped_path = skipped_path
     self._say_started = say_started
     self._skipped = []  # messages, of the steps just before
-    self._progress = metrics_lib.Progress(total_steps, first_step, 10.0)
+    self._progress = console.Progress(total_steps, first_step, 10.0)
     self._pending = None
     self._window = []
     self._on_policy = []
@@ -784,7 +776,7 @@ class _Log:
       f'{values["grad_norm"]}.'
     )
     self._skipped.append(message)
-    metrics_lib.say(message)
+    console.log(message)
     line = {'step': step}
     for name in ('loss', 'grad_norm'):
       line[name] = str(values[name])
@@ -799,7 +791,7 @@ class _Log:
 
 
 def _say_started(started: float, import_seconds: float) -> None:
-  metrics_lib.say(
+  console.log(
     f'First step done after {time.monotonic() - started:.1f} s, of which '
     f'imports took {import_seconds:.1f} s.'
   )
@@ -815,7 +807,7 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh) -> None:
 
 
 def _deal_data(num_shards: int | None, batch_size: int, mesh) -> dict[str, Any]:
-  """Returns which part of the data this host reads: `data.TrainIterator`'s."""
+  """Returns which part of the data this host reads, for `TrainIterator`."""
   first, end = partitioning.rows_of_host(batch_size, mesh)
   if num_shards is None:
     num_shards = batch_size // (end - first)
@@ -834,7 +826,8 @@ def _deal_data(num_shards: int | None, batch_size: int, mesh) -> dict[str, Any]:
 
 
 def _check_not_trained_on(
-  train_dataset: data.DatasetConfig, evaluated: Sequence[data.DatasetConfig]
+  train_dataset: datasets.DatasetConfig,
+  evaluated: Sequence[datasets.DatasetConfig],
 ) -> None:
   """Refuses a teacher's outputs for the split that will be evaluated."""
   if train_dataset.predictions is None:
@@ -945,9 +938,9 @@ def _save_manifest(run_dir: pathlib.Path, config: str) -> None:
     ValueError: this host does not see what the first one wrote.
   """
   # The first file of all: without it the folder is not known to be a run.
-  metrics_lib.write_whole(run_dir / 'config.gin', config)
+  files.write_whole(run_dir / 'config.gin', config)
   versions = {**checkpoint.versions(), 'command': sys.argv}
-  metrics_lib.write_whole(
+  files.write_whole(
     run_dir / 'versions.json', json.dumps(versions, indent=2) + '\n'
   )
   hosts.wait('the folder is there')

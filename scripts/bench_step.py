@@ -99,14 +99,14 @@ def main(argv: list[str]) -> None:
 
 def _work() -> dict:
   """Returns what everybody does, as JSON can hold it."""
-  from gkd_jax import model
+  from gkd_jax.models import t5
 
   def shape(size):
-    if size in model.SIZES:
-      config = model.published(size)
+    if size in t5.SIZES:
+      config = t5.published(size)
     else:
       *numbers, num_layers = map(int, size.split(','))
-      config = model.T5Config(*numbers, num_layers, num_layers)
+      config = t5.T5Config(*numbers, num_layers, num_layers)
     return {
       name: getattr(config, name)
       for name in (
@@ -212,12 +212,14 @@ def _measure_ours(work: dict) -> dict:
   import jax.numpy as jnp
   import optax
 
-  from gkd_jax import divergences, objectives, policies, sampler
-  from gkd_jax import model as model_lib
-  from gkd_jax import step as step_lib
   from gkd_jax.batch import EOS_ID, MASKED_LOGIT, Batch
+  from gkd_jax.decoding import rollout as rollout_lib
+  from gkd_jax.decoding import sampler
+  from gkd_jax.distill import divergences, objectives, policies
+  from gkd_jax.distill import step as step_lib
+  from gkd_jax.models import t5
 
-  class Endless(model_lib.T5):
+  class Endless(t5.T5):
     """Never draws EOS, so that every output is as long as it may be."""
 
     def decode_step(self, cache, tokens_B):
@@ -225,9 +227,9 @@ def _measure_ours(work: dict) -> dict:
       return logits.at[:, EOS_ID].set(MASKED_LOGIT), cache
 
   def shape(name):
-    return model_lib.T5Config(**work[name], dtype=work['dtype'])
+    return t5.T5Config(**work[name], dtype=work['dtype'])
 
-  student, teacher = Endless(shape('student')), model_lib.T5(shape('teacher'))
+  student, teacher = Endless(shape('student')), t5.T5(shape('teacher'))
   divergence = getattr(divergences, work['divergence'])
   if work['divergence'] == 'generalized_jsd':
     divergence = functools.partial(divergence, beta=0.5)
@@ -243,7 +245,7 @@ def _measure_ours(work: dict) -> dict:
   batch = Batch(inputs, targets, jnp.ones(targets.shape, jnp.float32))
 
   def init(model, seed):
-    return jax.jit(functools.partial(model_lib.init_params, model))(
+    return jax.jit(functools.partial(t5.init_params, model))(
       jax.random.key(seed)
     )
 
@@ -295,7 +297,7 @@ def _measure_ours(work: dict) -> dict:
     return student.apply({'params': params}, inputs, method='encode')
 
   def sample(params, encoded, inputs):
-    return policies.rollout(
+    return rollout_lib.rollout(
       student,
       params,
       inputs,
@@ -402,12 +404,13 @@ def _floors(work, machine, dtype) -> dict:
 
   The phase 'student' is measured with its encoder, which a step runs once.
   """
-  from gkd_jax import costs, model
+  from gkd_jax.capacity import costs
+  from gkd_jax.models import t5
 
   width = {'float32': 4, 'bfloat16': 2}[dtype]
   cost = costs.of_step(
-    model.T5Config(**work['student']),
-    model.T5Config(**work['teacher']),
+    t5.T5Config(**work['student']),
+    t5.T5Config(**work['teacher']),
     batch_size=work['batch'],
     input_length=work['inputs'],
     target_length=work['targets'],

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from gkd_jax import jobs as jobs_lib
+from gkd_jax.sweeps import jobs as jobs_lib
 from tests import conftest
 
 FRAGMENTS = sorted((conftest.ROOT / 'gin').rglob('*.gin'))
@@ -68,7 +68,7 @@ def mode_of(arguments):
 
 
 # Stands for the pretrained models that a command names.
-BYT5 = conftest.ROOT / 'tests/interop/huggingface_fixtures/byt5'
+BYT5 = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures/byt5'
 # What a task wants first that is not here.
 WANTS = ('MMLU_DIR data/mmlu lacks', 'BBH_DIR data/bbh lacks', 'TFDS has no ')
 

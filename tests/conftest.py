@@ -118,8 +118,9 @@ def save_model(
   import jax
   import optax
 
-  from gkd_jax import checkpoint, step
-  from gkd_jax.model import T5, init_params
+  from gkd_jax.checkpoints import checkpoint
+  from gkd_jax.distill import step as step_lib
+  from gkd_jax.models.t5 import T5, init_params
 
   class NoData:
     def save(self, directory):
@@ -129,7 +130,7 @@ def save_model(
   checkpoints = checkpoint.Checkpoints(
     run_dir, checkpoint.ModelDescription(config, vocabulary)
   )
-  state = step.init_state(params, optax.sgd(1.0))
+  state = step_lib.init_state(params, optax.sgd(1.0))
   checkpoints.save(state, NoData(), train_seconds=0.0)
   checkpoints.close()
 
@@ -140,9 +141,9 @@ def write_predictions(path, rows, config, split='train'):
   Returns:
     The dataset of them.
   """
-  from gkd_jax import data, predictions, vocabularies
+  from gkd_jax.data import datasets, predictions, vocabularies
 
-  vocabulary = data.get_vocabulary(config)
+  vocabulary = datasets.get_vocabulary(config)
   writer = predictions.Writer(
     path,
     {
@@ -209,7 +210,7 @@ def tfds_dir(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope='session')
 def t5_vocabulary():
   """T5's own vocabulary."""
-  from gkd_jax import vocabularies
+  from gkd_jax.data import vocabularies
 
   if not T5_VOCABULARY.is_file():
     pytest.skip(f'{T5_VOCABULARY} is not there')
@@ -219,7 +220,7 @@ def t5_vocabulary():
 @pytest.fixture(scope='session')
 def small_vocabulary(tmp_path_factory):
   """A SentencePiece vocabulary that writes ASCII but `<`, as T5's does not."""
-  from gkd_jax import vocabularies
+  from gkd_jax.data import vocabularies
 
   sentences = [
     'summarize: the answer is a number',
@@ -296,11 +297,13 @@ def train_letters(letters, compile_once) -> Callable[..., str]:
   """Runs train.train on the tiny task; returns what it said on stderr."""
   import optax
 
-  from gkd_jax import data, objectives, policies, train
-  from gkd_jax.model import T5Config
+  from gkd_jax import train
+  from gkd_jax.data import datasets
+  from gkd_jax.distill import objectives, policies
+  from gkd_jax.models.t5 import T5Config
 
   def dataset(split, **changes):
-    return data.DatasetConfig(
+    return datasets.DatasetConfig(
       letters, LENGTHS, **({'batch_size': 8, 'split': split} | changes)
     )
 

@@ -19,8 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gkd_jax import checkpoint, data, metrics, train
-from gkd_jax.model import T5Config
+from gkd_jax import train
+from gkd_jax.checkpoints import checkpoint
+from gkd_jax.data import iterators
+from gkd_jax.models.t5 import T5Config
+from gkd_jax.runtime import metrics as metrics_lib
 from tests import conftest
 
 # Reading what Orbax wrote is done in many tasks, which all fail.
@@ -88,7 +91,9 @@ def start(run_main, letters, teacher, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a_file').touch()
   monkeypatch.setattr(train, '_save_manifest', stop)
-  monkeypatch.setattr(data.TrainIterator, '__init__', lambda *_, **__: None)
+  monkeypatch.setattr(
+    iterators.TrainIterator, '__init__', lambda *_, **__: None
+  )
   command = (
     GKD,
     *(flag for flag in SMALL if not re.search('(TRAIN|WARMUP)_STEPS', flag)),
@@ -265,7 +270,7 @@ def train_six(train_letters):
 def interrupted(train_six, tmp_path_factory):
   """What a run that was killed in its fifth step left, and how it would end."""
   batches = []
-  take = data.TrainIterator.__next__
+  take = iterators.TrainIterator.__next__
 
   def take_or_die(self):
     batches.append(None)
@@ -275,7 +280,7 @@ def interrupted(train_six, tmp_path_factory):
 
   folder = tmp_path_factory.mktemp('interrupted')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(data.TrainIterator, '__next__', take_or_die)
+    patch.setattr(iterators.TrainIterator, '__next__', take_or_die)
     with pytest.raises(KeyboardInterrupt):
       train_six(folder)
   wait_for(folder / 'checkpoint_4')
@@ -477,7 +482,7 @@ def undisturbed(finish, tmp_path_factory):
 
 def results(run_dir):
   """What a run measured, but how fast it was."""
-  lines = metrics.read(run_dir)
+  lines = metrics_lib.read(run_dir)
   lines.append(json.loads((run_dir / 'eval_test.json').read_text()))
   return [
     {name: line[name] for name in line if 'second' not in name}
@@ -497,7 +502,7 @@ def test_a_run_whose_disk_was_full_ends_as_if_it_had_not_been(
   finish, undisturbed, small_disk, monkeypatch, batch, left
 ):
   batches = []
-  take = data.TrainIterator.__next__
+  take = iterators.TrainIterator.__next__
 
   def take_and_fill(self):
     batches.append(None)
@@ -505,7 +510,7 @@ def test_a_run_whose_disk_was_full_ends_as_if_it_had_not_been(
       fill(small_disk / 'others', left)
     return take(self)
 
-  monkeypatch.setattr(data.TrainIterator, '__next__', take_and_fill)
+  monkeypatch.setattr(iterators.TrainIterator, '__next__', take_and_fill)
 
   failed = finish(small_disk / 'run')
 

@@ -7,66 +7,22 @@ import pytest
 
 from tests import conftest
 
-# Who may import whom: a module the ones of the layers before its own, and of
-# its own layer those in SAME_LAYER. WORKSPACE.md says why.
-LAYERS = (
-  {
-    'batch',
-    'divergences',
-    'diversity',
-    'partitioning',
-    'calculator',
-    'collectives',
-    'hosts',
-    'settings',
-  },
-  {'layers', 'sampler', 'beam_search', 'objectives'},
-  {'model', 'policies', 'rewards'},
-  {
-    'step',
-    'checkpoint',
-    'metrics',
-    'interruption',
-    'interop',
-    'json_lines',
-    'costs',
-  },
-  {'pretrained', 'predictions', 'jobs', 'vocabularies', 'report', 'roofline'},
-  {'seqio_tasks', 'data', 'programs', 'evaluate', 'infer', 'tasks'},
-  {'train', 'precompile', 'compare', 'sweep', 'export', 't5x_bridge'},
-  {'main'},
+# The import rule: a module imports its own folder, and what stands to the left
+# of it. WORKSPACE.md says why.
+ORDER = (
+  *('batch', 'parallel', 'models', 'decoding', 'distill', 'runtime', 'data'),
+  *('checkpoints', 'config', 'report', 'sweeps', 'evaluation', 'train'),
+  *('capacity', 'interop', 'main'),
 )
-SAME_LAYER = {
-  ('divergences', 'batch'),
-  ('calculator', 'batch'),
-  ('beam_search', 'sampler'),
-  ('checkpoint', 'step'),
-  ('checkpoint', 'metrics'),
-  ('interruption', 'metrics'),
-  ('interop', 'interop'),
-  ('interop', 'checkpoint'),
-  ('report', 'report'),
-  ('tasks', 'tasks'),
-  ('data', 'seqio_tasks'),
-  ('programs', 'data'),
-  ('evaluate', 'data'),
-  ('evaluate', 'programs'),
-  ('infer', 'data'),
-  ('infer', 'programs'),
-  ('precompile', 'train'),
-}
 # Within report/: each may import those before it.
 REPORT = ('tables', 'runs', 'plots', 'sections', 'figures', 'page', 'report')
-LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 PACKAGE = conftest.ROOT / 'gkd_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 
 
-def module_of(path):
-  """'sampler' for gkd_jax/sampler.py, 'tasks' for gkd_jax/tasks/x.py."""
-  if path.stem == 't5x_bridge':  # it stands above all that T5X's trainer uses
-    return path.stem
+def place_of(path):
+  """'batch' for gkd_jax/batch.py, 'data' for gkd_jax/data/tasks/x.py."""
   return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
 
 
@@ -84,42 +40,50 @@ def imported(path) -> set[str]:
 
 def who_imports(package):
   return {
-    module_of(path)
+    str(path.relative_to(PACKAGE).with_suffix('')).removesuffix('/__init__')
     for path in FILES
     if any(f'{name}.'.startswith(f'{package}.') for name in imported(path))
   }
 
 
-def test_every_module_has_a_layer():
-  assert {module_of(path) for path in FILES} == {*LAYER_OF, '__init__'}
+def test_every_module_has_a_place_in_the_order():
+  assert {place_of(path) for path in FILES} == {*ORDER, '__init__'}
 
 
-def test_imports_run_downwards_only():
-  upwards = []
-  for path in FILES:
-    importer = module_of(path)
-    for name in imported(path):
-      if not name.startswith('gkd_jax.'):
-        continue
-      what = name.split('.')[1]
-      allowed = (
-        LAYER_OF[what] < LAYER_OF[importer] or (importer, what) in SAME_LAYER
-      )
-      if not allowed:
-        upwards.append(f'{importer} imports {what}')
-
-  assert upwards == []
-
-
-def test_the_exceptions_within_a_layer_are_all_needed():
-  used = {
-    (module_of(path), name.split('.')[1])
+def test_imports_run_to_the_left_only():
+  wrong = [
+    f'{path.relative_to(PACKAGE)} imports {name}'
     for path in FILES
     for name in imported(path)
     if name.startswith('gkd_jax.')
-  }
+    and ORDER.index(name.split('.')[1]) > ORDER.index(place_of(path))
+  ]
 
-  assert used >= SAME_LAYER
+  assert wrong == []
+
+
+def test_modules_of_a_folder_do_not_import_each_other_in_a_circle():
+  module = {
+    '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts): path
+    for path in FILES
+  }
+  needs = {
+    name: {
+      other
+      for what in imported(path)
+      for other in (what, what.rpartition('.')[0])
+      if other in module and other != name
+    }
+    for name, path in module.items()
+  }
+  while free := [name for name, others in needs.items() if not others]:
+    needs = {
+      name: others - {*free}
+      for name, others in needs.items()
+      if name not in free
+    }
+
+  assert needs == {}
 
 
 def test_imports_within_the_report_run_in_its_order():
@@ -136,16 +100,10 @@ def test_gin_is_imported_in_main_alone():
   assert who_imports('gin') == {'main'}
 
 
-def test_tensorflow_is_imported_where_data_are_read_alone():
-  assert who_imports('tensorflow') == {'data', 'seqio_tasks', 'tasks'}
+def test_tensorflow_and_seqio_are_imported_in_data_and_the_bridge_alone():
+  users = who_imports('tensorflow') | who_imports('seqio')
 
-
-def test_seqio_is_imported_there_for_vocabularies_and_for_a_flag_of_main():
-  assert who_imports('seqio') == {
-    *('data', 'seqio_tasks', 'tasks'),
-    'vocabularies',
-    'main',
-  }
+  assert {name.split('/')[0] for name in users} == {'data', 'main'}
 
 
 def test_the_gin_folder_holds_no_python():
@@ -163,7 +121,8 @@ def loaded():
   ours = [
     '.'.join(path.relative_to(conftest.ROOT).with_suffix('').parts)
     for path in FILES
-    if module_of(path) not in ('__init__', 'tasks', 't5x_bridge')
+    if path.stem not in ('__init__', 't5x_bridge')
+    and path.parent.name != 'tasks'
   ]
   code = '\n'.join(
     ['import sys', *(f'import {name}' for name in ours), 'print(*sys.modules)']

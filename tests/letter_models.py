@@ -4,9 +4,10 @@
 import jax
 import numpy as np
 
-from gkd_jax import partitioning, programs
 from gkd_jax.batch import mask_unused_ids
-from gkd_jax.model import T5, T5Config
+from gkd_jax.evaluation import programs
+from gkd_jax.models.t5 import T5, T5Config
+from gkd_jax.parallel import partitioning
 
 NUM_IDS = 259  # of the byte vocabulary; the embeddings have 264 rows
 STUDENT = T5(T5Config(264, 12, 2, 4, 10, 1, 1))

@@ -16,9 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gkd_jax import checkpoint, metrics
-from gkd_jax.model import T5Config
-from gkd_jax.tasks import cmudict_g2p
+from gkd_jax.checkpoints import checkpoint
+from gkd_jax.data.tasks import cmudict_g2p
+from gkd_jax.models.t5 import T5Config
+from gkd_jax.runtime import metrics as metrics_lib
 from tests import conftest
 
 TEACHER = '--gin_file=configs/cmudict_g2p/teacher.gin'
@@ -53,7 +54,7 @@ SMALL = (
     EVAL_BATCH_SIZE=32,  # 48 examples: the second batch is filled up
     EVALUATOR_NUM_EXAMPLES=NUM_EXAMPLES,
   ),
-  f'--gin.final_eval/data.DatasetConfig.num_examples={NUM_EXAMPLES}',
+  f'--gin.final_eval/datasets.DatasetConfig.num_examples={NUM_EXAMPLES}',
 )
 
 
@@ -125,7 +126,7 @@ def run(command):
 @pytest.mark.slow
 def test_the_loss_of_on_policy_distillation_falls(run):
   losses = [
-    m['train/loss'] for m in metrics.read(run.folder) if 'train/loss' in m
+    m['train/loss'] for m in metrics_lib.read(run.folder) if 'train/loss' in m
   ]
 
   assert len(losses) == NUM_STEPS // 10
@@ -134,7 +135,7 @@ def test_the_loss_of_on_policy_distillation_falls(run):
 
 @pytest.mark.slow
 def test_all_outputs_of_on_policy_distillation_are_the_students(run):
-  lines = [m for m in metrics.read(run.folder) if 'train/loss' in m]
+  lines = [m for m in metrics_lib.read(run.folder) if 'train/loss' in m]
 
   assert {line['train/on_policy'] for line in lines} == {1.0}
 
@@ -623,7 +624,9 @@ def test_a_teacher_teaches_the_same_from_another_systems_checkpoint(
 
   assert again.code == 0, again.err
   for line, same in zip(
-    metrics.read(run.folder), metrics.read(tmp_path / 'run'), strict=True
+    metrics_lib.read(run.folder),
+    metrics_lib.read(tmp_path / 'run'),
+    strict=True,
   ):
     assert same.get('train/loss') == line.get('train/loss')
 
@@ -722,7 +725,7 @@ def refused(run_main, tmp_path):
   [
     (['--gin.TRAIN_STPES=3'], 'TRAIN_STEPS'),
     (['--gin.train_steps=3'], 'TRAIN_STEPS'),
-    (['--gin.model.T5Config.emb_dmi=3'], 'emb_dim'),
+    (['--gin.t5.T5Config.emb_dmi=3'], 'emb_dim'),
     (['--gin.optax.adafactor.min_dim_size=3'], 'min_dim_size_to_factor'),
     (['--gin.train.train.sede=3'], 'seed'),
     (['--gin.model.T5Confg.emb_dim=3'], 'T5Config'),
@@ -959,7 +962,7 @@ def test_an_interruption_is_one_line(run_main, monkeypatch):
   def interrupt(config):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr('gkd_jax.data.get_vocabulary', interrupt)
+  monkeypatch.setattr('gkd_jax.data.datasets.get_vocabulary', interrupt)
 
   finished = run_main(STUDENT, '--gin.MODEL_DIR=x')
 
@@ -1052,6 +1055,6 @@ def test_an_error_that_is_nobodys_intention_has_its_traceback(
   def broken(config):
     raise ValueError('shapes (3,) and (4,) do not match')
 
-  monkeypatch.setattr('gkd_jax.data.get_vocabulary', broken)
+  monkeypatch.setattr('gkd_jax.data.datasets.get_vocabulary', broken)
   with pytest.raises(ValueError, match='do not match'):
     run_main(STUDENT, '--gin.MODEL_DIR=x')

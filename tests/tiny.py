@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax.batch import Batch
-from gkd_jax.model import T5, T5Config, init_params
+from gkd_jax.models.t5 import T5, T5Config, init_params
 
 VOCAB_SIZE = 24
 NUM_IDS = 19  # of the tokenizer, so to speak; the rest fills the embedding up

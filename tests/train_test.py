@@ -20,20 +20,14 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from gkd_jax import (
-  checkpoint,
-  data,
-  divergences,
-  evaluate,
-  infer,
-  metrics,
-  objectives,
-  policies,
-  rewards,
-  sampler,
-)
-from gkd_jax.interruption import Interrupted
-from gkd_jax.model import T5Config, param_shapes
+from gkd_jax.checkpoints import checkpoint
+from gkd_jax.data import iterators
+from gkd_jax.decoding import sampler
+from gkd_jax.distill import divergences, objectives, policies, rewards
+from gkd_jax.evaluation import evaluate, infer
+from gkd_jax.models.t5 import T5Config, param_shapes
+from gkd_jax.runtime import metrics as metrics_lib
+from gkd_jax.runtime.signals import Interrupted
 from tests import conftest
 
 # How fast it went is not the same twice.
@@ -134,7 +128,7 @@ def kill(distil, folder):
   with in_step(5, die), pytest.raises(KeyboardInterrupt):
     distil(folder)
   # What a killed process leaves: a line beyond its checkpoint, one cut off.
-  lines = metrics.read(folder)
+  lines = metrics_lib.read(folder)
   assert max(line['step'] for line in lines) == 3
   with (folder / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 4, "train/loss": 99.0}\n{"step": 5, "tra')
@@ -152,17 +146,17 @@ def terminate(distil, folder):
 def terminate_in_evaluation(distil, folder):
   """Sends SIGTERM to a run that evaluates after its third step."""
 
-  predict = data.EvalDataset.predict
+  predict = iterators.EvalDataset.predict
 
   def predict_and_terminate(self, write):
     send_sigterm()
     return predict(self, write)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(data.EvalDataset, 'predict', predict_and_terminate)
+    patch.setattr(iterators.EvalDataset, 'predict', predict_and_terminate)
     with pytest.raises(Interrupted):
       distil(folder)
-  last = metrics.read(folder)[-1]
+  last = metrics_lib.read(folder)[-1]
   assert last['step'] == 3
   assert not any(name.startswith('validation/') for name in last)
 
@@ -190,7 +184,7 @@ def damage_data_position(distil, folder):
 def in_step(number, action):
   """Does something when a run asks for that step's batch."""
   batches = []
-  take = data.TrainIterator.__next__
+  take = iterators.TrainIterator.__next__
 
   def take_and_act(self):
     batches.append(None)
@@ -199,7 +193,7 @@ def in_step(number, action):
     return take(self)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(data.TrainIterator, '__next__', take_and_act)
+    patch.setattr(iterators.TrainIterator, '__next__', take_and_act)
     yield
 
 
@@ -256,7 +250,7 @@ def test_a_resumed_run_ends_at_the_same_place_in_the_data(
 ):
   batches = []
   for folder in (whole.folder, resumed.folder):
-    iterator = data.TrainIterator(train_letters.dataset('train'), seed=0)
+    iterator = iterators.TrainIterator(train_letters.dataset('train'), seed=0)
     iterator.restore(checkpoint.find(folder) / 'data')
     batches.append(next(iterator))
 
@@ -266,7 +260,7 @@ def test_a_resumed_run_ends_at_the_same_place_in_the_data(
 
 def test_a_resumed_run_writes_the_same_metrics(whole, resumed):
   want, got = (
-    [without_timing(line) for line in metrics.read(run.folder)]
+    [without_timing(line) for line in metrics_lib.read(run.folder)]
     for run in (whole, resumed)
   )
 
@@ -313,7 +307,7 @@ def test_a_resumed_run_keeps_the_same_checkpoints(whole, resumed):
 
 
 def test_the_comparison_above_is_of_steps_that_differ(whole):
-  lines = [m for m in metrics.read(whole.folder) if 'train/loss' in m]
+  lines = [m for m in metrics_lib.read(whole.folder) if 'train/loss' in m]
 
   assert len({line['train/loss'] for line in lines}) == NUM_STEPS
   # Some sequences were the student's, some the dataset's.
@@ -373,7 +367,9 @@ def test_a_run_leaves_the_documented_files(whole):
 
 def test_the_checkpoint_that_is_best_by_the_chosen_metric_is_kept(whole):
   key = 'validation/on_dataset_outputs/forward_kl'
-  values = {m['step']: m[key] for m in metrics.read(whole.folder) if key in m}
+  values = {
+    m['step']: m[key] for m in metrics_lib.read(whole.folder) if key in m
+  }
 
   assert sorted(values) == [3, 6]
   assert values[3] > values[6]  # the highest was asked for; 6 is the last
@@ -387,14 +383,14 @@ def test_layers_as_a_loop_change_no_metric(distil, tmp_path):
       STUDENT, dropout_rate=0.0, scan_layers=scan_layers
     )
     distil(folder, student=config, total_steps=2)
-    return [without_timing(line) for line in metrics.read(folder)]
+    return [without_timing(line) for line in metrics_lib.read(folder)]
 
   for got, want in zip(metrics_of(True), metrics_of(False), strict=True):
     assert got == pytest.approx(want, rel=1e-4)  # rounding
 
 
 def test_the_learning_rate_that_is_logged_is_the_one_of_that_step(whole):
-  lines = [m for m in metrics.read(whole.folder) if 'train/loss' in m]
+  lines = [m for m in metrics_lib.read(whole.folder) if 'train/loss' in m]
 
   # The first update is made at the schedule's step 0.
   np.testing.assert_allclose(
@@ -407,7 +403,7 @@ def test_the_learning_rate_that_is_logged_is_the_one_of_that_step(whole):
 def test_the_metrics_are_on_tensorboard_too(whole):
   board = conftest.read_board(whole.folder)
 
-  for line in metrics.read(whole.folder):
+  for line in metrics_lib.read(whole.folder):
     for name in line.keys() - {'step'}:
       # TensorBoard keeps 4 bytes.
       assert (line['step'], name, np.float32(line[name])) in board, name
@@ -429,7 +425,9 @@ def test_samples_are_shown_beside_references_and_the_teachers(whole):
 
 
 def test_an_evaluation_has_task_metrics_and_divergences(whole):
-  (line, _) = (m for m in metrics.read(whole.folder) if 'train/loss' not in m)
+  (line, _) = (
+    m for m in metrics_lib.read(whole.folder) if 'train/loss' not in m
+  )
 
   assert line.keys() >= {
     'validation/greedy/error',
@@ -494,13 +492,13 @@ def test_a_student_is_trained_on_what_its_teacher_wrote(
   path = tmp_path / 'outputs' / 'predictions_train.jsonl'
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   batches = []
-  next_batch = data.TrainIterator.__next__
+  next_batch = iterators.TrainIterator.__next__
 
   def watch(iterator):
     batches.append(next_batch(iterator))
     return batches[-1]
 
-  monkeypatch.setattr(data.TrainIterator, '__next__', watch)
+  monkeypatch.setattr(iterators.TrainIterator, '__next__', watch)
   said = train_letters(
     tmp_path / 'run',
     train_dataset=train_letters.dataset('train', predictions=str(path)),
@@ -532,7 +530,7 @@ def test_a_student_is_trained_on_what_its_teacher_wrote(
 def spoilt_batches(*numbers):
   """The loss of these batches is not a number."""
   count = itertools.count(1)
-  take = data.TrainIterator.__next__
+  take = iterators.TrainIterator.__next__
 
   def take_and_spoil(self):
     batch = take(self)
@@ -543,7 +541,7 @@ def spoilt_batches(*numbers):
     )
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(data.TrainIterator, '__next__', take_and_spoil)
+    patch.setattr(iterators.TrainIterator, '__next__', take_and_spoil)
     yield
 
 
@@ -556,7 +554,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_batch_written_down(
   train_letters, tmp_path
 ):
   batches = conftest.take(
-    data.TrainIterator(train_letters.dataset('train'), seed=0), 3
+    iterators.TrainIterator(train_letters.dataset('train'), seed=0), 3
   )
 
   with spoilt_batches(2):
@@ -567,7 +565,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_batch_written_down(
   assert line['loss'] == 'nan'
   assert line['inputs'] == batches[1].encoder_input_tokens.tolist()
   assert 'Step 2 was skipped: loss nan' in said
-  steps = [line['step'] for line in metrics.read(tmp_path)]
+  steps = [line['step'] for line in metrics_lib.read(tmp_path)]
   assert steps == [1, 3]
 
 
@@ -712,7 +710,7 @@ def test_a_schedule_may_be_infinite_but_in_a_minimum(train_letters, tmp_path):
 
   train_letters(tmp_path, learning_rate=inverse_square_root, total_steps=1)
 
-  assert metrics.read(tmp_path)[0]['train/learning_rate'] == 0.0
+  assert metrics_lib.read(tmp_path)[0]['train/learning_rate'] == 0.0
 
 
 def test_a_rate_must_not_be_negative(refused):
@@ -910,7 +908,7 @@ def test_teacher_and_student_may_fill_their_embeddings_up_differently(
 
   (last,) = [
     line
-    for line in metrics.read(tmp_path / 'run')
+    for line in metrics_lib.read(tmp_path / 'run')
     if 'validation/on_student_outputs/forward_kl' in line
   ]
   assert 0.0 < last['validation/on_student_outputs/forward_kl'] < 10.0
@@ -962,7 +960,7 @@ def test_a_model_that_gives_rewards_is_read_and_neither_trained_nor_saved(
   assert f'parameters, gkd_jax: {judge}/checkpoint_0\n' in said
   assert 'Reward: T5 1.1 of width 8' in said
   assert collections.Counter(compiled)['train_step'] == 1
-  *lines, evaluated = metrics.read(tmp_path / 'run')
+  *lines, evaluated = metrics_lib.read(tmp_path / 'run')
   assert 0.0 < evaluated['validation/greedy/reward'] < 1.0
   assert len({line['train/reward'] for line in lines}) == 3
   assert all(0.0 < line['train/reward'] < 1.0 for line in lines)
@@ -994,7 +992,7 @@ def test_a_python_function_of_texts_gives_rewards(train_letters, tmp_path):
   for inputs, targets in seen:
     assert len(inputs) == 8 and set(inputs) <= words
     assert targets == [word[::-1] for word in inputs]
-  for line in metrics.read(tmp_path / 'run'):
+  for line in metrics_lib.read(tmp_path / 'run'):
     assert line['train/reward'] <= 0.0
     assert line['train/loss'] == pytest.approx(-line['train/reward'])
 
@@ -1038,11 +1036,11 @@ def test_a_reward_is_the_mean_over_the_steps_that_have_one(
   train_letters(tmp_path / 'each', **settings)
   train_letters(tmp_path / 'four', **settings, log_period=4)
 
-  each = metrics.read(tmp_path / 'each')
+  each = metrics_lib.read(tmp_path / 'each')
   for line in each:
     assert ('train/reward' in line) == (line['train/on_policy'] == 1.0)
   assert {line['train/on_policy'] for line in each} == {0.0, 1.0}
-  for i, line in enumerate(metrics.read(tmp_path / 'four')):
+  for i, line in enumerate(metrics_lib.read(tmp_path / 'four')):
     values = [
       step['train/reward']
       for step in each[4 * i : 4 * i + 4]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of other systems, read and written in their own formats."""
+"""gkd_jax inside other systems' trainers."""

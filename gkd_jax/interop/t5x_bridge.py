@@ -27,10 +27,13 @@ from t5x import models
 from t5x import trainer as t5x_trainer
 from t5x.examples.t5 import network
 
-from gkd_jax import objectives, policies, pretrained, sampler, vocabularies
-from gkd_jax import step as step_lib
 from gkd_jax.batch import Batch
-from gkd_jax.model import T5, T5Config
+from gkd_jax.checkpoints import pretrained
+from gkd_jax.data import vocabularies
+from gkd_jax.decoding import sampler
+from gkd_jax.distill import objectives, policies
+from gkd_jax.distill import step as step_lib
+from gkd_jax.models.t5 import T5, T5Config
 
 Params = Any
 Metrics = dict[str, clu_metrics.Metric]

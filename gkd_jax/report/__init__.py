@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What finished runs amount to: tables, figures, and a page of them."""
+"""Finished runs to tables, figures and a page."""

@@ -13,12 +13,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gkd_jax import metrics as metrics_lib
 from gkd_jax.report import figures, page, plots, sections, tables
 from gkd_jax.report import runs as runs_lib
 from gkd_jax.report.runs import Run
 from gkd_jax.report.sections import Group, Section
 from gkd_jax.report.tables import Column
+from gkd_jax.runtime import files
 
 _MAX_METRICS = 4  # of a task, in the table; the others are in report.json
 
@@ -76,7 +76,7 @@ def report(
     'report.html': page.render(title, parts, not_used),
   }
   for name, text in content.items():
-    metrics_lib.write_whole(folder / name, text)
+    files.write_whole(folder / name, text)
   for part in parts:
     print(f'\n{part.heading or title}\n\n{tables.markdown(part.table)}\n')
     for line in part.left_out:

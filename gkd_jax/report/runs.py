@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gkd_jax import metrics as metrics_lib
+from gkd_jax.runtime import metrics as metrics_lib
 
 # What changes neither what is learnt nor what is measured at the end.
 FREE = (

@@ -17,12 +17,14 @@ import optax
 import pytest
 from flax import core
 
-from gkd_jax import divergences, objectives, policies, sampler, step
 from gkd_jax.batch import Batch
-from gkd_jax.interop import huggingface, t5x, tensors
-from gkd_jax.model import T5, T5Config
+from gkd_jax.checkpoints.formats import huggingface, t5x, tensors
+from gkd_jax.decoding import sampler
+from gkd_jax.distill import divergences, objectives, policies
+from gkd_jax.distill import step as step_lib
+from gkd_jax.models.t5 import T5, T5Config
 from tests import conftest, tiny
-from tests.interop.make_t5x_fixtures import flat
+from tests.checkpoints.formats.make_t5x_fixtures import flat
 
 pytestmark = pytest.mark.interop
 
@@ -33,7 +35,7 @@ def imported(name):
 
 t5x_train = imported('t5x.train')
 t5x_trainer = imported('t5x.trainer')
-t5x_bridge = imported('gkd_jax.interop.t5x_bridge')
+t5x_bridge = imported('gkd_jax.checkpoints.formats.t5x_bridge')
 adafactor = imported('t5x.adafactor')
 models = imported('t5x.models')
 network = imported('t5x.examples.t5.network')
@@ -105,7 +107,7 @@ def bytes_of(folder) -> str:
 
 def our_step(policy, objective, params, teacher_params):
   """Returns the metrics of one of our own steps."""
-  train_step = step.make_train_step(
+  train_step = step_lib.make_train_step(
     student=T5(STUDENT),
     teacher=T5(TEACHER),
     policy=policy,
@@ -116,7 +118,7 @@ def our_step(policy, objective, params, teacher_params):
     num_ids=NUM_IDS,
     seed=0,
   )
-  state = step.init_state(params, optax.sgd(0.0))
+  state = step_lib.init_state(params, optax.sgd(0.0))
   ours = batch()
   return jax.jit(train_step)(
     state,

@@ -362,7 +362,7 @@ def real(run_main, tmp_path_factory):
     'EVAL_PERIOD': 4,
     'EVAL_BATCH_SIZE': 20,
     'EVALUATOR_NUM_EXAMPLES': 20,
-    'final_eval/data.DatasetConfig.num_examples': 20,
+    'final_eval/datasets.DatasetConfig.num_examples': 20,
   }
 
   def train(name, config, **macros):

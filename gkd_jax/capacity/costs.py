@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step of on-policy distillation has to compute and to move.
+
+Counted by hand from the shapes: XLA's own analysis counts the body of a loop
+once, however often it runs. A multiplication and an addition are two FLOPs;
+only matrix products are counted, all else is less than a hundredth of them.
+Bytes are what has to come from memory, or go there, even if everything that is
+used twice in a row stays in a cache. So both are floors.
+"""
+
+from typing import NamedTuple
+
+from gkd_jax.models.t5 import T5Config
+
+
+class Cost(NamedTuple):
+  """Of a phase, on all devices together."""
+
+  flops: float
+  bytes: float
+
+  def __add__(self, other: 'Cost') -> 'Cost':
+    return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+  def times(self, n: float) -> 'Cost':
+    """Returns the cost of doing it n times."""
+    return Cost(n * self.flops, n * self.bytes)
+
+  def seconds(self, peak_flops: float, bandwidth: float) -> float:
+    """Returns the least time it takes.
+
+    Args:
+      peak_flops: FLOPs a second, of the type that is multiplied.
+      bandwidth: bytes a second, from memory.
+    """
+    return max(self.flops / peak_flops, self.bytes / bandwidth)
+
+
+def of_step(
+  student: T5Config,
+  teacher: T5Config | None,
+  *,
+  batch_size: int,
+  input_length: int,
+  target_length: int,
+  num_microbatches: int = 1,
+  weight_bytes: int = 4,
+  teacher_weight_bytes: int = 4,
+  moments: int = 2,
+) -> dict[str, Cost]:
+  """Returns the cost of each phase of an on-policy step.
+
+  The outputs are as long as they may be. Without dropout and microbatches the
+  student's encoder runs once, for sampling and for the loss.
+
+  Args:
+    student: its shape.
+    teacher: its shape; None: there is none.
+    batch_size: B.
+    input_length: S.
+    target_length: T.
+    num_microbatches: parts of the batch, for each of which all but sampling
+      reads the weights.
+    weight_bytes: of a number that the student's products read, 2 for bfloat16.
+    teacher_weight_bytes: likewise.
+    moments: numbers that the optimizer keeps for each parameter, in float32;
+      2 for Adam.
+
+  Returns:
+    {'student_encoder', 'sampling', 'teacher', 'student', 'optimizer': cost}.
+    'student' is the rest of its forward pass, the objective (the teacher's
+    projection to the vocabulary included), and the backward pass. A phase is
+    the named scope of the same name in `step`.
+  """
+  rows = batch_size // num_microbatches
+  sizes = (rows, input_length, target_length)
+  encoder = _encoder(student, rows, input_length, weight_bytes)
+  decoder = _decoder(student, *sizes, weight_bytes)
+  heads = _head(student, rows * target_length, weight_bytes).times(3)
+  of_part = {}
+  if teacher is not None:
+    heads += _head(teacher, rows * target_length, teacher_weight_bytes)
+    of_part['teacher'] = _encoder(
+      teacher, rows, input_length, teacher_weight_bytes
+    ) + _decoder(teacher, *sizes, teacher_weight_bytes)
+  # The backward pass has two products for each of the forward pass.
+  again = 1 if student.remat else 0
+  shared = num_microbatches == 1 and student.dropout_rate == 0.0
+  of_encoder = 2 + again + (0 if shared else 1)
+  body = decoder.times(3 + again) + encoder.times(of_encoder)
+  of_part |= {'student_encoder': encoder, 'student': body + heads}
+  num_params = count_weights(student)
+  return {
+    **{name: c.times(num_microbatches) for name, c in of_part.items()},
+    'sampling': _sampling(
+      student, batch_size, input_length, target_length, weight_bytes
+    ),
+    # Reads gradient, parameter and moments, writes the latter two.
+    'optimizer': Cost(0.0, 4.0 * num_params * (3 + 2 * moments)),
+  }
+
+
+def count_weights(config: T5Config) -> int:
+  """Returns how many numbers the matrices hold: all but norms and biases."""
+  c = config
+  encoder = c.num_encoder_layers * (_attention(c) + _mlp(c))
+  decoder = c.num_decoder_layers * (2 * _attention(c) + _mlp(c))
+  tables = 1 if c.logits_via_embedding else 2
+  return encoder + decoder + tables * c.vocab_size * c.emb_dim
+
+
+def cache_bytes(
+  config: T5Config, *, batch_size: int, input_length: int, target_length: int
+) -> int:
+  """Returns what the keys and values take that sampling keeps."""
+  c = config
+  width = {'float32': 4, 'bfloat16': 2}[c.dtype]
+  tokens = batch_size * (input_length + target_length)
+  return 2 * c.num_decoder_layers * tokens * c.num_heads * c.head_dim * width
+
+
+def _attention(c: T5Config) -> int:
+  return 4 * c.emb_dim * c.num_heads * c.head_dim
+
+
+def _mlp(c: T5Config) -> int:
+  return (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
+
+
+def _products(
+  num_layers: int, weights: float, rows: float, pairs: float, c, weight_bytes
+) -> Cost:
+  """Returns the cost of layers.
+
+  Args:
+    num_layers: so many.
+    weights: of a layer that each row is multiplied with.
+    rows: tokens of the batch.
+    pairs: of query and key, of the batch.
+    c: the model's shape.
+    weight_bytes: of a weight.
+  """
+  attended = 4.0 * pairs * c.num_heads * c.head_dim  # scores, then values
+  return Cost(
+    num_layers * (2.0 * rows * weights + attended),
+    float(num_layers * weights * weight_bytes),
+  )
+
+
+def _encoder(c: T5Config, B: int, S: int, weight_bytes: int) -> Cost:
+  weights = _attention(c) + _mlp(c)
+  return _products(
+    c.num_encoder_layers, weights, B * S, B * S * S, c, weight_bytes
+  )
+
+
+def _decoder(c: T5Config, B: int, S: int, T: int, weight_bytes: int) -> Cost:
+  """All positions at once: targets, then the inputs' keys and values."""
+  # Half of the cross-attention's weights meet the inputs, half the targets.
+  targets = 1.5 * _attention(c) + _mlp(c)
+  return _products(
+    c.num_decoder_layers, targets, B * T, B * T * (T + S), c, weight_bytes
+  ) + _cross(c, B, S, weight_bytes)
+
+
+def _cross(c: T5Config, B: int, S: int, weight_bytes: int) -> Cost:
+  """The cross-attention's keys and values, once for all tokens."""
+  return _products(
+    c.num_decoder_layers, 0.5 * _attention(c), B * S, 0, c, weight_bytes
+  )
+
+
+def _head(c: T5Config, tokens: int, weight_bytes: int) -> Cost:
+  size = c.emb_dim * c.vocab_size
+  return Cost(2.0 * tokens * size, float(size * weight_bytes))
+
+
+def _sampling(c: T5Config, B: int, S: int, T: int, weight_bytes: int) -> Cost:
+  """T tokens, one after the other; each reads all weights, and the caches."""
+  weights = 1.5 * _attention(c) + _mlp(c)
+  seen = (T + 1) / 2  # own keys, on average
+  one = _products(
+    c.num_decoder_layers, weights, B, B * (seen + S), c, weight_bytes
+  ) + _head(c, B, weight_bytes)
+  cached = 2.0 * c.num_decoder_layers * c.num_heads * c.head_dim * weight_bytes
+  caches = Cost(0.0, B * (seen + S) * cached)
+  return (one + caches).times(T) + _cross(c, B, S, weight_bytes)

@@ -1,0 +1,568 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles an experiment's train step for a TPU slice that is not at hand.
+
+Answers, before a slice is rented: does the step compile for it, does it fit
+into its memory, what do its devices send each other, and how long does it take
+at the least? Nothing is run, and neither data nor parameters are read: the
+compiler, libtpu's own, needs shapes alone.
+
+The program is the one that `train` runs: both go through `train.make_plan` and
+`train.compile_step`. Two things that a run learns from files are taken for
+granted: the vocabulary has as many ids as the models embed, a token for each
+word of a reward's settings, and parameters whose type no setting says (of the
+teacher, of the reward's model) are float32.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+from gkd_jax import train
+from gkd_jax.batch import Batch
+from gkd_jax.capacity import collectives, costs, roofline
+from gkd_jax.checkpoints import pretrained
+from gkd_jax.data import datasets
+from gkd_jax.decoding import sampler
+from gkd_jax.distill import objectives, policies, rewards
+from gkd_jax.models.t5 import (
+  T5Config,
+  abstract_params,
+  count_params,
+  stack_layers,
+)
+from gkd_jax.parallel import partitioning
+from gkd_jax.runtime import console
+
+# Instead of a compiler's refusal.
+_NOT_COMPILED = (
+  'it was not asked: what the program is given is too much already'
+)
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+def precompile(
+  *,
+  topology: str,
+  output: str | None = None,
+  student: T5Config,
+  train_dataset: datasets.DatasetConfig,
+  policy: policies.Policy,
+  objective: objectives.Objective,
+  optimizer: Callable[..., optax.GradientTransformation],
+  learning_rate: optax.Schedule,
+  seed: int,
+  teacher: T5Config | None = None,
+  teacher_checkpoint_path: str | None = None,
+  teacher_dtype: str | None = None,
+  max_grad_norm: float | None = None,
+  num_microbatches: int = 1,
+  student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
+  reward: rewards.Reward | None = None,
+  reward_model: T5Config | None = None,
+  reward_checkpoint_path: str | None = None,
+  reward_dtype: str | None = None,
+  max_decode_len: int | None = None,
+  mesh: Callable[..., jax.sharding.Mesh] = partitioning.make_mesh,
+  student_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
+  teacher_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
+) -> dict[str, Any]:
+  """Compiles the train step; prints and returns what it takes of each device.
+
+  Args: those of `train.train`, and
+    topology: see `find_devices`.
+    output: JSON file that gets what is returned; None: none does.
+    teacher: shape of the teacher; None: the one in its checkpoint, of which the
+      description alone is read.
+    reward_model: likewise, of the reward's model.
+    mesh: makes the mesh of the devices that it is given.
+
+  Returns:
+    What was compiled; bytes on each device (see `_memory`); and what each
+    phase takes (see `_times`).
+
+  Raises:
+    ValueError: settings do not fit together, there is no such topology, or
+      libtpu is missing.
+  """
+  # Before JAX looks for devices: a TPU that is here is left alone.
+  jax.config.update('jax_platforms', 'cpu')
+  devices = find_devices(topology)
+  if output is not None:
+    pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
+  device_mesh = mesh(devices=devices)
+  plan = train.make_plan(
+    mesh=device_mesh,
+    student_rules=student_rules,
+    student=student,
+    train_dataset=train_dataset,
+    policy=policy,
+    objective=objective,
+    optimizer=optimizer,
+    learning_rate=learning_rate,
+    seed=seed,
+    max_grad_norm=max_grad_norm,
+    num_microbatches=num_microbatches,
+    student_sampler=student_sampler,
+    teacher_sampler=teacher_sampler,
+    max_decode_len=max_decode_len,
+  )
+  pretrained.check_dtype('TEACHER_DTYPE', teacher_dtype)
+  if teacher is None and teacher_checkpoint_path is not None:
+    teacher = pretrained.open_checkpoint(
+      teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH'
+    ).config
+  if teacher is None and plan.needs_teacher:
+    raise ValueError(
+      'This method needs a teacher: set TEACHER, its shape (such as '
+      'gin/models/published_teacher.gin does from TEACHER_SIZE), or '
+      'TEACHER_CHECKPOINT_PATH, which tells it.'
+    )
+  placement = partitioning.Placement(device_mesh, teacher_rules)
+  teacher_model = teacher_params = None
+  if teacher is not None:
+    teacher_model = train.like_student(teacher, student, placement)
+    teacher_params = _constants(teacher_model, teacher_dtype)
+  pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
+  if reward_model is None and reward_checkpoint_path is not None:
+    reward_model = pretrained.open_checkpoint(
+      reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH'
+    ).config
+  score = reward_params = None
+  if reward is not None:
+    judge = None
+    if reward.needs_model:
+      if reward_model is None:
+        raise ValueError(
+          'This REWARD is given by a model: set REWARD_MODEL, its shape (see '
+          'configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH, which tells it.'
+        )
+      judge = train.like_student(reward_model, student, placement)
+      reward_params = _constants(judge, reward_dtype)
+    score = reward.make_score(_WordVocabulary(), judge)
+  num_ids = min(model.vocab_size for model in (student, teacher) if model)
+  batch = abstract_batch(train_dataset, device_mesh)
+  lengths = {
+    'batch_size': train_dataset.batch_size,
+    'input_length': train_dataset.task_feature_lengths['inputs'],
+    'target_length': train_dataset.task_feature_lengths['targets'],
+  }
+
+  rows_on_a_device = train_dataset.batch_size // device_mesh.shape['data']
+  console.log(
+    f'Compiling the step for {len(devices)} x {devices[0].device_kind}.'
+  )
+  start = time.monotonic()
+  given = {
+    'student_params': _bytes_on_a_device(plan.state.params),
+    'optimizer_state': _bytes_on_a_device(plan.state.opt_state),
+    'teacher_params': _bytes_on_a_device(teacher_params),
+    'reward_params': _bytes_on_a_device(reward_params),
+    'batch': _bytes_on_a_device(batch),
+  }
+  compiled, refusal = _compile(
+    _available(topology),
+    sum(given.values()),
+    plan.make_train_step(teacher=teacher_model, num_ids=num_ids, reward=score),
+    plan.state,
+    teacher_params,
+    batch,
+    reward_params,
+  )
+  compile_seconds = time.monotonic() - start
+  report = {
+    'topology': topology,
+    'device_kind': devices[0].device_kind,
+    'num_devices': len(devices),
+    'mesh': dict(device_mesh.shape),
+    'student': _describe(student, plan.state.params),
+    'teacher': teacher and _describe(teacher, teacher_params),
+    'reward': reward_params and _describe(reward_model, reward_params),
+    'batch_size': train_dataset.batch_size,
+    'num_microbatches': num_microbatches,
+    'feature_lengths': dict(train_dataset.task_feature_lengths),
+    'num_ids': num_ids,
+    'compile_seconds': round(compile_seconds, 1),
+    **_memory(topology, compiled, refusal, given, plan.needs_teacher),
+    'caches': costs.cache_bytes(
+      student,
+      **lengths | {'batch_size': rows_on_a_device},
+    )
+    // plan.student.placement.num_parts('heads'),
+    **_times(
+      compiled,
+      roofline.on_a_device(
+        student,
+        teacher if plan.needs_teacher else None,
+        **lengths,
+        num_microbatches=num_microbatches,
+        data=device_mesh.shape['data'],
+        student_model=plan.student.placement.num_parts('mlp'),
+        teacher_model=placement.num_parts('mlp'),
+        teacher_weight_bytes=_itemsize(teacher_params),
+        # Gradient and parameters are read, as is what is kept of both; all but
+        # the gradient is written.
+        optimizer_bytes=3 * _bytes_on_a_device(plan.state.params)
+        + 2 * _bytes_on_a_device(plan.state.opt_state),
+      ),
+      topology,
+      lengths['target_length'],
+      samples=policy.student_data_fraction > 0.0,
+    ),
+    'not_counted': _not_counted(policy, reward),
+    'versions': _versions(),
+  }
+  if output is not None:
+    pathlib.Path(output).write_text(json.dumps(report, indent=2) + '\n')
+  print(format_report(report))
+  return report
+
+
+def find_devices(topology: str) -> Sequence[jax.Device]:
+  """Returns the devices of a slice, none of which need be there.
+
+  Args:
+    topology: generation and chips along each axis: 'v5e:4x4', 'v4:2x2x4'. Or
+      'cpu:8': eight simulated devices; they tell on any machine whether a mesh
+      and its shardings work, but nothing of a TPU's memory.
+
+  Raises:
+    ValueError: there is no such slice, or libtpu is missing.
+  """
+  generation, _, layout = topology.partition(':')
+  if generation == 'cpu' and re.fullmatch('[1-9][0-9]*', layout):
+    return _simulated_devices(int(layout))
+  if generation not in roofline.CHIPS or not re.fullmatch(
+    r'\d+(x\d+){1,2}', layout
+  ):
+    raise ValueError(
+      f'--topology={topology} is none: it is one of '
+      f'{", ".join(roofline.CHIPS)} with the chips along each axis, e.g. '
+      'v5e:4x4 or v4:2x2x4; or cpu:8, eight simulated devices.'
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      f'--topology={topology} needs the TPU compiler: pip install -e ".[tpu]" '
+      'in the folder of gkd_jax (libtpu; Linux on x86-64, no TPU needed). '
+      '--topology=cpu:8 does without.'
+    )
+  # libtpu asks where it is, which only a TPU's host knows; and it wants to be
+  # alone on a host, and writes logs.
+  for name, value in {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any will do
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_LOG_DIR': 'disabled',
+  }.items():
+    os.environ.setdefault(name, value)
+  options = {}
+  if roofline.CHIPS[generation].config is not None:
+    options['chip_config_name'] = roofline.CHIPS[generation].config
+  if layout == '1x1':  # a host's chips are four elsewhere
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  try:
+    return topologies.get_topology_desc(
+      platform='tpu', topology_name=topology, **options
+    ).devices
+  except jax.errors.JaxRuntimeError as e:
+    raise ValueError(f'--topology={topology}: libtpu says {e}') from e
+
+
+def _simulated_devices(number: int) -> Sequence[jax.Device]:
+  try:
+    jax.config.update('jax_num_cpu_devices', number)
+  except RuntimeError:
+    pass  # JAX has started: there are as many as there are
+  devices = jax.devices('cpu')
+  if len(devices) < number:
+    raise ValueError(
+      f'--topology=cpu:{number}: JAX has started with {len(devices)} devices '
+      'already.'
+    )
+  return devices[:number]
+
+
+def abstract_batch(
+  dataset: datasets.DatasetConfig, mesh: jax.sharding.Mesh
+) -> Batch:
+  """Returns shapes, dtypes and shardings of a global batch."""
+  sharding = partitioning.batch_sharding(mesh)
+
+  def rows(feature, dtype):
+    shape = (dataset.batch_size, dataset.task_feature_lengths[feature])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  return Batch(
+    encoder_input_tokens=rows('inputs', jnp.int32),
+    decoder_target_tokens=rows('targets', jnp.int32),
+    decoder_loss_weights=rows('targets', jnp.float32),
+  )
+
+
+class _WordVocabulary:
+  """Stands for the task's: each word that a reward asks for is one token."""
+
+  unk_id = 2
+  vocab_size = 2**31 - 1  # ids that a reward names are taken as they are
+
+  def __init__(self):
+    self._ids = {}
+
+  def encode(self, text: str) -> list[int]:
+    return [
+      self._ids.setdefault(word, len(self._ids) + 3) for word in text.split()
+    ]
+
+
+def _constants(model, dtype):
+  """Returns the shapes of parameters that no step changes, as `train` does."""
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, dtype or 'float32', sharding=x.sharding
+    ),
+    abstract_params(model),
+  )
+  return stack_layers(params) if model.config.scan_layers else params
+
+
+def _compile(
+  available, given, *arguments
+) -> tuple[jax.stages.Compiled | None, str | None]:
+  """Returns the program; or why it does not fit."""
+  if available is not None and given > available:
+    return None, _NOT_COMPILED
+  try:
+    return train.compile_step(*arguments), None
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    return None, str(e)
+
+
+def _memory(topology, compiled, refusal, given, needs_teacher):
+  """Returns the part of the report that says what fits.
+
+  memory: bytes on each device; None where they are not known. `total` is what
+    a run has at its height: arguments, temporaries and program; where the
+    compiler refused, what it says that it needs; where it was not asked, what
+    the program is given.
+  fits: None for simulated devices, whose memory has no limit.
+  """
+  if compiled is None:
+    rest = dict.fromkeys(('padding', 'outputs', 'temporaries', 'program'))
+    total = _needed(refusal)
+    if refusal == _NOT_COMPILED:
+      total = sum(given.values())
+  else:
+    stats = compiled.memory_analysis()
+    arguments = sum(given.values())
+    if not needs_teacher:
+      arguments -= given['teacher_params']  # it waits beside, for evaluations
+    rest = {
+      # Of the arguments' layouts. Those that are not read are left out.
+      'padding': max(0, stats.argument_size_in_bytes - arguments),
+      'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
+      'temporaries': stats.temp_size_in_bytes,
+      'program': stats.generated_code_size_in_bytes,
+    }
+    total = sum(given.values()) + sum(rest.values())
+  available = _available(topology)
+  left = fits = None
+  if available is not None:
+    left = None if total is None else available - total
+    fits = compiled is not None and left >= 0
+  return {
+    'memory': {**given, **rest, 'total': total, 'available': available},
+    'left': left,
+    'fits': fits,
+    'refusal': refusal,
+  }
+
+
+def _chip(topology: str) -> roofline.Chip | None:
+  return roofline.CHIPS.get(topology.partition(':')[0])
+
+
+def _available(topology: str) -> int | None:
+  """Returns the bytes of a device; None for simulated ones."""
+  chip = _chip(topology)
+  return None if chip is None else int(chip.available * 2**30)
+
+
+def _times(compiled, cost, topology, max_decode_len, *, samples):
+  """Returns the part of the report that says what takes how long.
+
+  phases: see `roofline.of_phases`.
+  step_seconds: of a step in which the student writes, if it ever does; None for
+    simulated devices.
+  sampling_share: of these.
+  collectives: see `roofline.summary`; None where nothing was compiled.
+  """
+  if not samples:
+    cost = {name: c for name, c in cost.items() if name != 'sampling'}
+  found = None
+  if compiled is not None:
+    found = collectives.find(compiled.as_text(), max_decode_len)
+  phases = roofline.of_phases(cost, found, _chip(topology))
+  step_seconds = sampling_share = None
+  if found is not None and _chip(topology) is not None:
+    step_seconds = sum(phase['seconds'] for phase in phases.values())
+    sampling = phases.get('sampling', {'seconds': 0.0})
+    sampling_share = sampling['seconds'] / step_seconds
+  return {
+    'phases': phases,
+    'step_seconds': step_seconds,
+    'sampling_share': sampling_share,
+    'collectives': None
+    if compiled is None
+    else roofline.summary(found, phases),
+  }
+
+
+def _not_counted(policy, reward) -> list[str]:
+  """Returns what a step does beside its phases."""
+  parts = []
+  if policy.needs_teacher:
+    parts.append('outputs that the teacher writes')
+  if reward is not None:
+    parts.append('the reward')
+  return parts
+
+
+def _itemsize(params) -> int:
+  leaves = jax.tree.leaves(params)
+  return leaves[0].dtype.itemsize if leaves else 4
+
+
+def _bytes_on_a_device(tree) -> int:
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _needed(refusal: str) -> int | None:
+  """Returns the bytes that a program needs, from the compiler's refusal."""
+  match = re.search(
+    r'\(([\d.]+)([KMGT]?)\) exceeds available HBM|Used ([\d.]+)([KMGT]?) of',
+    refusal,
+  )
+  if match is None:
+    return None
+  number, unit = (x for x in match.groups() if x is not None)
+  return int(float(number) * _UNITS.get(unit, 1))
+
+
+def _describe(config: T5Config, params) -> dict[str, Any]:
+  return {
+    'architecture': pretrained.architecture(config),
+    'num_params': count_params(params),
+    'dtype': jax.tree.leaves(params)[0].dtype.name,
+  }
+
+
+def _versions() -> dict[str, str]:
+  there = {'jax', 'jaxlib'}
+  if importlib.util.find_spec('libtpu') is not None:
+    there.add('libtpu')
+  return {name: importlib.metadata.version(name) for name in sorted(there)}
+
+
+def format_report(report: dict[str, Any]) -> str:
+  """Returns a report of `precompile` as text."""
+  mesh = ' x '.join(f'{name} {size}' for name, size in report['mesh'].items())
+  lines = [
+    f'{report["topology"]}: {report["num_devices"]} x '
+    f'{report["device_kind"]}, mesh {mesh}'
+  ]
+  for role in ('student', 'teacher', 'reward'):
+    if model := report[role]:
+      lines.append(
+        f'{role}: {model["architecture"]}, {model["num_params"]:,} '
+        f'{model["dtype"]} parameters'
+      )
+  lengths = report['feature_lengths']
+  lines += [
+    f'batch: {report["batch_size"]} in {report["num_microbatches"]} part(s), '
+    f'{lengths["inputs"]} tokens in, {lengths["targets"]} out',
+    f'compiled in {report["compile_seconds"]} s',
+    '',
+    'memory of each device',
+  ]
+  for name, size in report['memory'].items():
+    lines.append(f'  {name.replace("_", " "):20}{_size(size):>12}')
+  lines += [
+    f'  of the temporaries, caches {_size(report["caches"])}',
+    '',
+    'each device, in a step',
+    f'  {"":16}{"TFLOP":>10}{"GiB read":>10}{"GiB received":>14}'
+    + ('' if report['step_seconds'] is None else f'{"ms at least":>13}'),
+  ]
+  for name, phase in report['phases'].items():
+    row = (
+      f'  {name.replace("_", " "):16}{phase["flops"] / 1e12:>10.3f}'
+      f'{phase["bytes"] / 2**30:>10.3f}{_gib(phase["received"]):>14}'
+    )
+    if 'seconds' in phase:
+      row += f'{1e3 * phase["seconds"]:>13.2f}  {phase["bound_by"]}'
+    lines.append(row)
+  if report['not_counted']:
+    lines.append(f'  not counted: {", ".join(report["not_counted"])}')
+  if report['step_seconds'] is not None:
+    lines.append(
+      f'  {"step":50}{1e3 * report["step_seconds"]:>13.2f}  of which sampling '
+      f'{report["sampling_share"]:.0%}'
+    )
+  if report['collectives']:
+    lines += ['', 'what the devices send each other, in a step']
+    for one in report['collectives']:
+      row = (
+        f'  {one["phase"].replace("_", " "):16}{one["kind"]:20}'
+        f'{one["times"]:>6} times{_size(int(one["received"])):>13}'
+      )
+      lines.append(row + ('  in sampling' if one['in_decode_loop'] else ''))
+  lines += ['', _verdict(report)]
+  return '\n'.join(lines)
+
+
+def _gib(num_bytes: float | None) -> str:
+  return '' if num_bytes is None else f'{num_bytes / 2**30:.3f}'
+
+
+def _verdict(report: dict[str, Any]) -> str:
+  if report['fits'] is None:
+    return (
+      'It compiles. How much memory there is, simulated devices do not say.'
+    )
+  if report['fits']:
+    return f'It fits: {_size(report["left"])} are left on each device.'
+  missing = report['left'] and -report['left']
+  return (
+    f'It does not fit: {_size(missing)} are missing on each device. A larger '
+    'slice or MESH_MODEL, more NUM_MICROBATCHES, REMAT=True, and '
+    'ACTIVATION_DTYPE or TEACHER_DTYPE=bfloat16 take less.'
+    + (f'\nThe compiler: {report["refusal"]}' if report['refusal'] else '')
+  )
+
+
+def _size(num_bytes: int | None) -> str:
+  """Returns e.g. '1.50 GiB'."""
+  if num_bytes is None:
+    return 'not known'
+  for unit in ('GiB', 'MiB'):
+    if num_bytes >= (one := _UNITS[unit[0]]):
+      return f'{num_bytes / one:.2f} {unit}'
+  return f'{num_bytes / 2**10:.2f} KiB'

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a step takes on a TPU slice at the least, phase by phase.
+
+A chip computes, reads its memory, and hears from others at the same time, each
+at the speed that is published: the slowest of the three is what a phase takes.
+FLOPs and bytes are counted from the shapes (`costs`), what is received is read
+from the compiled program (`collectives`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gkd_jax.capacity import costs
+from gkd_jax.capacity.collectives import Collective
+from gkd_jax.capacity.costs import Cost
+from gkd_jax.models.t5 import T5Config
+
+
+class Chip(NamedTuple):
+  """A TPU generation.
+
+  Attributes:
+    hbm: memory of a chip in GiB, as published.
+    available: GiB of it that libtpu's compiler (0.0.42) leaves to a program.
+    flops: a second, of bfloat16 products; products of float32 are rounded to
+      these by default.
+    bandwidth: bytes a second, from the chip's memory.
+    interconnect: bytes a second that a chip receives, over all its links.
+    config: how libtpu is to see the chip's cores; None: its default.
+  """
+
+  hbm: float
+  available: float
+  flops: float
+  bandwidth: float
+  interconnect: float
+  config: str | None = None
+
+
+# Published: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, which call v5p's 96 GiB
+# 95 GB, and give the interconnect in both directions together, or in Gbit/s in
+# one. The two cores of a v4 or v5p chip are one device of JAX.
+CHIPS = {
+  'v4': Chip(32, 30.75, 275e12, 1228e9, 300e9, 'megacore'),
+  'v5e': Chip(16, 15.75, 197e12, 819e9, 200e9),
+  'v5p': Chip(96, 95.74, 459e12, 2765e9, 600e9, 'megacore'),
+  'v6e': Chip(32, 31.25, 918e12, 1638e9, 400e9),
+}
+
+PHASES = ('student_encoder', 'sampling', 'teacher', 'student', 'optimizer')
+_PHASE = re.compile(rf'\b({"|".join(PHASES)})\b')
+
+
+def on_a_device(
+  student: T5Config,
+  teacher: T5Config | None,
+  *,
+  batch_size: int,
+  input_length: int,
+  target_length: int,
+  num_microbatches: int,
+  data: int,
+  student_model: int,
+  teacher_model: int,
+  teacher_weight_bytes: int,
+  optimizer_bytes: int,
+) -> dict[str, Cost]:
+  """Returns what one device has to compute and to move in each phase.
+
+  Args:
+    student: its shape.
+    teacher: its shape; None: there is none.
+    batch_size: of all devices.
+    input_length: tokens.
+    target_length: tokens.
+    num_microbatches: parts that the batch is worked through in.
+    data: devices that share the batch.
+    student_model: devices that share each of the student's products (and, in
+      phase 'student', the teacher's projection to the vocabulary).
+    teacher_model: likewise.
+    teacher_weight_bytes: of one of its weights in memory.
+    optimizer_bytes: that a device moves to update its part of the state.
+  """
+  cost = costs.of_step(
+    student,
+    teacher,
+    batch_size=batch_size // data,
+    num_microbatches=num_microbatches,
+    input_length=input_length,
+    target_length=target_length,
+    weight_bytes={'float32': 4, 'bfloat16': 2}[student.dtype],
+    teacher_weight_bytes=teacher_weight_bytes,
+  )
+  shared = {'teacher': teacher_model}
+  return {
+    phase: cost[phase].times(1 / shared.get(phase, student_model))
+    for phase in PHASES
+    if phase in cost and phase != 'optimizer'
+  } | {'optimizer': Cost(0.0, optimizer_bytes)}
+
+
+def of_phases(
+  cost: Mapping[str, Cost],
+  collectives: Sequence[Collective] | None,
+  chip: Chip | None,
+) -> dict[str, dict[str, Any]]:
+  """Returns figures of each phase, as JSON can hold them.
+
+  Args:
+    cost: of each, on one device.
+    collectives: of the program; those of no phase are phase 'other'. None: it
+      was not compiled.
+    chip: None: nothing is said of time.
+
+  Returns:
+    {phase: {'flops', 'bytes': from memory, 'received': bytes from other
+    devices, 'seconds', 'bound_by': 'compute', 'memory' or 'interconnect'}};
+    without collectives 'received' is None, and there are no seconds.
+  """
+  received = dict.fromkeys([*cost, 'other'], 0.0)
+  for one in collectives or ():
+    received[phase_of(one, cost)] += one.times * one.received
+  phases = {}
+  for phase, num_bytes in received.items():
+    of_phase = cost.get(phase, Cost(0.0, 0.0))
+    phases[phase] = {
+      'flops': of_phase.flops,
+      'bytes': of_phase.bytes,
+      'received': None if collectives is None else num_bytes,
+    }
+    if chip is not None and collectives is not None:
+      seconds = {
+        'compute': of_phase.flops / chip.flops,
+        'memory': of_phase.bytes / chip.bandwidth,
+        'interconnect': num_bytes / chip.interconnect,
+      }
+      slowest = max(seconds, key=seconds.__getitem__)
+      phases[phase] |= {'seconds': seconds[slowest], 'bound_by': slowest}
+  return phases
+
+
+def phase_of(collective: Collective, phases: Mapping[str, Any]) -> str:
+  """Returns the phase that a collective belongs to, or 'other'."""
+  match = _PHASE.search(collective.op_name)
+  phase = match[1] if match else 'other'
+  if phase == 'student_encoder' and 'transpose(' in collective.op_name:
+    phase = 'student'  # its backward pass
+  return phase if phase in phases else 'other'
+
+
+def summary(
+  collectives: Sequence[Collective], phases: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+  """Returns the collectives by phase and kind, most bytes first, for JSON.
+
+  `times`: that such a one happens in a step. `received`: bytes in a step.
+  """
+  sums: dict[tuple, dict[str, Any]] = {}
+  for one in collectives:
+    key = (phase_of(one, phases), one.kind, one.in_decode_loop)
+    entry = sums.setdefault(
+      key,
+      {
+        'phase': key[0],
+        'kind': one.kind,
+        'in_decode_loop': one.in_decode_loop,
+        'times': 0,
+        'received': 0.0,
+      },
+    )
+    entry['times'] += one.times
+    entry['received'] += one.times * one.received
+  return sorted(sums.values(), key=lambda entry: -entry['received'])

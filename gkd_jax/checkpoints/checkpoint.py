@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves and restores a run, and loads the parameters of another.
+
+A run folder holds `checkpoint_<step>` folders. Each is complete in itself:
+parameters, optimizer state, the data iterator's position, and a description of
+the model and its vocabulary. Orbax writes a checkpoint under another name and
+renames it when all of it is there.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import operator
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from gkd_jax.distill.step import TrainState
+from gkd_jax.models.t5 import T5Config, named_params
+from gkd_jax.parallel import hosts
+from gkd_jax.runtime import console, files
+
+_PREFIX = 'checkpoint'
+_METRICS = 'metrics/metrics'
+_MAX_DIFFERENCES = 5
+
+
+# A file that was cut off or overwritten can raise anything; Orbax has errors
+# that are an Exception and no more. But these do not come from damage.
+_NO_DAMAGE = (files.DoesNotFit, MemoryError, ImportError, NameError)
+_SAYS_NO_DAMAGE = re.compile(
+  'RESOURCE_EXHAUSTED|Too many open files|No space left'
+)
+
+
+# Packages whose versions can change a result.
+_VERSIONS_OF = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'seqio',
+  'tensorflow',
+  'numpy',
+)
+
+
+class ModelDescription(NamedTuple):
+  """What parameters need beside themselves to be understood."""
+
+  config: T5Config
+  vocabulary: str
+
+  def to_json(self) -> dict[str, Any]:
+    return {
+      'config': dataclasses.asdict(self.config),
+      'vocabulary': self.vocabulary,
+    }
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> 'ModelDescription':
+    return cls(T5Config(**values['config']), values['vocabulary'])
+
+
+def versions() -> dict[str, str]:
+  """Returns what software and devices this process runs on."""
+  return {
+    **{name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+    'python': platform.python_version(),
+    'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+  }
+
+
+class Saved(NamedTuple):
+  """A restored run."""
+
+  state: TrainState
+  train_seconds: float
+  to_evaluate: bool  # the run was interrupted while it evaluated this state
+
+
+class _IteratorHandler(ocp.CheckpointHandler):
+  """Lets an object with save(folder) and restore(folder) do both."""
+
+  def save(self, directory, args):
+    args.item.save(os.fspath(directory))
+
+  def restore(self, directory, args):
+    args.item.restore(os.fspath(directory))
+    return args.item
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveIterator(ocp.args.CheckpointArgs):
+  item: Any
+
+
+@ocp.args.register_with_handler(_IteratorHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreIterator(ocp.args.CheckpointArgs):
+  item: Any
+
+
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Leaves it to `hosts.reached_preemption`.
+
+    JAX compares the numbers that it is asked with: Orbax's, of steps, among
+    ours could put the moment to stop off without end.
+    """
+    return False
+
+
+class Checkpoints:
+  """The checkpoints of one run: the last ones and the best are kept."""
+
+  def __init__(
+    self,
+    run_dir: str | os.PathLike,
+    model: ModelDescription,
+    *,
+    keep: int = 1,
+    best_metric: str | None = None,
+    best_mode: str = 'min',
+  ):
+    """Opens the folder, and makes it where it is not there.
+
+    Args:
+      run_dir: of the run.
+      model: saved with each checkpoint.
+      keep: so many of the last.
+      best_metric: keeps the checkpoint that is best by this metric, too.
+      best_mode: 'min' or 'max'.
+    """
+    self._model = model
+    self._folder = epath.Path(run_dir).absolute()
+    # Orbax reads these of all checkpoints when it opens a folder.
+    _set_aside(self._folder, _damaged_descriptions(self._folder))
+    policies = [checkpoint_managers.LatestN(n=keep)]
+    value = None
+    if best_metric is not None:
+      value = operator.itemgetter(best_metric)
+      policies.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=value,
+          reverse=best_mode == 'min',
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._manager = _Manager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        step_prefix=_PREFIX,
+        # The policy decides. Without best_fn no metrics would be saved, and a
+        # run that goes on would not know which of its checkpoints is the best.
+        best_fn=value,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the step of the newest whole checkpoint."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    state: TrainState,
+    data_iterator: Any,
+    *,
+    train_seconds: float,
+    metrics: dict[str, float] | None = None,
+    to_evaluate: bool = False,
+  ) -> None:
+    """Saves a state; parameters are copied at once and written meanwhile."""
+    step = int(state.step)
+    if step == self.latest_step():
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        opt_state=ocp.args.StandardSave(state.opt_state),
+        data=_SaveIterator(data_iterator),
+        description=ocp.args.JsonSave(
+          {
+            'step': step,
+            'train_seconds': train_seconds,
+            'to_evaluate': to_evaluate,
+            'model': self._model.to_json(),
+          }
+        ),
+      ),
+      metrics=metrics,
+    )
+
+  def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds to a checkpoint that was saved without; it may be the best."""
+    files.write_whole(
+      self._folder / f'{_PREFIX}_{step}' / _METRICS, json.dumps(metrics)
+    )
+    hosts.wait('metrics added')
+    self._manager.reload()
+
+  def restore(
+    self, abstract_state: TrainState, data_iterator: Any
+  ) -> Saved | None:
+    """Restores the newest checkpoint, and the iterator's position in place.
+
+    Args:
+      abstract_state: shapes, dtypes and shardings of the state.
+      data_iterator: of this run's data.
+
+    Where the newest cannot be read, the one before is restored; the former is
+    kept under another name. Of several hosts one may fail alone where arrays
+    are damaged, while the others read on: then the run ends.
+
+    Returns:
+      None if there is none.
+
+    Raises:
+      ValueError: it is of another model or data, or none can be read.
+    """
+    damaged = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      folder = self._folder / f'{_PREFIX}_{step}'
+      error = _error_of(lambda folder=folder: saved_shapes(folder))
+      if hosts.any_host(error is not None):
+        damaged.append((folder, error or _ELSEWHERE))
+        continue
+      check_shapes(folder, saved_shapes(folder), shapes(abstract_state.params))
+      try:
+        restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract_state.params),
+            opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
+            data=_RestoreIterator(data_iterator),
+            description=ocp.args.JsonRestore(),
+          ),
+        )
+      except Exception as e:
+        if hosts.are_several() or not is_damage(e):
+          raise
+        damaged.append((folder, e))
+        continue
+      _set_aside(self._folder, damaged)
+      if damaged:
+        self._manager.reload()
+      state = TrainState(
+        jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding),
+        restored.params,
+        restored.opt_state,
+      )
+      return Saved(
+        state,
+        restored.description['train_seconds'],
+        # Metrics may have been added since.
+        restored.description.get('to_evaluate', False)
+        and not (folder / _METRICS).exists(),
+      )
+    _set_aside(self._folder, damaged)  # raises, if these are all
+    return None
+
+  def close(self) -> None:
+    """Waits until all is written."""
+    self._manager.close()
+
+
+Damaged = Sequence[tuple[epath.Path, Exception]]
+_ELSEWHERE = ValueError('another host cannot read it')
+
+
+def is_damage(error: Exception) -> bool:
+  """Whether reading raises it because of what was read."""
+  return not (
+    isinstance(error, _NO_DAMAGE) or _SAYS_NO_DAMAGE.search(str(error))
+  )
+
+
+def _error_of(read: Callable[[], Any]) -> Exception | None:
+  """Returns the error that damage causes in reading; None: there is none."""
+  try:
+    read()
+  except Exception as e:
+    if not is_damage(e):
+      raise
+    return e
+  return None
+
+
+def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
+  """Returns checkpoints that do not say what they hold, and why not."""
+
+  def read(folder):
+    names = ['_CHECKPOINT_METADATA', 'description/metadata']
+    if (folder / _METRICS).parent.is_dir():
+      names.append(_METRICS)
+    for name in names:
+      json.loads((folder / name).read_text())
+
+  damaged = []
+  for step in sorted(_steps(run_dir)):
+    folder = run_dir / f'{_PREFIX}_{step}'
+    error = _error_of(lambda folder=folder: read(folder))
+    if hosts.any_host(error is not None):
+      damaged.append((folder, error or _ELSEWHERE))
+  return damaged
+
+
+def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
+  """Renames checkpoints that cannot be read: their steps are saved again.
+
+  Raises:
+    ValueError: there are no others.
+  """
+  if not damaged:
+    return
+  reasons = {folder: first_line(error) for folder, error in damaged}
+  num_there = len(_steps(run_dir))
+  hosts.wait('checkpoints counted')  # before one of them has another name
+  if len(reasons) == num_there:
+    raise ValueError(
+      'No checkpoint of this run can be read:'
+      + ''.join(f'\n  {folder}: {why}' for folder, why in reasons.items())
+      + '\nTo start afresh remove them, or choose another MODEL_DIR.'
+    )
+  for folder, why in reasons.items():
+    name = f'damaged_{folder.name}'
+    while (run_dir / name).exists():  # of an earlier time
+      name += '_again'
+    console.log(
+      f'{folder} cannot be read ({why}). It is called {name} now; the run goes '
+      'on from the one before.'
+    )
+    if hosts.is_first():
+      folder.rename(run_dir / name)
+  hosts.wait('damaged checkpoints set aside')
+
+
+def first_line(error: Exception) -> str:
+  """Returns an error's kind, and how its message begins."""
+  text = str(error).strip().split('\n')[0]
+  return f'{type(error).__name__}: {text[:200]}'
+
+
+def is_checkpoint(folder: epath.Path) -> bool:
+  """Whether a folder is one of our checkpoints."""
+  return (folder / 'description').is_dir()
+
+
+def find(
+  path: str | os.PathLike,
+  is_one: Callable[[epath.Path], bool] = is_checkpoint,
+) -> epath.Path:
+  """Returns the checkpoint folder that a path means.
+
+  Args:
+    path: a checkpoint folder, or one with `checkpoint_<step>` folders: the
+      newest of these.
+    is_one: whether a folder is a checkpoint.
+
+  Raises:
+    ValueError: there is none.
+  """
+  folder = epath.Path(path)
+  if not str(path).startswith('gs://'):
+    folder = folder.absolute()
+  if is_one(folder):
+    return folder
+  if not folder.is_dir():
+    what = 'is not there'
+  elif steps := _steps(folder):
+    newest = folder / f'{_PREFIX}_{max(steps)}'
+    if is_one(newest):
+      return newest
+    what = f'has a {newest.name} that is no checkpoint'
+  else:
+    what = 'holds no checkpoint'
+  raise ValueError(
+    f'{path} {what}. Give a run folder (a MODEL_DIR that has been trained), '
+    f'one {_PREFIX}_<step> folder in it, a Hugging Face folder (config.json, '
+    'model.safetensors) or a T5X checkpoint.'
+  )
+
+
+def describe(folder: epath.Path) -> ModelDescription:
+  """Returns which model a checkpoint holds."""
+  text = (folder / 'description' / 'metadata').read_text()
+  return ModelDescription.from_json(json.loads(text)['model'])
+
+
+def load_params(
+  folder: epath.Path, abstract_params: Any, dtype: str = 'float32'
+) -> Any:
+  """Loads a checkpoint's parameters.
+
+  Args:
+    folder: see `find`.
+    abstract_params: shapes and shardings wanted.
+    dtype: wanted.
+
+  Raises:
+    ValueError: they have other shapes; the first differences are listed.
+  """
+  check_shapes(folder, saved_shapes(folder), shapes(abstract_params))
+  wanted = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+    abstract_params,
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(folder / 'params', wanted)
+
+
+def _steps(run_dir: epath.Path) -> list[int]:
+  return [
+    int(folder.name.removeprefix(f'{_PREFIX}_'))
+    for folder in run_dir.glob(f'{_PREFIX}_*')
+    if folder.name.removeprefix(f'{_PREFIX}_').isdigit()
+  ]
+
+
+def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
+  """Returns {name: shape} of a checkpoint's parameters; reads none."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    metadata = checkpointer.metadata(folder / 'params').item_metadata
+  if metadata is None:
+    raise OSError(f'{folder / "params"} does not say what it holds')
+  return shapes(metadata.tree)
+
+
+def check_shapes(
+  folder: epath.Path,
+  saved: Mapping[str, tuple[int, ...]],
+  wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Raises ValueError, with the first differences, unless shapes agree."""
+  differences = [
+    f'{name}: {saved.get(name, "absent")} in the checkpoint, '
+    f'{wanted.get(name, "absent")} wanted'
+    for name in sorted(saved.keys() | wanted.keys())
+    if saved.get(name) != wanted.get(name)
+  ]
+  raise_differences(folder, differences)
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns {'encoder/layers_0/mlp/wo/kernel': its shape} of parameters."""
+  return {name: tuple(x.shape) for name, x in named_params(tree).items()}
+
+
+def raise_differences(folder: epath.Path, differences: Sequence[str]) -> None:
+  """Raises ValueError with the first of them, if there are any."""
+  if not differences:
+    return
+  shown = list(differences[:_MAX_DIFFERENCES])
+  if len(differences) > len(shown):
+    shown.append(f'and {len(differences) - len(shown)} more')
+  raise ValueError(
+    f'The checkpoint {folder} does not fit the model:\n  ' + '\n  '.join(shown)
+  )

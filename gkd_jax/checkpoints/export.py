@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a model in the format of the system that will serve it."""
+
+import re
+
+from etils import epath
+
+from gkd_jax.checkpoints import pretrained
+from gkd_jax.checkpoints.formats import huggingface, t5x
+from gkd_jax.models.t5 import T5, abstract_params, named_params
+from gkd_jax.parallel import partitioning
+from gkd_jax.runtime import console
+
+_FORMATS = {'huggingface': huggingface, 't5x': t5x}
+
+
+def export(
+  checkpoint_path: str,
+  export_format: str,
+  output_dir: str,
+  dtype: str | None = None,
+) -> None:
+  """Writes a checkpoint's model for Hugging Face `transformers` or for T5X.
+
+  Args:
+    checkpoint_path: see `pretrained.open_checkpoint`.
+    export_format: 'huggingface': a folder with config.json and safetensors,
+      and the tokenizer's files where the model came with them. 't5x': a
+      `checkpoint_<step>` folder is made in `output_dir`.
+    output_dir: must not be there, or be empty.
+    dtype: of the parameters, 'float32' or 'bfloat16'; None: as saved.
+
+  Raises:
+    ValueError: an unknown format or dtype, no checkpoint, a full folder, or a
+      model that the other system does not have.
+  """
+  if export_format not in _FORMATS:
+    raise ValueError(
+      f'EXPORT_FORMAT must be one of {", ".join(_FORMATS)}, got '
+      f'{export_format!r}.'
+    )
+  pretrained.check_dtype('EXPORT_DTYPE', dtype)
+  folder = epath.Path(output_dir)
+  if str(folder).startswith('gs://') and export_format == 'huggingface':
+    raise ValueError(
+      f'OUTPUT_DIR {output_dir}: safetensors files are written to a local disk '
+      'only. Copy them from there: gcloud storage cp -r.'
+    )
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(
+      f'OUTPUT_DIR {output_dir} is there, and not an empty folder. Nothing is '
+      'overwritten: choose another.'
+    )
+  source = pretrained.open_checkpoint(checkpoint_path)
+  module = _FORMATS[export_format]
+  module.check_can_hold(source.config)
+  if dtype is None:
+    dtype = 'bfloat16' if source.dtype == 'bfloat16' else 'float32'
+  console.log(f'Exporting {source}')
+  on_host = partitioning.Placement(partitioning.host_mesh())
+  abstract = abstract_params(T5(source.config, on_host))
+  params = named_params(source.load(abstract, None))
+  partial = folder.parent / f'{folder.name}.partial'
+  if partial.exists():
+    partial.rmtree()  # of an export that was interrupted
+  partial.mkdir(parents=True)
+  if export_format == 'huggingface':
+    beside = pretrained.side_files(source.folder)
+    huggingface.save(partial, source.config, params, dtype=dtype, source=beside)
+    tokenizer = huggingface.tokenizer_files(partial)
+    if not tokenizer and 'ByteVocabulary' in (source.vocabulary or ''):
+      huggingface.write_byte_tokenizer(partial, source.config.vocab_size)
+      tokenizer = huggingface.tokenizer_files(partial)
+    console.log(
+      f'Tokenizer: {", ".join(tokenizer)}'
+      if tokenizer
+      else 'No tokenizer files: the checkpoint came without.'
+    )
+    if source.config.relpos_bias_per_layer and (
+      not source.config.scales_decoder_outputs
+    ):
+      console.log(
+        'Note: transformers 5 scales the outputs of every umT5, this one was '
+        'trained without. What it samples there will differ from here; greedy '
+        'and beam outputs do not.'
+      )
+  else:
+    step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
+    t5x.save(
+      partial,
+      source.config,
+      params,
+      step=int(step[1]) if step else 0,
+      dtype=dtype,
+    )
+  if folder.exists():
+    folder.rmdir()
+  partial.rename(folder)
+  console.log(f'Written: {folder}')

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays in files, of which each device reads the part that it will hold.
+
+A format (`huggingface`, `t5x`) lists its arrays as `Tensor`s under our
+parameters' names; what lies on the disk in another layout is a view of one.
+Nothing is read before `place`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gkd_jax.models.t5 import named_params
+
+Params = Any
+Index = tuple[slice, ...]
+
+
+class Tensor(NamedTuple):
+  """An array in a file."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[Index], np.ndarray]  # one slice with bounds for each axis
+
+
+def in_memory(array: np.ndarray) -> Tensor:
+  """An array that is here already."""
+  return Tensor(array.shape, array.dtype, lambda index: array[index])
+
+
+def transposed(tensor: Tensor) -> Tensor:
+  """The transpose of a matrix."""
+  return Tensor(
+    tensor.shape[::-1], tensor.dtype, lambda index: tensor.read(index[::-1]).T
+  )
+
+
+def entry(tensor: Tensor, axis: int, i: int) -> Tensor:
+  """The i-th of the arrays that are stacked along an axis."""
+
+  def read(index):
+    whole = (*index[:axis], slice(i, i + 1), *index[axis:])
+    return tensor.read(whole).squeeze(axis)
+
+  shape = (*tensor.shape[:axis], *tensor.shape[axis + 1 :])
+  return Tensor(shape, tensor.dtype, read)
+
+
+def read_all(tensor: Tensor) -> np.ndarray:
+  """Returns the whole array."""
+  return tensor.read(tuple(slice(0, n) for n in tensor.shape))
+
+
+def place(
+  tensors: Mapping[str, Tensor],
+  abstract_params: Params,
+  dtype: str | None = 'float32',
+) -> Params:
+  """Reads arrays into their places on the devices.
+
+  Each device's part is read by itself, so a model that is spread over many
+  devices or hosts is whole nowhere.
+
+  Args:
+    tensors: {'encoder/layers_0/mlp/wo/kernel': ...}; the names and shapes of
+      the parameters.
+    abstract_params: their tree, with shapes and shardings.
+    dtype: of the result; None: as in the file.
+  """
+  wanted = named_params(abstract_params)
+  # In the order of the files: layers that are stacked in one array share its
+  # compressed chunks.
+  placed = {
+    name: _place(tensor, wanted[name].sharding, dtype)
+    for name, tensor in tensors.items()
+  }
+  return jax.tree.unflatten(
+    jax.tree.structure(abstract_params), [placed[name] for name in wanted]
+  )
+
+
+def _place(tensor: Tensor, sharding: jax.sharding.Sharding, dtype: str | None):
+  kept = np.dtype(dtype) if dtype else tensor.dtype
+
+  def part(index):
+    # jax writes whole axes as slice(None).
+    bounds = zip(index, tensor.shape, strict=True)
+    return tensor.read(
+      tuple(slice(*s.indices(n)[:2]) for s, n in bounds)
+    ).astype(kept, copy=False)
+
+  return jax.make_array_from_callback(tensor.shape, sharding, part, dtype=kept)

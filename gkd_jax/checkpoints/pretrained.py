@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model from a path, whatever wrote it.
+
+A path means a run folder of ours or a step in it, a Hugging Face folder, or a
+T5X checkpoint. Which it is, is found out from the files that are there.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+
+from gkd_jax.checkpoints import checkpoint
+from gkd_jax.checkpoints.formats import huggingface, t5x, tensors
+from gkd_jax.models.t5 import SIZES, T5, T5Config, abstract_params
+from gkd_jax.parallel import hosts
+from gkd_jax.parallel.partitioning import Placement
+from gkd_jax.runtime import console
+
+Params = Any
+
+# Fields of T5Config that do not change what the parameters mean.
+_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
+_PACKAGE = pathlib.Path(__file__).parent
+# In a run folder: what a Hugging Face checkpoint had beside its weights.
+_SIDE_FOLDER = 'huggingface_files'
+
+
+class Pretrained(NamedTuple):
+  """A checkpoint that was found; its arrays are not read yet.
+
+  Attributes:
+    folder: where it is.
+    format: who wrote it.
+    config: the model's shape.
+    vocabulary: as `vocabularies.describe` says it, or a part of that line;
+      None where the files do not tell.
+    dtype: of its parameters.
+    num_params: how many numbers they are.
+    load: (abstract parameters, dtype or None) -> parameters; None keeps theirs.
+  """
+
+  folder: epath.Path
+  format: str
+  config: T5Config
+  vocabulary: str | None
+  dtype: str
+  num_params: int
+  load: Callable[[Params, str | None], Params]
+
+  def __str__(self) -> str:
+    vocabulary = '' if self.vocabulary else ' (its vocabulary is not known)'
+    return (
+      f'{architecture(self.config)}, {self.num_params:,} {self.dtype} '
+      f'parameters, {self.format}: {self.folder}{vocabulary}'
+    )
+
+
+def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
+  """Finds out what a path holds. Reads descriptions and headers alone.
+
+  Args:
+    path: a run folder, a step in it, a Hugging Face folder, a T5X checkpoint or
+      a folder of those; local or gs://.
+    setting: what it is called in gin.
+
+  Raises:
+    ValueError: it is none of these, or is not whole.
+  """
+  try:
+    folder = checkpoint.find(path, _is_checkpoint)
+  except ValueError as e:
+    raise ValueError(f'{setting}: {e}') from e
+  with _named(setting, folder):
+    found = _open(folder)
+
+  def load(abstract_params, dtype):
+    with _named(setting, folder):
+      return found.load(abstract_params, dtype)
+
+  return found._replace(load=load)
+
+
+@contextlib.contextmanager
+def _named(setting: str, folder: epath.Path) -> Iterator[None]:
+  """Says which checkpoint it is that a library cannot read."""
+  try:
+    yield
+  except Exception as e:  # a damaged file can raise anything
+    if not checkpoint.is_damage(e):
+      raise
+    *_, last = traceback.extract_tb(e.__traceback__)
+    is_ours = pathlib.Path(last.filename).is_relative_to(_PACKAGE)
+    if is_ours and isinstance(e, ValueError):
+      raise
+    raise ValueError(
+      f'{setting}: {folder} cannot be read ({checkpoint.first_line(e)}). If it '
+      'is not whole, copy it again, or name another.'
+    ) from e
+
+
+def _open(folder: epath.Path) -> Pretrained:
+  if checkpoint.is_checkpoint(folder):
+    saved = checkpoint.describe(folder)
+    return Pretrained(
+      folder,
+      'gkd_jax',
+      saved.config,
+      saved.vocabulary,
+      'float32',
+      _count(checkpoint.saved_shapes(folder)),
+      lambda abstract, dtype: checkpoint.load_params(
+        folder, abstract, dtype or 'float32'
+      ),
+    )
+  module = huggingface if huggingface.is_checkpoint(folder) else t5x
+  config, arrays = module.open_folder(folder)
+  dtypes = sorted({x.dtype.name for x in arrays.values()})
+  return Pretrained(
+    folder,
+    module.FORMAT,
+    config,
+    huggingface.vocabulary(folder) if module is huggingface else None,
+    ' and '.join(dtypes),
+    _count({name: x.shape for name, x in arrays.items()}),
+    lambda abstract, dtype: tensors.place(arrays, abstract, dtype),
+  )
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+  return sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_fits(
+  source: Pretrained,
+  vocabulary: str,
+  num_ids: int,
+  config: T5Config | None = None,
+  setting: str = 'STUDENT',
+) -> None:
+  """Raises ValueError if a model is of no use; lists the first differences.
+
+  Args:
+    source: what `open_checkpoint` found.
+    vocabulary: the task's, as `vocabularies.describe` says it.
+    num_ids: ids of the task's tokenizer.
+    config: the shape it must have; None: any.
+    setting: what that shape is called in gin.
+  """
+  differences = []
+  # A foreign tokenizer is known in part: its model, not how many extra ids.
+  if source.vocabulary is not None and source.vocabulary not in vocabulary:
+    differences.append(
+      f'vocabulary: {source.vocabulary} in the checkpoint, {vocabulary} wanted'
+    )
+  if config is not None:
+    differences += [
+      f'{field}: {was} in the checkpoint, {want} in {setting}'
+      for field, was in dataclasses.asdict(source.config).items()
+      if field not in _FREE_FIELDS and was != (want := getattr(config, field))
+    ]
+  checkpoint.raise_differences(source.folder, differences)
+  if num_ids > source.config.vocab_size:
+    raise ValueError(
+      f'The checkpoint {source.folder} embeds {source.config.vocab_size} ids, '
+      f"but the task's vocabulary has {num_ids}: {vocabulary}. A SentencePiece "
+      'model that has its sentinels already needs VOCABULARY_EXTRA_IDS = 0.'
+    )
+
+
+def check_dtype(setting: str, dtype: str | None) -> None:
+  """Raises ValueError unless a setting is a type of numbers, or None."""
+  if dtype not in (None, 'float32', 'bfloat16'):
+    raise ValueError(
+      f"{setting} must be 'float32', 'bfloat16' or None, got {dtype!r}."
+    )
+
+
+def load_model(
+  path: str,
+  vocabulary: str,
+  num_ids: int,
+  mesh: Mesh,
+  dtype: str | None = None,
+  setting: str = 'CHECKPOINT_PATH',
+) -> tuple[T5, Params, epath.Path]:
+  """Loads a model as its checkpoint says it is, and says what it is.
+
+  Args:
+    path: see `open_checkpoint`.
+    vocabulary: see `check_fits`.
+    num_ids: see `check_fits`.
+    mesh: where the parameters go.
+    dtype: of the parameters; None: as saved.
+    setting: what the path is called in gin.
+
+  Returns:
+    The model, its parameters, and the folder they came from.
+
+  Raises:
+    ValueError: no checkpoint, or its vocabulary is not the task's.
+  """
+  source = open_checkpoint(path, setting)
+  check_fits(source, vocabulary, num_ids)
+  console.log(f'Model: {source}')
+  model = T5(source.config, Placement(mesh))
+  return model, source.load(abstract_params(model), dtype), source.folder
+
+
+def config_of(path: str, **changes) -> T5Config:
+  """Returns the shape of a checkpoint's model, with some fields changed.
+
+  Args:
+    path: see `open_checkpoint`.
+    **changes: fields of T5Config that leave the parameters' meaning as it is,
+      e.g. dropout_rate=0.1.
+  """
+  if path is None:
+    raise ValueError(
+      "The student's shape is to be that of INITIAL_CHECKPOINT_PATH, which is "
+      'not set. Set it, or give the shape by gin/models/published.gin.'
+    )
+  if fixed := set(changes) - {*_FREE_FIELDS}:
+    raise ValueError(
+      f'The checkpoint {path} says what {", ".join(sorted(fixed))} is; only '
+      f'{", ".join(_FREE_FIELDS)} can be chosen.'
+    )
+  config = open_checkpoint(path, 'INITIAL_CHECKPOINT_PATH').config
+  return dataclasses.replace(config, **changes)
+
+
+def architecture(config: T5Config) -> str:
+  """Returns a few words on a shape: the published size, if it is one."""
+  free = {name: getattr(config, name) for name in (*_FREE_FIELDS, 'vocab_size')}
+  for name, published in SIZES.items():
+    if dataclasses.replace(published, **free) == config:
+      return name
+  kind = 'T5 1.0' if config.mlp_activations == ('relu',) else 'T5 1.1'
+  if config.relpos_bias_per_layer:
+    kind = 'umT5'
+  return (
+    f'{kind} of width {config.emb_dim} with {config.num_encoder_layers} + '
+    f'{config.num_decoder_layers} layers'
+  )
+
+
+def side_files(folder: epath.Path) -> epath.Path | None:
+  """Returns the folder with a checkpoint's tokenizer, if it has one."""
+  if huggingface.is_checkpoint(folder):
+    return folder
+  kept = folder.parent / _SIDE_FOLDER
+  return kept if kept.is_dir() else None
+
+
+def keep_side_files(
+  folders: Sequence[epath.Path], run_dir: str | os.PathLike
+) -> None:
+  """Copies tokenizer and configuration into a run folder, for its export.
+
+  Args:
+    folders: checkpoints of one vocabulary; the first that has these files.
+    run_dir: of the run.
+  """
+  where = next(filter(None, map(side_files, folders)), None)
+  if where is None or not hosts.is_first():
+    return
+  kept = epath.Path(run_dir) / _SIDE_FOLDER
+  kept.mkdir(parents=True, exist_ok=True)
+  for name in (*huggingface.SIDE_FILES, huggingface.CONFIG):
+    if (where / name).exists():
+      (where / name).copy(kept / name, overwrite=True)
+
+
+def _is_checkpoint(folder: epath.Path) -> bool:
+  return (
+    checkpoint.is_checkpoint(folder)
+    or huggingface.is_checkpoint(folder)
+    or t5x.is_checkpoint(folder)
+  )

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the value of a setting may be, as the function that takes it says."""
+
+import inspect
+import math
+import re
+import types
+import typing
+from typing import Any
+
+# Kind of annotation -> what is written for it in a gin file.
+_WRITTEN = {
+  'bool': 'True or False',
+  'int': 'a whole number',
+  'float': 'a finite number',
+  'str': 'a text',
+  'NoneType': 'None',
+  'None': 'None',
+  'Mapping': '{name: value}',
+  'dict': '{name: value}',
+  'Sequence': 'a list',
+  'list': 'a list',
+  'tuple': 'a list',
+  'Callable': 'a function (@module.name)',
+  'Policy': 'a policy, such as @policies.student()',
+  'T5Config': 'the shape of a model, such as @t5.T5Config()',
+  'DatasetConfig': 'examples, such as @eval/datasets.DatasetConfig()',
+  'Objective': 'an objective, such as @objectives.Objective()',
+  'SamplerConfig': 'a way to draw outputs, such as @sampler.SamplerConfig()',
+  'BeamConfig': 'a search, such as @beam_search.BeamConfig()',
+  'seqio.Vocabulary': 'a vocabulary, such as @seqio.ByteVocabulary()',
+  'Reward': 'a reward, such as @rewards.exact_match()',
+}
+_LITERALS = (
+  *(bool, int, float, complex, str, bytes),
+  *(list, tuple, dict, set, type(None)),
+)
+# Of these there is nothing that could be written in a gin file.
+_ARRAYS = {'Array', 'ndarray', 'number'}
+# What is larger overflows somewhere inside.
+_MAX_INT = 2**31 - 1
+
+
+def check(setting: str, value: Any, annotation: Any) -> None:
+  """Raises ValueError if a value is of another type than is wanted.
+
+  Args:
+    setting: what it is called in gin.
+    value: a literal; whatever else it is stands for a function.
+    annotation: of the parameter that takes it, as `inspect.signature` has it.
+      One with a type that is not known here takes any value.
+  """
+  kinds = _kinds(annotation)
+  if 'complex' in kinds:  # jax.typing.ArrayLike: what counts as a number
+    kinds = [kind for kind in kinds if kind not in ('bool', 'int', 'complex')]
+  kinds = [kind for kind in kinds if kind not in _ARRAYS]
+  if not _WRITTEN.keys() >= {*kinds}:
+    return
+  if any(_is(value, kind) for kind in kinds):
+    return
+  written = dict.fromkeys(_WRITTEN[kind] for kind in kinds)
+  if 'int' in kinds and type(value) is int:
+    written = [f'from {-_MAX_INT} to {_MAX_INT}']
+  raise ValueError(
+    f'{setting} must be {" or ".join(written)}, got {_shortened(value)}.'
+  )
+
+
+def _kinds(annotation: Any) -> list[str]:
+  """Returns the names of the types that an annotation allows."""
+  if annotation in (inspect.Parameter.empty, Any):
+    return ['Any']
+  if isinstance(annotation, str):  # evaluating it could import what it names
+    while '[' in annotation:  # the innermost first
+      annotation = re.sub(r'\[[^\[\]]*\]', '', annotation)
+    return annotation.split(' | ')
+  origin = typing.get_origin(annotation)
+  if origin in (typing.Union, types.UnionType):
+    return [k for part in typing.get_args(annotation) for k in _kinds(part)]
+  name = getattr(origin or annotation, '__name__', 'Any')
+  return [name.rsplit('.', 1)[-1]]
+
+
+def _is(value: Any, kind: str) -> bool:
+  """Whether a value may be where this kind is wanted."""
+  if kind == 'int':
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int and abs(value) <= _MAX_INT
+  if kind == 'float':
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # An int may be too large to be any float.
+    return is_number and abs(value) < 2**127 and math.isfinite(value)
+  types_of = {
+    'bool': bool,
+    'str': str,
+    'NoneType': type(None),
+    'None': type(None),
+    'Mapping': dict,
+    'dict': dict,
+    'Sequence': list | tuple,
+    'list': list | tuple,
+    'tuple': list | tuple,
+  }
+  if kind in types_of:
+    return isinstance(value, types_of[kind])
+  return kind == 'Callable' and not isinstance(value, _LITERALS)
+
+
+def _shortened(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else f'{text[:77]}...'

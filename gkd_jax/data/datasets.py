@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a seqio task to batches and metrics.
+
+seqio and TensorFlow are imported when they are first used, here and in
+`seqio_tasks` and `vocabularies`: they take 10 seconds, which a misspelt setting
+need not wait for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epy
+
+from gkd_jax.batch import EOS_ID, PAD_ID, Batch
+from gkd_jax.data import seqio_tasks, vocabularies
+
+with epy.lazy_imports():
+  import seqio
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+  """Which examples, and how they become a batch. Names as in T5X.
+
+  Attributes:
+    mixture_or_task_name: a seqio task or mixture.
+    task_feature_lengths: {'inputs': S, 'targets': T} in tokens, EOS included;
+      longer examples are cut.
+    batch_size: rows of the global batch.
+    split: of the task, e.g. 'train'.
+    shuffle: in an order that the seed determines.
+    mixture_or_task_module: imported first, to register the task; None for the
+      tasks that come with gkd_jax.
+    use_cached: read seqio's offline cache of the task.
+    num_examples: at most so many, from the split's start; None takes all. For
+      training these are a task's examples before they are preprocessed.
+    vocabulary: of inputs and targets; None: the task's own.
+    task_arguments: of the function make_task in the task's module, for a task
+      that is not the same for everyone: where its files are, say.
+    predictions: path, or glob of several, of outputs that a model wrote (see
+      `predictions`); they and their inputs replace the split's examples.
+  """
+
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  batch_size: int
+  split: str = 'train'
+  shuffle: bool = True
+  mixture_or_task_module: str | None = None
+  use_cached: bool = False
+  num_examples: int | None = None
+  vocabulary: seqio.Vocabulary | None = None
+  task_arguments: Mapping[str, Any] | None = None
+  predictions: str | None = None
+
+  def __post_init__(self):
+    lengths = dict(self.task_feature_lengths)
+    if sorted(lengths) != sorted(seqio_tasks.FEATURES) or not all(
+      isinstance(n, int) and n > 0 for n in lengths.values()
+    ):
+      raise ValueError(
+        "TASK_FEATURE_LENGTHS must be {'inputs': tokens, 'targets': tokens} "
+        f'with positive whole numbers, got {lengths}.'
+      )
+    if not isinstance(self.batch_size, int) or self.batch_size < 1:
+      raise ValueError(
+        f'BATCH_SIZE must be a positive whole number, got {self.batch_size!r}.'
+      )
+    arguments = self.task_arguments
+    if arguments is not None and not isinstance(arguments, Mapping):
+      raise ValueError(
+        f'TASK_ARGUMENTS must be {{name: value}}, or None; got {arguments!r}.'
+      )
+    n = self.num_examples
+    if n is not None and (not isinstance(n, int) or n < 1):
+      raise ValueError(
+        f'{self.split}: the number of examples must be a positive whole '
+        f'number, or None for all of them; got {n!r}.'
+      )
+
+
+def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
+  """Returns the task, after importing what registers it.
+
+  Raises:
+    ValueError: it is not registered, lacks the split, or has none of the
+      features of an encoder-decoder; there is no such module; the file of the
+      vocabulary cannot be read; or the predictions are of no use for it.
+  """
+  name = config.mixture_or_task_name
+  task = seqio_tasks.find(
+    name, config.mixture_or_task_module, config.task_arguments
+  )
+  if config.split not in task.splits:
+    raise ValueError(
+      f'Task {name!r} has no split {config.split!r}. It has: '
+      f'{", ".join(sorted(task.splits))}. What need not be measured is left '
+      'out by EVAL = None (during training) or FINAL_EVAL = None (at its end).'
+    )
+  if missing := set(seqio_tasks.FEATURES) - set(task.output_features):
+    raise ValueError(
+      f'Task {name!r} has no output feature {sorted(missing)}; an '
+      'encoder-decoder reads inputs and targets.'
+    )
+  if config.vocabulary is not None:
+    task = seqio_tasks.with_vocabulary(task, config.vocabulary)
+  else:
+    for feature in task.output_features.values():
+      vocabularies.check_can_be_read(name, feature.vocabulary)
+  if config.predictions is not None:
+    task = seqio_tasks.with_predictions(
+      task,
+      config.predictions,
+      task_name=name,
+      split=config.split,
+      lengths=dict(config.task_feature_lengths),
+    )
+  return task
+
+
+def check_not_empty(config: DatasetConfig) -> None:
+  """Raises ValueError if the split has no examples. Reads one."""
+  ds = get_task(config).get_dataset(
+    sequence_length=dict(config.task_feature_lengths),
+    split=config.split,
+    shuffle=False,
+    use_cached=config.use_cached,
+  )
+  if not list(ds.take(1)):
+    raise ValueError(
+      f'Split {config.split!r} of task {config.mixture_or_task_name!r} is '
+      'empty.'
+    )
+
+
+def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:
+  """Returns the vocabulary of the task's inputs and targets.
+
+  Raises:
+    ValueError: they differ, or its special ids are not T5's.
+  """
+  features = get_task(config).output_features
+  vocabulary = features['targets'].vocabulary
+  if features['inputs'].vocabulary != vocabulary:
+    raise ValueError(
+      f'Task {config.mixture_or_task_name!r} has different vocabularies for '
+      'inputs and targets; a T5 embeds both with one table.'
+    )
+  ids = (vocabulary.pad_id, vocabulary.eos_id)
+  if ids != (PAD_ID, EOS_ID):
+    raise ValueError(
+      f'The vocabulary of task {config.mixture_or_task_name!r} has pad and EOS '
+      f'ids {ids}; T5 needs ({PAD_ID}, {EOS_ID}).'
+    )
+  return vocabulary
+
+
+# Rows of a batch [n, ...] -> tokens written for them [n, T].
+Predict = Callable[[Batch], np.ndarray]

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of a task: for training, evaluation and inference."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epy
+
+from gkd_jax.batch import EOS_ID, PAD_ID, Batch
+from gkd_jax.data import datasets, seqio_tasks, vocabularies
+from gkd_jax.runtime import files
+
+with epy.lazy_imports():
+  import seqio
+  import tensorflow as tf
+
+
+class TrainIterator(Iterator[Batch]):
+  """Endless shuffled batches of one host's rows; can be saved and restored.
+
+  The data is dealt to so many shards, each of which gives as many rows of a
+  batch, in an order that is a function of the seed. A batch handed out is
+  consumed: what is read ahead stays in the iterator and is saved with it.
+  """
+
+  def __init__(
+    self,
+    config: datasets.DatasetConfig,
+    *,
+    seed: int,
+    shards: Sequence[int] = (0,),
+    num_shards: int = 1,
+    saves: bool = True,
+  ):
+    """Opens the data.
+
+    Args:
+      config: which examples.
+      seed: of their order.
+      shards: those of this host.
+      num_shards: of all hosts. With as many, the batches are the same however
+        many hosts there are.
+      saves: whether `save` writes; of hosts with the same shards one does.
+    """
+    task = datasets.get_task(config)
+    if config.num_examples is not None:
+      task = seqio_tasks.first_examples(
+        task, config.num_examples, config.use_cached
+      )
+
+    def open_shard(shard):
+      ds = seqio.get_dataset(
+        task,
+        task_feature_lengths=dict(config.task_feature_lengths),
+        feature_converter=seqio.EncDecFeatureConverter(pack=False),
+        dataset_split=config.split,
+        use_cached=config.use_cached,
+        shuffle=config.shuffle,
+        num_epochs=None,
+        seed=seed,
+        shard_info=seqio.ShardInfo(index=shard, num_shards=num_shards),
+        verbose=False,
+      )
+      ds = ds.batch(config.batch_size // num_shards, drop_remainder=True)
+      return iter(ds.prefetch(2).with_options(_reading_options()))
+
+    self._iterators = {
+      f'shard_{shard}_of_{num_shards}': open_shard(shard) for shard in shards
+    }
+    self._num_shards = num_shards
+    self._saves = saves
+    self._task_name = config.mixture_or_task_name
+    self._was_read = False
+
+  def __next__(self) -> Batch:
+    """Returns numpy arrays [rows of this host, ...].
+
+    Raises:
+      ValueError: the first time, if the position cannot be saved.
+    """
+    parts = [next(iterator) for iterator in self._iterators.values()]
+    batch = _to_batch(
+      {
+        name: np.concatenate([part[name].numpy() for part in parts])
+        for name in parts[0]
+      }
+    )
+    if not self._was_read:
+      # TensorFlow finds out in saving whether it can: hours later, otherwise.
+      with tempfile.TemporaryDirectory() as folder:
+        self.save(folder)
+      self._was_read = True
+    return batch
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes the position into a folder.
+
+    Raises:
+      ValueError: the task is not made of TensorFlow alone.
+    """
+    if not self._saves:
+      return
+    try:
+      for name, iterator in self._iterators.items():
+        tf.train.Checkpoint(iterator=iterator).write(
+          os.path.join(directory, name)
+        )
+    except tf.errors.FailedPreconditionError as e:
+      raise ValueError(
+        f'The position in the data of task {self._task_name!r} cannot be '
+        'saved, so no run on it could be resumed. Its preprocessors may use '
+        'TensorFlow alone: no tf.py_function or tf.numpy_function, and nothing '
+        'that draws without a seed. (JSON lines are read by '
+        'gin/tasks/json_lines.gin.) TensorFlow says: '
+        f'{e.message.splitlines()[0]}'
+      ) from e
+
+  def restore(self, directory: str | os.PathLike) -> None:
+    """Goes to the position that `save` wrote.
+
+    Raises:
+      files.DoesNotFit: the data was dealt to another number of shards.
+      ValueError: a file is damaged.
+    """
+    for name, iterator in self._iterators.items():
+      path = os.path.join(directory, name)
+      if not os.path.exists(path + '.index'):
+        there = sorted(
+          name.removesuffix('.index')
+          for name in os.listdir(directory)
+          if name.endswith('.index')
+        )
+        raise files.DoesNotFit(
+          f'{directory} has the positions {", ".join(there) or "of nothing"}, '
+          f'but not {name}: this run deals its data to {self._num_shards} '
+          'shard(s). Set NUM_DATA_SHARDS to the number that it was dealt to.'
+        )
+      try:
+        tf.train.Checkpoint(iterator=iterator).read(path).assert_consumed()
+      except (tf.errors.OpError, IndexError, AssertionError) as e:
+        raise ValueError(f'{path} is damaged: {e}') from e
+
+
+def _reading_options() -> tf.data.Options:
+  options = tf.data.Options()
+  # Reading is cheap; the cores belong to the model.
+  options.threading.private_threadpool_size = 2
+  # TensorFlow's tuner sleeps for up to a minute at a time, and whoever lets the
+  # dataset go, as at the end of a run, waits for it to wake up.
+  options.autotune.enabled = False
+  options.deterministic = True
+  return options
+
+
+def _to_batch(features: Mapping[str, np.ndarray]) -> Batch:
+  return Batch(
+    features['encoder_input_tokens'].astype(np.int32),
+    features['decoder_target_tokens'].astype(np.int32),
+    features['decoder_loss_weights'].astype(np.float32),
+  )
+
+
+class EvalDataset:
+  """A split in memory, with the task's metrics (through seqio.Evaluator)."""
+
+  def __init__(
+    self,
+    config: datasets.DatasetConfig,
+    before_batch: Callable[[], None] = lambda: None,
+  ):
+    """Reads the split.
+
+    Args:
+      config: of it.
+      before_batch: called before each, as to stop by raising an exception.
+
+    Raises:
+      ValueError: it is empty, or the task has no metrics.
+    """
+    datasets.check_not_empty(config)
+    self._before_batch = before_batch
+    task = datasets.get_task(config)
+    self.batch_size = config.batch_size
+    self._name = config.mixture_or_task_name
+    self._evaluator = seqio.Evaluator(
+      task.name,
+      feature_converter=seqio.EncDecFeatureConverter(pack=False),
+      eval_split=config.split,
+      use_cached=config.use_cached,
+      sequence_length=dict(config.task_feature_lengths),
+      num_examples=config.num_examples,
+      logger_cls=(),
+    )
+    if not self._evaluator.eval_tasks:
+      raise ValueError(
+        f'Task {self._name!r} has no metric_fns: there is nothing to evaluate.'
+      )
+    if len(self._evaluator.eval_tasks) > 1:
+      raise ValueError(
+        f'{self._name!r} is a mixture of several tasks; evaluate them one by '
+        'one.'
+      )
+    self._task = self._evaluator.eval_tasks[0]
+    self.vocabulary = task.output_features['targets'].vocabulary
+    rows = list(
+      self._evaluator.cached_model_datasets[self._task.name].as_numpy_iterator()
+    )
+    # (row number, features) pairs; the numbers are seqio's.
+    self._indices = [int(i) for i, _ in rows]
+    self._rows = _to_batch(
+      {k: np.stack([f[k] for _, f in rows]) for k in rows[0][1]}
+    )
+
+  def __len__(self) -> int:
+    """The number of examples."""
+    return len(self._indices)
+
+  def batches(self) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yields (row numbers [B], batch); rows that fill the last one up weigh 0.
+
+    All batches have the same shape, so that one compiled program serves.
+    """
+    for start in range(0, len(self), self.batch_size):
+      self._before_batch()
+      part = Batch(*(x[start : start + self.batch_size] for x in self._rows))
+      fill = self.batch_size - len(part.encoder_input_tokens)
+      yield (
+        np.arange(start, start + self.batch_size, dtype=np.int32),
+        Batch(*(np.pad(x, ((0, fill), (0, 0))) for x in part)),
+      )
+
+  def predict(
+    self, write: Callable[[np.ndarray, Batch], np.ndarray]
+  ) -> np.ndarray:
+    """Returns the tokens [N, T] that write(row numbers, batch) gives."""
+    written = [np.asarray(write(rows, batch)) for rows, batch in self.batches()]
+    return np.concatenate(written)[: len(self)]
+
+  def metrics(self, tokens: np.ndarray) -> dict[str, float]:
+    """Returns the task's metrics of outputs [N, T]."""
+    return self.metrics_and_notes(tokens)[0]
+
+  def metrics_and_notes(
+    self, tokens: np.ndarray
+  ) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the task's metrics of outputs [N, T], and what else they say.
+
+    A metric function may return texts and mappings beside its numbers, such
+    as sacreBLEU's signature or the accuracy on each subject: the notes.
+    """
+    predictions = [
+      (index, row) for index, row in zip(self._indices, tokens, strict=True)
+    ]
+    results, _ = self._evaluator.evaluate(
+      compute_metrics=True, predict_fn=lambda ds: predictions
+    )
+    # seqio names the metric's class or function in the task's results.
+    numbers, notes = {}, {}
+    for name, value in results.result()[self._task.name].items():
+      if isinstance(value, str | Mapping):
+        notes[name] = value
+      else:
+        numbers[name] = float(value)
+    return numbers, notes
+
+  def metric_names(self) -> list[str]:
+    """Returns the names of the task's metrics: those of the references."""
+    return list(self.metrics(self._rows.decoder_target_tokens))
+
+  def decode(self, tokens: np.ndarray) -> list[str]:
+    """Returns the texts of outputs [N, T], as the task postprocesses them."""
+    return [vocabularies.decode(self.vocabulary, row) for row in tokens]
+
+  def pieces(self, tokens: Sequence[int]) -> list[str]:
+    """Returns the text that each token [T] adds; joined they are `decode`'s.
+
+    A token adds none where it is the end, or one of several bytes of a letter:
+    the letter comes with the last of them.
+    """
+    ids = [int(t) for t in tokens]
+    (whole,) = self.decode([ids])
+    ends = [0]
+    for i in range(1, len(ids)):
+      (text,) = self.decode([ids[:i]])
+      # A vocabulary may write an unfinished letter as a letter of its own.
+      ends.append(max(ends[-1], len(os.path.commonprefix([text, whole]))))
+    ends.append(len(whole))
+    return [whole[a:b] for a, b in itertools.pairwise(ends)]
+
+  def piece_after(self, tokens: Sequence[int], token: int) -> str:
+    """Returns the text that one more token would add; of bytes, which."""
+    ids = [int(t) for t in tokens]
+    before, after = self.decode([ids, [*ids, int(token)]])
+    added = after[len(os.path.commonprefix([before, after])) :]
+    if added or token == EOS_ID:
+      return added
+    byte = token - 3  # after pad, EOS and unknown
+    if isinstance(self.vocabulary, seqio.ByteVocabulary) and 0 <= byte < 256:
+      return f'\\x{byte:02x}'
+    return f'<{token}>'
+
+  def examples(self, num: int | None = None) -> list[dict[str, str]]:
+    """Returns {'inputs', 'targets'} of the first examples, or all, as text."""
+    return [
+      {'inputs': x, 'targets': y}
+      for x, y in zip(
+        self.decode(self._rows.encoder_input_tokens[:num]),
+        self.decode(self._rows.decoder_target_tokens[:num]),
+        strict=True,
+      )
+    ]
+
+
+class InferenceDataset:
+  """The inputs of a split in order, read when they are needed.
+
+  It takes any split of any task: one too large for the memory, too, and one
+  without metrics.
+  """
+
+  def __init__(self, config: datasets.DatasetConfig):
+    """Opens the split.
+
+    Raises:
+      ValueError: it is empty, or of several tasks.
+    """
+    datasets.check_not_empty(config)
+    self._config = config
+    self.vocabulary = datasets.get_vocabulary(config)
+    self._task, *others = seqio.get_subtasks(datasets.get_task(config))
+    if others:
+      raise ValueError(
+        f'{config.mixture_or_task_name!r} is a mixture of several tasks; write '
+        'outputs for one after the other.'
+      )
+
+  def size(self) -> int | None:
+    """Returns the number of examples, None where the task does not tell."""
+    sizes = (
+      self._task.num_input_examples(self._config.split),
+      self._config.num_examples,
+    )
+    return None if sizes[0] is None else min(filter(None, sizes))
+
+  def batches(
+    self, first_example: int = 0
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]]:
+    """Yields (row numbers [B], encoder_input_tokens [B, S], examples).
+
+    All batches have the same shape: rows of padding fill the last one up. The
+    same rows have the same numbers as in `EvalDataset.batches`. An example is
+    {'inputs': text, 'targets': text, 'input_ids': those of its row}.
+
+    Args:
+      first_example: where to begin.
+    """
+    config = self._config
+    ds = self._task.get_dataset(
+      dict(config.task_feature_lengths),
+      split=config.split,
+      shuffle=False,
+      use_cached=config.use_cached,
+      seed=42,  # as seqio.Evaluator: some preprocessors draw
+    )
+    if config.num_examples is not None:
+      ds = ds.take(config.num_examples)
+    ds = ds.skip(first_example).with_options(_reading_options())
+    size = config.batch_size
+    rows = ds.as_numpy_iterator()
+    while part := list(itertools.islice(rows, size)):
+      shape = (size, config.task_feature_lengths['inputs'])
+      inputs = np.full(shape, PAD_ID, np.int32)
+      for row, features in zip(inputs, part, strict=False):
+        row[: len(features['inputs'])] = features['inputs']
+      yield (
+        np.arange(first_example, first_example + size, dtype=np.int32),
+        inputs,
+        [self._describe(features) for features in part],
+      )
+      first_example += len(part)
+
+  def _describe(self, features: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {}
+    for name in seqio_tasks.FEATURES:
+      # What seqio keeps of the text before it was tokenized (and cut).
+      text = features.get(f'{name}_pretokenized')
+      texts[name] = (
+        text.decode(errors='replace')
+        if isinstance(text, bytes)
+        else vocabularies.decode(self.vocabulary, features[name])
+      )
+    return {**texts, 'input_ids': features['inputs'].tolist()}

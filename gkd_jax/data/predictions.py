@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of outputs that a model wrote: `infer` writes them, `data` reads them.
+
+`predictions_<split>.jsonl` has a line for each output:
+
+    {"example": 0, "sample": 0, "inputs": "through", "targets": "Tru",
+     "prediction": "Tru", "input_ids": [119, ..., 1], "prediction_ids": [...]}
+
+The texts are for people; a student that is trained on the file gets the ids.
+They are what the model read and wrote, whatever a tokenizer would make of the
+texts (text loses bytes that are no UTF-8, pieces that could be cut otherwise,
+spaces, unknown pieces, and where an output was cut off). Padding is left out;
+EOS is there where it was written. `predictions_<split>.json` beside it says who
+wrote them, how, and in which vocabulary.
+
+A file without ids, {"inputs", "prediction"} a line, may come from anywhere; its
+texts are tokenized when it is read.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gkd_jax.batch import EOS_ID
+from gkd_jax.data import json_lines
+from gkd_jax.runtime import files
+
+_SETTING = 'TRAIN_ON_PREDICTIONS'
+# Of the provenance, what may change while the file is written: how far it is,
+# and on what machine (another one may round otherwise).
+_CHANGING = ('num_examples', 'num_predictions', 'versions')
+
+
+def check_not_there(path: pathlib.Path) -> None:
+  """Raises ValueError if a file has been written already."""
+  if path.exists():
+    raise ValueError(
+      f'{path} is there already, and would be lost. Choose another '
+      'INFER_OUTPUT_DIR, or remove it.'
+    )
+
+
+class Writer:
+  """Writes predictions batch by batch; one that was interrupted goes on.
+
+  Until it is closed, the file ends in `.partial`.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    provenance: Mapping[str, Any],
+    batch_size: int,
+  ):
+    """Opens the file; its folder is made if it is not there.
+
+    Args:
+      path: of the `.jsonl` file.
+      provenance: what its lines depend on, to be written beside it.
+      batch_size: examples that are appended together.
+
+    Raises:
+      ValueError: it is finished already, or was begun by something else.
+    """
+    check_not_there(path)
+    self._path = path
+    self._partial = path.with_name(f'{path.name}.partial')
+    # As JSON has it: a tuple would not equal the list that it became.
+    self._provenance = json.loads(json.dumps(dict(provenance), default=str))
+    self.num_examples = self.num_predictions = 0
+    if self._partial.exists():
+      self._check_same_provenance()
+      self._keep_whole_batches(batch_size)
+    _write_about(path, self._provenance)
+    self._file = self._partial.open('a', encoding='utf-8')
+
+  def append(self, examples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Writes a batch: for each example the fields of its predictions."""
+    for predictions in examples:
+      for sample, fields in enumerate(predictions):
+        line = {'example': self.num_examples, 'sample': sample, **fields}
+        self._file.write(json.dumps(line, ensure_ascii=False) + '\n')
+      self.num_examples += 1
+      self.num_predictions += len(predictions)
+    self._file.flush()
+
+  def close(self) -> None:
+    """Gives the file its name: all is written."""
+    self._file.close()
+    counts = {
+      'num_examples': self.num_examples,
+      'num_predictions': self.num_predictions,
+    }
+    _write_about(self._path, {**self._provenance, **counts})
+    self._partial.rename(self._path)
+
+  def _check_same_provenance(self):
+    side_file = _side_file(self._path)
+    was = _read_json(side_file) if side_file.exists() else {}
+    differences = [
+      f'{name}: {was.get(name)!r} there, {self._provenance.get(name)!r} here'
+      for name in {**was, **self._provenance}
+      if name not in _CHANGING and was.get(name) != self._provenance.get(name)
+    ]
+    if differences:
+      raise ValueError(
+        f'{self._partial} was begun with other settings:\n  '
+        + '\n  '.join(differences)
+        + '\nChoose another INFER_OUTPUT_DIR, or remove it.'
+      )
+
+  def _keep_whole_batches(self, batch_size):
+    """Cuts the file where its last batch begins: it may not be whole."""
+    starts = []  # of each batch: offset, and the number of lines before it
+    offset = num_lines = 0
+    with self._partial.open('rb') as file:
+      for line in file:
+        if not line.endswith(b'\n'):
+          break
+        if json.loads(line)['example'] >= len(starts) * batch_size:
+          starts.append((offset, num_lines))
+        offset += len(line)
+        num_lines += 1
+    end, self.num_predictions = starts[-1] if starts else (0, 0)
+    self.num_examples = max(0, len(starts) - 1) * batch_size
+    os.truncate(self._partial, end)
+
+
+def find(pattern: str) -> list[str]:
+  """Returns the files that a pattern matches; ValueError if there is none."""
+  return json_lines.find(pattern, _SETTING)
+
+
+class Examples(NamedTuple):
+  """Token ids of pairs to train on, one after the other.
+
+  Attributes:
+    ids: {'inputs' and 'targets': int32 ids of all rows}.
+    offsets: {feature: where in `ids` each row begins, and the end [N + 1]}.
+    summary: what they are, in a line.
+  """
+
+  ids: Mapping[str, np.ndarray]
+  offsets: Mapping[str, np.ndarray]
+  summary: str
+
+
+def read(
+  pattern: str,
+  *,
+  task: str,
+  vocabulary: str,
+  num_ids: int,
+  encode: Callable[[str], Sequence[int]],
+  lengths: Mapping[str, int],
+  add_eos: Mapping[str, bool],
+) -> Examples:
+  """Reads predictions to train on: each is an example, its inputs beside it.
+
+  Ids are taken as they were written. Where a row is longer than `lengths`, it
+  is cut as the task's own rows are (EOS last, if the task adds EOS). An output
+  that had not ended within its length has no EOS: nothing teaches the student
+  to end there. An empty output, EOS alone, is one like all others.
+
+  Args:
+    pattern: of the files.
+    task: that the student is trained on.
+    vocabulary: the task's, as `vocabularies.describe` says it.
+    num_ids: how many ids it has.
+    encode: text -> ids, for files without ids.
+    lengths: {'inputs': S, 'targets': T}, at most.
+    add_eos: {feature: whether the task ends it with EOS}.
+
+  Raises:
+    ValueError: there is no such file, or it is of no use for this task.
+  """
+  rows = {'inputs': [], 'targets': []}
+  sources = []
+  num_unfinished = num_empty = 0
+  for path in find(pattern):
+    has_ids = _has_ids(path)
+    sources.append(
+      _check_provenance(path, task, vocabulary, lengths)
+      if has_ids
+      else f'texts of {path}'
+    )
+    for inputs, outputs in _read_rows(path, has_ids, encode, add_eos):
+      num_unfinished += add_eos['targets'] and outputs[-1:] != [EOS_ID]
+      num_empty += outputs in ([], [EOS_ID])
+      for name, row in (('inputs', inputs), ('targets', outputs)):
+        if len(row) > lengths[name]:
+          row = row[: lengths[name]]
+          if add_eos[name]:
+            row[-1] = EOS_ID
+        rows[name].append(np.asarray(row, np.int32))
+  if not rows['inputs']:
+    raise ValueError(f'{_SETTING}: {pattern} holds no predictions.')
+  ids = {name: np.concatenate(of) for name, of in rows.items()}
+  for name, values in ids.items():
+    if values.size and not 0 < values.min() <= values.max() < num_ids:
+      raise ValueError(
+        f'{_SETTING}: {pattern} has ids from {values.min()} to {values.max()} '
+        f'in its {name}; those of the vocabulary are 1 to {num_ids - 1}.'
+      )
+  return Examples(
+    ids,
+    {
+      name: np.cumsum([0, *(len(row) for row in of)])
+      for name, of in rows.items()
+    },
+    f'{len(rows["inputs"]):,} predictions, {num_empty:,} of them empty and '
+    f'{num_unfinished:,} not ended: {"; ".join(sources)}',
+  )
+
+
+def splits_of(pattern: str) -> set[str]:
+  """Returns the splits that the inputs of some files are from, where known."""
+  splits = set()
+  for path in find(pattern):
+    if _has_ids(path):
+      splits.add(_provenance(path)['split'])
+  return splits
+
+
+def _read_rows(
+  path: str,
+  has_ids: bool,
+  encode: Callable[[str], Sequence[int]],
+  add_eos: Mapping[str, bool],
+) -> Iterable[tuple[list[int], list[int]]]:
+  if has_ids:
+    fields = {'input_ids': list, 'prediction_ids': list}
+    for i, line in enumerate(json_lines.read(path, fields, _SETTING), 1):
+      for name in fields:
+        if not all(type(token) is int for token in line[name]):
+          raise ValueError(
+            f'{_SETTING}: "{name}" of prediction {i} in {path} must be whole '
+            f'numbers, not {line[name]}.'
+          )
+      yield line['input_ids'], line['prediction_ids']
+    return
+  end = {name: [EOS_ID] if adds else [] for name, adds in add_eos.items()}
+  fields = {'inputs': str, 'prediction': str}
+  for line in json_lines.read(path, fields, _SETTING):
+    yield (
+      [*encode(line['inputs']), *end['inputs']],
+      [*encode(line['prediction']), *end['targets']],
+    )
+
+
+def _has_ids(path: str) -> bool:
+  """Whether a file's first line has token ids."""
+  first = next(json_lines.read(path, {}, _SETTING), {})
+  return 'input_ids' in first or 'prediction_ids' in first
+
+
+def _provenance(path: str) -> dict[str, Any]:
+  side_file = _side_file(pathlib.Path(path))
+  if not side_file.exists():
+    raise ValueError(
+      f'{_SETTING}: {path} holds token ids, but {side_file.name}, which says '
+      'of which vocabulary they are, is not beside it. Put it there, or take '
+      '"input_ids" and "prediction_ids" out of all lines: then their texts are '
+      'tokenized.'
+    )
+  return _read_json(side_file)
+
+
+def _check_provenance(
+  path: str, task: str, vocabulary: str, lengths: Mapping[str, int]
+) -> str:
+  """Returns who wrote a file; raises ValueError if it is of no use."""
+  about = _provenance(path)
+  for name, wanted in (('task', task), ('vocabulary', vocabulary)):
+    if about.get(name) != wanted:
+      raise ValueError(
+        f'{_SETTING}: {path} was written for {name} {about.get(name)!r}; this '
+        f'run has {wanted!r}.'
+      )
+  read_up_to = about['task_feature_lengths']['inputs']
+  if lengths['inputs'] > read_up_to:
+    raise ValueError(
+      f'{_SETTING}: the inputs of {path} were cut at {read_up_to} tokens; this '
+      f"run's TASK_FEATURE_LENGTHS has {lengths['inputs']}. Set 'inputs' to "
+      f'{read_up_to} or less, or let the model write them again.'
+    )
+  return f'{about["checkpoint"]} with {about["decoding"]}'
+
+
+def _side_file(path: pathlib.Path) -> pathlib.Path:
+  return path.with_suffix('.json')
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+def _write_about(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  files.write_whole(_side_file(path), json.dumps(values, indent=2) + '\n')

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers `json_lines`: your own inputs and targets, a JSON object a line.
+
+    {"inputs": "translate English to German: Hello.", "targets": "Hallo."}
+
+Metrics: exact match and ROUGE-L. For others, register a task of your own.
+
+Importing this module imports TensorFlow; data is read when the first dataset
+is built.
+"""
+
+from collections.abc import Mapping
+
+import seqio
+
+from gkd_jax.data.tasks import _common
+
+
+def make_task(name: str, files: Mapping[str, str]) -> seqio.Task:
+  """Returns the task.
+
+  Args:
+    name: of the task.
+    files: {split: file} of train, validation and test, any of which may be left
+      out. They are read into memory; fields other than inputs and targets are
+      ignored.
+  """
+  _common.check_splits('JSON_LINES_FILES', files)
+  _common.check_files('JSON_LINES_FILES', files)
+
+  def columns(split):
+    return _common.read_json_lines(
+      f'JSON_LINES_FILES[{split!r}]', files[split], ('inputs', 'targets')
+    )
+
+  return seqio.Task(
+    name,
+    source=_common.RowsSource(
+      columns, [s for s in _common.SPLITS if s in files]
+    ),
+    preprocessors=[*_common.TOKENIZE],
+    output_features=_common.T5_FEATURES,
+    metric_fns=[_common.exact_match_and_rouge],
+  )

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws outputs from a model, token by token, in one traced loop.
+
+Knows no model class: a `decode_step` takes the cache and the last token of
+every row and returns the logits of the next. The logits it returns must give
+ids that may not occur (see `batch.mask_unused_ids`) a huge negative value.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
+from gkd_jax.decoding.calculator import Calculator, Queue
+
+Cache = Any
+DecodeStep = Callable[[Cache, jax.Array], tuple[jax.Array, Cache]]
+
+# Two-level search in `_draw`: as many sums as entries a sum for V near 32k.
+_BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+  """How outputs are drawn.
+
+  Attributes:
+    temperature: divides the logits; 1 is the model's own distribution, 0 takes
+      the most probable token (greedy).
+    top_k: keep only the k most probable tokens; 0 keeps all.
+    top_p: keep only the smallest set of most probable tokens that has at least
+      this probability; 1 keeps all.
+    calculator: results are computed, not drawn; see `calculator`. For outputs
+      that are evaluated or kept, not for those a student is trained on.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  calculator: bool = False
+
+  def __post_init__(self):
+    if self.temperature < 0.0:
+      raise ValueError(
+        f'SamplerConfig.temperature must not be negative: {self.temperature}. '
+        'Use 0 for greedy decoding, 1 for the model as it is.'
+      )
+    if self.top_k < 0:
+      raise ValueError(
+        f'SamplerConfig.top_k must be 0 (off) or more, got {self.top_k}.'
+      )
+    if not 0.0 < self.top_p <= 1.0:
+      raise ValueError(
+        f'SamplerConfig.top_p must be in (0, 1], got {self.top_p}. 1 is off.'
+      )
+
+
+ANCESTRAL = SamplerConfig()  # from the model's own distribution
+GREEDY = SamplerConfig(temperature=0.0)
+
+
+class Rollout(NamedTuple):
+  """What was drawn."""
+
+  tokens: jax.Array  # [B, T] int32, pad after EOS
+  weights: jax.Array  # [B, T] float32, 1 up to and including EOS, then 0
+  # [B, T] float32 nats: log-probability of each token under the distribution
+  # it was drawn from (temperature, top-k and top-p applied; so 0 if greedy).
+  # 0 where the weight is 0, and where a calculator wrote the token.
+  log_probs: jax.Array
+
+
+class _Loop(NamedTuple):
+  step: jax.Array  # []
+  token_B: jax.Array
+  alive_B: jax.Array
+  rollout: Rollout
+  cache: Cache
+  queue: Queue | None  # None: no calculator
+
+
+def sample(
+  decode_step: DecodeStep,
+  cache: Cache,
+  rng: jax.Array,
+  config: SamplerConfig,
+  *,
+  row_ids_B: jax.Array,
+  max_decode_len: int,
+  calculator: Calculator | None = None,
+) -> Rollout:
+  """Draws one output a row; ends as soon as every row has ended.
+
+  Args:
+    decode_step: (cache, tokens [B]) -> (logits [B, V], cache).
+    cache: what `decode_step` needs before its first token (BOS).
+    rng: key of this batch.
+    config: how to draw.
+    row_ids_B: [B] int32 number of each row in the global batch. Draws depend
+      on the key, the row's number and the position alone: not on the device
+      that makes them, nor on the other rows of a microbatch.
+    max_decode_len: T, at most; a row that has not ended by then has no EOS.
+    calculator: writes results, if `config` asks for one.
+
+  Returns:
+    A `Rollout`.
+
+  Raises:
+    ValueError: `config` asks for a calculator, and there is none.
+  """
+  if config.calculator and calculator is None:
+    raise ValueError(
+      'SamplerConfig.calculator is set, but this sampler was given none. Only '
+      'evaluation and inference have one.'
+    )
+  batch_size = row_ids_B.shape[0]
+  row_rngs = jax.vmap(lambda row: jax.random.fold_in(rng, row))(row_ids_B)
+
+  def body(s: _Loop) -> _Loop:
+    logits_BV, cache = decode_step(s.cache, s.token_B)
+    queue = s.queue
+    if queue is not None:
+      logits_BV = calculator.keep_result(queue, logits_BV)
+    logits_BV = filter_logits(logits_BV, config)
+    if config.temperature == 0.0:
+      drawn_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+      log_prob_B = jnp.zeros(batch_size, jnp.float32)
+    else:
+      uniform_B = jax.vmap(
+        lambda key: jax.random.uniform(jax.random.fold_in(key, s.step))
+      )(row_rngs)
+      log_p_BV = jax.nn.log_softmax(logits_BV)
+      drawn_B = _draw(uniform_B, jnp.exp(log_p_BV))
+      log_prob_B = jnp.take_along_axis(log_p_BV, drawn_B[:, None], 1)[:, 0]
+    if queue is not None:
+      drawn_B, is_forced_B, queue = calculator.correct(
+        queue, s.rollout.tokens, s.step, drawn_B, s.alive_B
+      )
+      log_prob_B = jnp.where(is_forced_B, 0.0, log_prob_B)
+
+    # Weights come from `alive_B`, never from `token != 0`: whether a token
+    # counts is what happened, not what it looks like.
+    token_B = jnp.where(s.alive_B, drawn_B, PAD_ID)
+    rollout = Rollout(
+      tokens=s.rollout.tokens.at[:, s.step].set(token_B),
+      weights=s.rollout.weights.at[:, s.step].set(
+        s.alive_B.astype(jnp.float32)
+      ),
+      log_probs=s.rollout.log_probs.at[:, s.step].set(
+        jnp.where(s.alive_B, log_prob_B, 0.0)
+      ),
+    )
+    alive_B = s.alive_B & (token_B != EOS_ID)
+    return _Loop(s.step + 1, token_B, alive_B, rollout, cache, queue)
+
+  def keep_going(s: _Loop) -> jax.Array:
+    return (s.step < max_decode_len) & jnp.any(s.alive_B)
+
+  shape = (batch_size, max_decode_len)
+  start = _Loop(
+    step=jnp.int32(0),
+    token_B=jnp.full(batch_size, PAD_ID, jnp.int32),
+    alive_B=jnp.ones(batch_size, bool),
+    rollout=Rollout(
+      tokens=jnp.full(shape, PAD_ID, jnp.int32),
+      weights=jnp.zeros(shape, jnp.float32),
+      log_probs=jnp.zeros(shape, jnp.float32),
+    ),
+    cache=cache,
+    queue=calculator.start(batch_size) if config.calculator else None,
+  )
+  return jax.lax.while_loop(keep_going, body, start).rollout
+
+
+def filter_logits(logits: jax.Array, config: SamplerConfig) -> jax.Array:
+  """Applies temperature, then top-k, then top-p.
+
+  Args:
+    logits: [..., V].
+    config: greedy decoding filters nothing.
+
+  Returns:
+    [..., V] float32 logits of the distribution that is drawn from; entries
+    equal to the last one kept are kept too.
+  """
+  logits = logits.astype(jnp.float32)
+  if config.temperature == 0.0:
+    return logits
+  logits = logits / config.temperature
+  if 0 < config.top_k < logits.shape[-1]:
+    least_kept = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
+    logits = jnp.where(logits < least_kept, MASKED_LOGIT, logits)
+  if config.top_p < 1.0:
+    falling = -jnp.sort(-logits, axis=-1)
+    p = jax.nn.softmax(falling)
+    mass_before = jnp.cumsum(p, axis=-1) - p
+    # The first entry is always kept: nothing comes before it.
+    num_kept = jnp.sum(mass_before < config.top_p, axis=-1, keepdims=True)
+    least_kept = jnp.take_along_axis(falling, num_kept - 1, axis=-1)
+    logits = jnp.where(logits < least_kept, MASKED_LOGIT, logits)
+  return logits
+
+
+def _draw(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
+  """Draws one id a row by inverting the cumulative distribution.
+
+  One uniform number a row instead of the V that a Gumbel draw takes. The
+  search is done in two levels, over sums of blocks and then within the block
+  found: sums stay short, hence accurate, and no [B, V] cumulative sum is made.
+
+  Args:
+    uniform_B: [B] in [0, 1).
+    p_BV: [B, V] probabilities; rows need to sum to 1 only roughly.
+
+  Returns:
+    [B] int32 ids, each of positive probability.
+  """
+  batch_size, vocab_size = p_BV.shape
+  p_BV = jnp.pad(p_BV, ((0, 0), (0, -vocab_size % _BLOCK)))
+  p_BNW = p_BV.reshape(batch_size, -1, _BLOCK)
+  mass_BN = p_BNW.sum(axis=-1)
+  target_B = uniform_B * mass_BN.sum(axis=-1)
+  block_B, before_B = _find(target_B, mass_BN)
+  p_BW = jnp.take_along_axis(p_BNW, block_B[:, None, None], axis=1)[:, 0]
+  within_B, _ = _find(target_B - before_B, p_BW)
+  return (block_B * _BLOCK + within_B).astype(jnp.int32)
+
+
+def _find(target_B: jax.Array, p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the first index whose cumulative sum exceeds the target.
+
+  Rounding may carry the target past every sum, or past one that only an entry
+  of probability 0 raises. Only entries of positive probability are returned:
+  the largest one in the first case.
+  """
+  sum_BN = jnp.cumsum(p_BN, axis=-1)
+  found_BN = (sum_BN > target_B[:, None]) & (p_BN > 0.0)
+  index_B = jnp.where(
+    found_BN.any(axis=-1), found_BN.argmax(axis=-1), p_BN.argmax(axis=-1)
+  )
+  through_B = jnp.take_along_axis(sum_BN, index_B[:, None], axis=-1)[:, 0]
+  at_B = jnp.take_along_axis(p_BN, index_B[:, None], axis=-1)[:, 0]
+  return index_B, through_B - at_B

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The method: policies, teachers, divergences, credit, and the fused step."""

@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a student, alone and against its teacher.
+
+Task metrics on what a model writes (greedy, sampled, by beam search), its mean
+reward where there is one, and the divergences between the two on the dataset's
+outputs and on the student's own.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from gkd_jax.batch import EOS_ID, Batch
+from gkd_jax.checkpoints import pretrained
+from gkd_jax.data import datasets, iterators, vocabularies
+from gkd_jax.decoding import sampler
+from gkd_jax.distill import rewards
+from gkd_jax.evaluation import diversity, programs
+from gkd_jax.models.t5 import T5
+from gkd_jax.parallel import partitioning
+from gkd_jax.runtime import console, files
+
+_NUM_SHOWN = 16  # examples of samples_<split>.json
+
+
+def task_metrics(
+  writes: Mapping[str, Callable[..., np.ndarray]],
+  params: programs.Params,
+  dataset: iterators.EvalDataset,
+  *,
+  self_bleu_tokenize: str = diversity.WORDS,
+  judge: programs.Judge | None = None,
+) -> tuple[dict[str, float], dict[str, list[str]], dict[str, Any]]:
+  """Lets a model write with each decoding, and applies the task's metrics.
+
+  Args:
+    writes: {decoding: (params, row numbers [B], batch) -> tokens [B, n, T]}.
+    params: of the model.
+    dataset: split with its metrics.
+    self_bleu_tokenize: see `diversity.self_bleu`.
+    judge: adds the mean reward, as '<decoding>/reward'.
+
+  Returns:
+    {'<decoding>/<metric>': value}, means over the outputs for an input, with
+    '<decoding>/self_bleu' where there are several; {decoding: texts written,
+    the first for each input}; and {'<decoding>/<name>': note}: what the metrics
+    say that is no number.
+  """
+  values, texts, notes = {}, {}, {}
+  for decoding, write in writes.items():
+    written = dataset.predict(functools.partial(write, params)).swapaxes(0, 1)
+    drawn = [dataset.decode(tokens) for tokens in written]
+    texts[decoding] = drawn[0]
+    measured = [dataset.metrics_and_notes(tokens) for tokens in written]
+    if judge is not None:
+      for (numbers, _), tokens in zip(measured, written, strict=True):
+        numbers['reward'] = judge(dataset, tokens)
+    for name in measured[0][0]:
+      values[f'{decoding}/{name}'] = statistics.fmean(
+        numbers[name] for numbers, _ in measured
+      )
+    for name, note in measured[0][1].items():
+      notes[f'{decoding}/{name}'] = note
+    if len(drawn) > 1:
+      values[f'{decoding}/self_bleu'] = diversity.self_bleu(
+        zip(*drawn, strict=True), self_bleu_tokenize
+      )
+  return values, texts, notes
+
+
+class Evaluation:
+  """One split, and all that is measured on it; compiled at its first call.
+
+  Attributes:
+    notes: what the task's metrics said of the student at the last call that is
+      no number, {'<decoding>/<name>': text or mapping}.
+  """
+
+  def __init__(
+    self,
+    config: datasets.DatasetConfig,
+    student: T5,
+    teacher: T5 | None,
+    teacher_params: programs.Params | None,
+    decodings: Mapping[str, programs.Decoding],
+    *,
+    seed: int,
+    mesh: Mesh,
+    num_samples: int = 1,
+    self_bleu_tokenize: str = diversity.WORDS,
+    judge: programs.Judge | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+  ):
+    """Reads the split.
+
+    Args:
+      config: task and split.
+      student: the model that is measured.
+      teacher: adds its own metrics and the divergences; may be None.
+      teacher_params: of the teacher.
+      decodings: {name: how outputs are drawn}.
+      seed: of sampling.
+      mesh: of devices.
+      num_samples: outputs that a decoding which samples draws for each input.
+        Its metrics are means over them, and it gets a 'self_bleu'.
+      self_bleu_tokenize: see `diversity.self_bleu`.
+      judge: adds the mean reward of what is written.
+      before_batch: called before each one that is read, as to stop by raising
+        an exception.
+
+    Raises:
+      ValueError: several outputs are to be drawn, and no decoding samples.
+    """
+    self.notes: dict[str, Any] = {}
+    self._self_bleu_tokenize = self_bleu_tokenize
+    self._dataset = iterators.EvalDataset(config, before_batch)
+    self._judge = judge
+    self._teacher_params = teacher_params
+    shape = {
+      'num_ids': self._dataset.vocabulary.vocab_size,
+      'seed': seed,
+      'mesh': mesh,
+    }
+
+    self._num_outputs = _num_outputs(decodings, num_samples)
+
+    def make(model, name):
+      write = programs.make_write(
+        model,
+        decodings[name],
+        num_outputs=self._num_outputs[name],
+        max_decode_len=config.task_feature_lengths['targets'],
+        vocabulary=self._dataset.vocabulary,
+        **shape,
+      )
+      return lambda params, row_ids_B, batch: write(
+        params, row_ids_B, batch.encoder_input_tokens
+      )
+
+    def writes(model):
+      return {name: make(model, name) for name in decodings}
+
+    self._student_writes = writes(student)
+    self._score = self._of_teacher = None
+    if teacher is not None:
+      self._score = programs.make_score(student, teacher, **shape)
+      self._teacher_writes = writes(teacher)
+      self._disagreement = programs.make_disagreement(
+        student, teacher, num_ids=shape['num_ids'], mesh=mesh
+      )
+    # Rows of a batch that are enough for the samples, on every device some.
+    spread = mesh.shape['data']
+    self._few = min(config.batch_size, -(-_NUM_SHOWN // spread) * spread)
+
+  def names(self) -> list[str]:
+    """Returns the names of what a call measures, without a model's work."""
+    metrics = self._dataset.metric_names()
+    if self._judge is not None:
+      metrics.append('reward')
+    of_task = [
+      f'{decoding}/{name}'
+      for decoding, num in self._num_outputs.items()
+      for name in (metrics if num == 1 else [*metrics, 'self_bleu'])
+    ]
+    if self._score is None:
+      return of_task
+    return [*of_task, *programs.SCORES, *(f'teacher/{n}' for n in of_task)]
+
+  def __call__(
+    self, params: programs.Params, *, with_teacher: bool = True
+  ) -> tuple[dict[str, float], str]:
+    """Measures a student.
+
+    Args:
+      params: of the student.
+      with_teacher: let the teacher write, too (it does so once: it does not
+        change). The divergences from it are measured in any case.
+
+    Returns:
+      {name: value}, and a Markdown table of samples.
+    """
+    values, texts, self.notes = self._task_metrics(self._student_writes, params)
+    teacher_texts = None
+    if self._score is not None:
+      values |= self._score(params, self._teacher_params, self._dataset)
+      if with_teacher:
+        if self._of_teacher is None:
+          self._of_teacher = self._task_metrics(
+            self._teacher_writes, self._teacher_params
+          )
+        teacher_values, all_texts, _ = self._of_teacher
+        values |= {f'teacher/{k}': v for k, v in teacher_values.items()}
+        teacher_texts = next(iter(all_texts.values()))
+    table = sample_table(
+      self._dataset.examples(), next(iter(texts.values())), teacher_texts
+    )
+    return values, table
+
+  def samples(self, params: programs.Params) -> dict[str, Any]:
+    """Returns what is written for the first examples, and for JSON to keep.
+
+    The decoding is 'greedy', or the first where there is none of this name.
+
+    Args:
+      params: of the student.
+
+    Returns:
+      {'decoding', 'eos_id', 'examples': [{'input', 'reference', 'student'}]}.
+      With a teacher an example has 'teacher', its output, too, and 'tokens':
+      the student's output token by token, with the numbers of
+      `programs.make_disagreement`. A token's 'text' is what it adds to the
+      output, 'teacher_text' what the teacher's most probable one would.
+    """
+    names = list(self._student_writes)
+    decoding = 'greedy' if 'greedy' in names else names[0]
+    written = []
+    for row_ids_B, batch in self._dataset.batches():
+      # The whole batch: that program is compiled.
+      tokens = self._student_writes[decoding](params, row_ids_B, batch)
+      tokens = tokens[: self._few, 0]
+      texts = self._dataset.decode(tokens)
+      new = [{'student': text} for text in texts]
+      if self._score is not None:
+        few = Batch(*(x[: self._few] for x in batch))
+        by_teacher = self._teacher_texts(decoding, row_ids_B[: self._few], few)
+        values = self._disagreement(params, self._teacher_params, few, tokens)
+        for i, text in enumerate(by_teacher):
+          of_row = {name: x[i] for name, x in values.items()}
+          new[i] |= {'teacher': text, 'tokens': self._tokens(tokens[i], of_row)}
+      written += new
+      if len(written) >= _NUM_SHOWN:
+        break
+    return {
+      'decoding': decoding,
+      'eos_id': EOS_ID,
+      'examples': [
+        {'input': example['inputs'], 'reference': example['targets'], **outputs}
+        for example, outputs in zip(
+          self._dataset.examples(_NUM_SHOWN), written, strict=False
+        )
+      ],
+    }
+
+  def _teacher_texts(
+    self, decoding: str, row_ids_B: np.ndarray, batch: Batch
+  ) -> list[str]:
+    """Returns what the teacher writes for some rows, or wrote already."""
+    if self._of_teacher is not None:
+      _, texts, _ = self._of_teacher
+      return texts[decoding][row_ids_B[0] : row_ids_B[-1] + 1]
+    write = self._teacher_writes[decoding]
+    tokens = write(self._teacher_params, row_ids_B, batch)[:, 0]
+    return self._dataset.decode(tokens)
+
+  def _tokens(
+    self, tokens_T: np.ndarray, values: Mapping[str, np.ndarray]
+  ) -> list[dict[str, Any]]:
+    """Returns one entry a token, up to the end of the output."""
+    ended = np.flatnonzero(tokens_T == EOS_ID)
+    length = ended[0] + 1 if len(ended) else len(tokens_T)
+    entries = []
+    for i, text in enumerate(self._dataset.pieces(tokens_T[:length])):
+      of_token = {name: x[i].item() for name, x in values.items()}
+      teacher_text = text
+      if of_token['teacher_id'] != tokens_T[i]:
+        teacher_text = self._dataset.piece_after(
+          tokens_T[:i], of_token['teacher_id']
+        )
+      entries.append(
+        {
+          'text': text,
+          'id': int(tokens_T[i]),
+          'teacher_text': teacher_text,
+          **{name: round(value, 6) for name, value in of_token.items()},
+        }
+      )
+    return entries
+
+  def _task_metrics(self, writes, params):
+    return task_metrics(
+      writes,
+      params,
+      self._dataset,
+      self_bleu_tokenize=self._self_bleu_tokenize,
+      judge=self._judge,
+    )
+
+
+def check_decodings(decodings: Mapping[str, Any]) -> None:
+  """Raises ValueError if a value is no way to draw outputs."""
+  for name, decoding in decodings.items():
+    if not isinstance(decoding, programs.Decoding):
+      raise ValueError(
+        f'DECODINGS: {name!r} must be @sampler.SamplerConfig() or '
+        f'@beam_search.BeamConfig(), got {decoding!r}.'
+      )
+
+
+def _num_outputs(
+  decodings: Mapping[str, programs.Decoding], num_samples: int
+) -> dict[str, int]:
+  """Returns {decoding: outputs for each input}."""
+  if not decodings:
+    raise ValueError(
+      'DECODINGS is empty: name at least one way to draw outputs, e.g. '
+      "{'greedy': @greedy/sampler.SamplerConfig()}."
+    )
+  check_decodings(decodings)
+  if num_samples < 1:
+    raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_samples}.')
+  num = {
+    name: num_samples if _samples(decoding) else 1
+    for name, decoding in decodings.items()
+  }
+  if num_samples > 1 and max(num.values()) == 1:
+    raise ValueError(
+      f'NUM_SAMPLES is {num_samples}, but no decoding samples: '
+      f'{", ".join(decodings)}. Add one, or set NUM_SAMPLES = 1.'
+    )
+  return num
+
+
+def _samples(decoding: programs.Decoding) -> bool:
+  """Whether its outputs for an input can differ."""
+  is_sampler = isinstance(decoding, sampler.SamplerConfig)
+  return is_sampler and decoding.temperature > 0.0
+
+
+def at_temperatures(
+  decodings: Mapping[str, programs.Decoding], temperatures: Sequence[float]
+) -> dict[str, programs.Decoding]:
+  """Returns the decodings, each that samples at each of the temperatures.
+
+  What is named 'sampled' becomes 'sampled_0.1', 'sampled_0.3' and so on.
+
+  Raises:
+    ValueError: a temperature is not above 0, or there twice.
+  """
+  temperatures = [float(t) for t in temperatures]
+  is_repeated = len({*temperatures}) < len(temperatures)
+  if is_repeated or min(temperatures, default=0.0) <= 0.0:
+    raise ValueError(
+      'EVAL_TEMPERATURES must be different numbers above 0, such as (0.1, '
+      f'0.3, 0.5, 1.0), got {temperatures}. Greedy decoding is there anyway.'
+    )
+  result = {}
+  for name, decoding in decodings.items():
+    if _samples(decoding):
+      result |= {
+        f'{name}_{t}': dataclasses.replace(decoding, temperature=t)
+        for t in temperatures
+      }
+    else:
+      result[name] = decoding
+  return result
+
+
+def evaluate_checkpoint(
+  checkpoint_path: str,
+  output_dir: str,
+  dataset: datasets.DatasetConfig,
+  decodings: Mapping[str, programs.Decoding],
+  teacher_checkpoint_path: str | None = None,
+  seed: int = 0,
+  temperatures: Sequence[float] | None = None,
+  num_samples: int = 1,
+  self_bleu_tokenize: str = diversity.WORDS,
+  reward: rewards.Reward | None = None,
+  reward_checkpoint_path: str | None = None,
+  reward_dtype: str | None = None,
+) -> None:
+  """Evaluates a checkpoint: `eval_<split>.json` and `samples_<split>.json`.
+
+  Args:
+    checkpoint_path: see `pretrained.open_checkpoint`.
+    output_dir: made if it is not there.
+    dataset: task and split.
+    decodings: {name: SamplerConfig or BeamConfig}.
+    teacher_checkpoint_path: adds this teacher and the divergences from it.
+    seed: of sampling.
+    temperatures: sample at each of these, see `at_temperatures`; None: as the
+      decodings say.
+    num_samples: outputs that a decoding which samples draws for each input;
+      see `Evaluation`.
+    self_bleu_tokenize: see `diversity.self_bleu`.
+    reward: adds the mean reward of what is written.
+    reward_checkpoint_path: its model, if it has one.
+    reward_dtype: of that model's parameters, 'float32' or 'bfloat16'; None: as
+      saved.
+
+  Raises:
+    ValueError: a setting, or the checkpoint, cannot be.
+  """
+  if temperatures is not None:
+    decodings = at_temperatures(decodings, temperatures)
+  _num_outputs(decodings, num_samples)  # raises before anything is loaded
+  diversity.check_tokenizer(self_bleu_tokenize)
+  rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
+  pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
+  mesh = partitioning.make_mesh()
+  partitioning.check_spread('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
+  vocabulary = datasets.get_vocabulary(dataset)
+  load = functools.partial(
+    pretrained.load_model,
+    vocabulary=vocabularies.describe(vocabulary),
+    num_ids=vocabulary.vocab_size,
+    mesh=mesh,
+  )
+  student, params, folder = load(checkpoint_path)
+  teacher = teacher_params = None
+  origin = {
+    'checkpoint': str(folder),
+    'task': dataset.mixture_or_task_name,
+  }
+  if teacher_checkpoint_path is not None:
+    teacher, teacher_params, folder = load(
+      teacher_checkpoint_path, setting='TEACHER_CHECKPOINT_PATH'
+    )
+    origin['teacher_checkpoint'] = str(folder)
+  judge = None
+  if reward is not None:
+    reward_model = reward_params = None
+    if reward_checkpoint_path is not None:
+      reward_model, reward_params, _ = load(
+        reward_checkpoint_path,
+        dtype=reward_dtype,
+        setting='REWARD_CHECKPOINT_PATH',
+      )
+    score = reward.make_score(vocabulary, reward_model)
+    rewards.check_score(
+      score,
+      reward_params,
+      batch_size=dataset.batch_size,
+      lengths=dataset.task_feature_lengths,
+    )
+    judge = programs.make_judge(reward, score, reward_params, mesh)
+  evaluation = Evaluation(
+    dataset,
+    student,
+    teacher,
+    teacher_params,
+    decodings,
+    seed=seed,
+    mesh=mesh,
+    num_samples=num_samples,
+    self_bleu_tokenize=self_bleu_tokenize,
+    judge=judge,
+  )
+  values, table = evaluation(params)
+  write_samples(output_dir, dataset.split, evaluation.samples(params))
+  path = write_results(
+    output_dir, dataset.split, {**origin, **values, **evaluation.notes}
+  )
+  texts = {k: v for k, v in evaluation.notes.items() if isinstance(v, str)}
+  console.log(
+    '\n'.join(
+      [
+        table,
+        format_metrics(values),
+        *(f'{name} {text}' for name, text in texts.items()),
+        f'Written: {path}',
+      ]
+    )
+  )
+
+
+def write_results(
+  output_dir: str | os.PathLike, split: str, values: Mapping[str, Any]
+) -> pathlib.Path:
+  """Writes `eval_<split>.json`, whole or not at all; returns its path."""
+  path = pathlib.Path(output_dir) / f'eval_{split}.json'
+  files.write_whole(path, json.dumps(values, indent=2) + '\n')
+  return path
+
+
+def write_samples(
+  output_dir: str | os.PathLike, split: str, samples: Mapping[str, Any]
+) -> None:
+  """Writes `samples_<split>.json`, what `Evaluation.samples` returned."""
+  files.write_whole(
+    pathlib.Path(output_dir) / f'samples_{split}.json',
+    json.dumps(samples, ensure_ascii=False, indent=1) + '\n',
+  )
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+  """Returns one line of names and values."""
+  return '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+
+
+def sample_table(
+  examples: list[dict[str, str]],
+  student_texts: list[str],
+  teacher_texts: list[str] | None,
+  num_rows: int = 8,
+) -> str:
+  """Returns a Markdown table of inputs, references and what was written."""
+  heads = ['input', 'reference', 'teacher', 'student']
+  if teacher_texts is None:
+    heads.remove('teacher')
+    teacher_texts = [''] * len(student_texts)
+  rows = [heads, ['---'] * len(heads)]
+  for example, teacher, student in zip(
+    examples[:num_rows], teacher_texts, student_texts, strict=False
+  ):
+    cells = {
+      'input': example['inputs'],
+      'reference': example['targets'],
+      'teacher': teacher,
+      'student': student,
+    }
+    rows.append(
+      [cells[head].replace('|', '\\|').replace('\n', ' ') for head in heads]
+    )
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)

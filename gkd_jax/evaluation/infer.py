@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets a model write outputs for a split, into a JSON lines file."""
+
+import pathlib
+import re
+import time
+from typing import Any
+
+import numpy as np
+
+from gkd_jax.batch import PAD_ID
+from gkd_jax.checkpoints import checkpoint, pretrained
+from gkd_jax.data import datasets, iterators, predictions, vocabularies
+from gkd_jax.decoding import sampler
+from gkd_jax.evaluation import programs
+from gkd_jax.models.t5 import T5, abstract_params
+from gkd_jax.parallel import hosts, partitioning
+from gkd_jax.runtime import console
+
+_STATUS_SECONDS = 10.0
+
+
+def infer(
+  checkpoint_path: str,
+  output_dir: str,
+  dataset: datasets.DatasetConfig,
+  decoding: programs.Decoding = sampler.GREEDY,
+  num_samples: int = 1,
+  seed: int = 0,
+) -> None:
+  """Writes `<output_dir>/predictions_<split>.jsonl`; see `predictions`.
+
+  Interrupted, it goes on at the batch where it was, and ends with the same
+  file, byte for byte: what is drawn for an example depends on the seed, its
+  number and the sample's.
+
+  Args:
+    checkpoint_path: see `pretrained.open_checkpoint`.
+    output_dir: made if it is not there.
+    dataset: task and split.
+    decoding: a SamplerConfig or a BeamConfig.
+    num_samples: outputs for each example: different draws, or the best
+      hypotheses of a beam (fewer, where fewer ended in time).
+    seed: of sampling.
+
+  Raises:
+    ValueError: something does not fit together, or the file is there already.
+  """
+  path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
+  predictions.check_not_there(path)
+  mesh = partitioning.make_mesh()
+  partitioning.check_spread('INFER_BATCH_SIZE', dataset.batch_size, mesh)
+  inputs = iterators.InferenceDataset(dataset)
+  vocabulary = vocabularies.describe(inputs.vocabulary)
+  num_ids = inputs.vocabulary.vocab_size
+  lengths = dict(dataset.task_feature_lengths)
+  source = pretrained.open_checkpoint(checkpoint_path)
+  pretrained.check_fits(source, vocabulary, num_ids)
+  model = T5(source.config, partitioning.Placement(mesh))
+  write = programs.make_write(
+    model,
+    decoding,
+    num_outputs=num_samples,
+    max_decode_len=lengths['targets'],
+    num_ids=num_ids,
+    seed=seed,
+    mesh=mesh,
+    vocabulary=inputs.vocabulary,
+  )
+  step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
+  provenance = {
+    'checkpoint': str(source.folder),
+    'step': step and int(step[1]),
+    'task': dataset.mixture_or_task_name,
+    'task_arguments': dataset.task_arguments,
+    'split': dataset.split,
+    'max_examples': dataset.num_examples,
+    'vocabulary': vocabulary,
+    'task_feature_lengths': lengths,
+    'decoding': repr(decoding),
+    'num_samples': num_samples,
+    'seed': seed,
+    'batch_size': dataset.batch_size,
+    'versions': checkpoint.versions(),
+  }
+  # All write the outputs together; one of them keeps them.
+  writer = None
+  if hosts.is_first():
+    writer = predictions.Writer(path, provenance, dataset.batch_size)
+  first = hosts.from_first(writer.num_examples if writer else 0)
+  console.log(f'Model: {source}')
+  params = source.load(abstract_params(model), None)
+  if first:
+    console.log(f'Going on after {first:,} examples.')
+  total = inputs.size()
+  said = start = time.monotonic()
+  for row_ids_B, inputs_BS, examples in inputs.batches(first):
+    tokens_BNT = write(params, row_ids_B, inputs_BS)
+    if writer is None:
+      continue
+    writer.append(
+      [
+        [_line(inputs, example, tokens) for tokens in of_one if tokens.any()]
+        for example, of_one in zip(examples, tokens_BNT, strict=False)
+      ]
+    )
+    if (now := time.monotonic()) - said > _STATUS_SECONDS:
+      said = now
+      console.log(_progress(writer.num_examples, first, total, now - start))
+  if writer is None:
+    return
+  writer.close()
+  console.log(f'{writer.num_predictions:,} predictions written: {path}')
+
+
+def _line(
+  inputs: iterators.InferenceDataset,
+  example: dict[str, Any],
+  tokens: np.ndarray,
+) -> dict[str, Any]:
+  """Returns the fields of one output [T]; no output holds the pad id."""
+  return {
+    'inputs': example['inputs'],
+    'targets': example['targets'],
+    'prediction': vocabularies.decode(inputs.vocabulary, tokens),
+    'input_ids': example['input_ids'],
+    'prediction_ids': tokens[tokens != PAD_ID].tolist(),
+  }
+
+
+def _progress(
+  num_done: int, first: int, total: int | None, seconds: float
+) -> str:
+  per_second = (num_done - first) / seconds
+  if total is None or num_done > total:  # preprocessors can make more
+    return f'{num_done:,} examples  {per_second:,.0f}/s'
+  left = console.minutes((total - num_done) / per_second)
+  return f'{num_done:,} of {total:,} examples  {per_second:,.0f}/s  {left} left'

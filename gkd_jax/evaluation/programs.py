@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled programs of an evaluation: what a model writes, how good it is.
+
+Each `make_...` returns a function that compiles at its first call, for batches
+of one shape.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gkd_jax.batch import EOS_ID, Batch, Outputs, mask_unused_ids
+from gkd_jax.data import iterators
+from gkd_jax.decoding import beam_search, sampler
+from gkd_jax.decoding import rollout as rollout_lib
+from gkd_jax.decoding.calculator import Calculator
+from gkd_jax.distill import divergences, objectives, rewards
+from gkd_jax.distill import step as step_lib
+from gkd_jax.models.t5 import T5
+from gkd_jax.parallel import partitioning
+
+Params = Any
+Decoding = sampler.SamplerConfig | beam_search.BeamConfig
+# (dataset, tokens [N, T] written for it) -> mean reward
+Judge = Callable[[iterators.EvalDataset, np.ndarray], float]
+
+# Reported under these names, in nats per token, reduced as in Eq. 2.
+_DIVERGENCES = {
+  'forward_kl': divergences.forward_kl,
+  'reverse_kl': divergences.reverse_kl,
+  'jsd_0.5': functools.partial(divergences.generalized_jsd, beta=0.5),
+  'total_variation': divergences.total_variation,
+}
+_SCORED_ON = ('on_dataset_outputs', 'on_student_outputs')
+# What `make_score`'s function returns.
+SCORES = tuple(
+  f'{on}/{name}' for on in _SCORED_ON for name in ('nll', *_DIVERGENCES)
+)
+
+
+def make_write(
+  model: T5,
+  decoding: Decoding,
+  *,
+  num_outputs: int = 1,
+  max_decode_len: int,
+  num_ids: int,
+  seed: int,
+  mesh: Mesh,
+  vocabulary: Any = None,
+) -> Callable[[Params, np.ndarray, np.ndarray], np.ndarray]:
+  """Returns (params, row numbers [B], inputs [B, S]) -> tokens [B, n, T].
+
+  Compiled once. Samples differ in their draws; the first is the same whatever n
+  is. Of a beam they are the best hypotheses, best first; one that was not found
+  is all padding (of those kept fewer ended in time).
+
+  Args:
+    model: that writes.
+    decoding: a SamplerConfig or a BeamConfig.
+    num_outputs: n, for each row.
+    max_decode_len: T.
+    num_ids: size of the tokenizer's vocabulary.
+    seed: of sampling; the same rows get the same draws each time.
+    mesh: rows are spread over its data axis.
+    vocabulary: the tokenizer's; read where the decoding has a calculator.
+
+  Raises:
+    ValueError: it cannot write so many different ones.
+  """
+  is_beam = isinstance(decoding, beam_search.BeamConfig)
+  if num_outputs < 1:
+    raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_outputs}.')
+  if is_beam and num_outputs > decoding.num_beams:
+    raise ValueError(
+      f'NUM_SAMPLES is {num_outputs}, but a beam of {decoding.num_beams} has '
+      'no more hypotheses. Raise BeamConfig.num_beams.'
+    )
+  if num_outputs > 1 and not is_beam and decoding.temperature == 0.0:
+    raise ValueError(
+      f'NUM_SAMPLES is {num_outputs}, but greedy decoding writes the same each '
+      'time. Set TEMPERATURE above 0, or search with a beam.'
+    )
+  calculator = None
+  if not is_beam and decoding.calculator and vocabulary is not None:
+    calculator = Calculator(vocabulary)
+
+  def sample(params, key, row_ids_B, inputs):
+    return rollout_lib.rollout(
+      model,
+      params,
+      inputs,
+      key,
+      decoding,
+      row_ids_B=row_ids_B,
+      max_decode_len=max_decode_len,
+      num_ids=num_ids,
+      calculator=calculator,
+    ).tokens
+
+  def beam(params, inputs):
+    width = decoding.num_beams
+    encoded = model.apply({'params': params}, inputs, method='encode')
+    encoded = jnp.repeat(encoded, width, axis=0)
+    params = model.gather_params(params)  # once, not for each token
+    apply = functools.partial(model.apply, {'params': params})
+    inputs = jnp.repeat(inputs, width, axis=0)
+    cache = apply(encoded, inputs, max_decode_len, method='start_cache')
+
+    def decode_step(cache, tokens):
+      logits, cache = apply(cache, tokens, method='decode_step')
+      return mask_unused_ids(logits, num_ids), cache
+
+    return beam_search.beam_search(
+      decode_step,
+      cache,
+      decoding,
+      batch_size=inputs.shape[0] // width,
+      max_decode_len=max_decode_len,
+    ).tokens[:, :num_outputs]
+
+  write = jax.jit(
+    beam if is_beam else sample, out_shardings=partitioning.everywhere(mesh)
+  )
+  first = jax.random.key(seed)
+  keys = [first, *(jax.random.fold_in(first, i) for i in range(1, num_outputs))]
+
+  def place_and_write(params, row_ids_B, inputs):
+    row_ids_B, inputs = partitioning.put_whole_batch((row_ids_B, inputs), mesh)
+    if is_beam:
+      return np.asarray(write(params, inputs))
+    drawn = [write(params, key, row_ids_B, inputs) for key in keys]
+    return np.stack(jax.device_get(drawn), axis=1)
+
+  return place_and_write
+
+
+def make_score(
+  student: T5, teacher: T5, *, num_ids: int, seed: int, mesh: Mesh
+) -> Callable[[Params, Params, iterators.EvalDataset], dict[str, float]]:
+  """Returns (student params, teacher params, dataset) -> divergences.
+
+  Their names are `on_dataset_outputs/<divergence>` and
+  `on_student_outputs/<divergence>`; the latter are drawn at temperature 1. In
+  nats per token: the mean over each output, then over outputs (Eq. 2).
+  """
+
+  def terms(student_logits, teacher_logits, tokens):
+    student_logits, teacher_logits = objectives.comparable_logits(
+      student_logits, teacher_logits, num_ids
+    )
+    return {
+      'nll': objectives.negative_log_likelihood(student_logits, tokens),
+      **{
+        name: divergence(
+          teacher_logits=teacher_logits, student_logits=student_logits
+        )
+        for name, divergence in _DIVERGENCES.items()
+      },
+    }
+
+  def sums_on(student_params, teacher_params, inputs, outputs):
+    weights_BT, count = objectives.coefficients(outputs.weights, 'sequence')
+    sums = objectives.weighted_sums(
+      terms,
+      step_lib.unembed(student),
+      step_lib.unembed(teacher),
+      objectives.Objective.chunk_tokens,
+      student.head_params(student_params),
+      step_lib.hidden_states(student, student_params, inputs, outputs.tokens),
+      teacher.head_params(teacher_params),
+      step_lib.hidden_states(teacher, teacher_params, inputs, outputs.tokens),
+      outputs.tokens,
+      weights_BT,
+    )
+    return {'count': count, **sums}
+
+  @jax.jit
+  def score_batch(student_params, teacher_params, row_ids_B, batch):
+    inputs = batch.encoder_input_tokens
+    drawn = rollout_lib.rollout(
+      student,
+      student_params,
+      inputs,
+      jax.random.key(seed),
+      sampler.ANCESTRAL,
+      row_ids_B=row_ids_B,
+      max_decode_len=batch.decoder_target_tokens.shape[1],
+      num_ids=num_ids,
+    )
+    # The student writes for rows that only fill the batch up, too.
+    is_example_B = batch.decoder_loss_weights.any(axis=1, keepdims=True)
+    drawn = Outputs(drawn.tokens, drawn.weights * is_example_B)
+    return {
+      on: sums_on(student_params, teacher_params, inputs, outputs)
+      for on, outputs in zip(_SCORED_ON, (batch.outputs, drawn), strict=True)
+    }
+
+  def score(student_params, teacher_params, dataset):
+    totals = None
+    for row_ids_B, batch in dataset.batches():
+      row_ids_B, batch = partitioning.put_whole_batch((row_ids_B, batch), mesh)
+      sums = score_batch(student_params, teacher_params, row_ids_B, batch)
+      totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+    return {
+      f'{on}/{name}': float(total / sums['count'])
+      for on, sums in totals.items()
+      for name, total in sums.items()
+      if name != 'count'
+    }
+
+  return score
+
+
+def make_disagreement(
+  student: T5, teacher: T5, *, num_ids: int, mesh: Mesh
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Returns a function that shows, token by token, where the two disagree.
+
+  It maps (student params, teacher params, batch, tokens [B, T]) to arrays
+  [B, T], at each place given the tokens before it: `kl`, KL(student || teacher)
+  in nats over the whole vocabulary at temperature 1; `student_probability` and
+  `teacher_probability` of the token that is there; `teacher_id`, the token that
+  the teacher finds most probable, and `teacher_id_probability`.
+  """
+  student_unembed = step_lib.unembed(student)
+  teacher_unembed = step_lib.unembed(teacher)
+
+  @functools.partial(jax.jit, out_shardings=partitioning.everywhere(mesh))
+  def disagreement(student_params, teacher_params, inputs, tokens):
+    def at_place(place):
+      student_hidden_BD, teacher_hidden_BD, tokens_B = place
+      student_logits, teacher_logits = objectives.comparable_logits(
+        student_unembed(student.head_params(student_params), student_hidden_BD),
+        teacher_unembed(teacher.head_params(teacher_params), teacher_hidden_BD),
+        num_ids,
+      )
+      teacher_id_B = jnp.argmax(teacher_logits, axis=-1)
+
+      def probability(logits, ids_B):
+        return jnp.exp(-objectives.negative_log_likelihood(logits, ids_B))
+
+      return {
+        'kl': divergences.reverse_kl(
+          teacher_logits=teacher_logits, student_logits=student_logits
+        ),
+        'student_probability': probability(student_logits, tokens_B),
+        'teacher_probability': probability(teacher_logits, tokens_B),
+        'teacher_id': teacher_id_B,
+        'teacher_id_probability': probability(teacher_logits, teacher_id_B),
+      }
+
+    places = jax.tree.map(
+      lambda x: x.swapaxes(0, 1),
+      (
+        step_lib.hidden_states(student, student_params, inputs, tokens),
+        step_lib.hidden_states(teacher, teacher_params, inputs, tokens),
+        tokens,
+      ),
+    )
+    # One place at a time: the logits that exist are [B, V].
+    return jax.tree.map(
+      lambda x: x.swapaxes(0, 1), jax.lax.map(at_place, places)
+    )
+
+  def place_and_compare(student_params, teacher_params, batch, tokens):
+    inputs, tokens = partitioning.put_whole_batch(
+      (batch.encoder_input_tokens, tokens), mesh
+    )
+    values = disagreement(student_params, teacher_params, inputs, tokens)
+    return jax.tree.map(np.asarray, values)
+
+  return place_and_compare
+
+
+def make_judge(
+  reward: rewards.Reward, score: rewards.Score, params: Params, mesh: Mesh
+) -> Judge:
+  """Returns (dataset, tokens [N, T]) -> mean reward, compiled once.
+
+  Args:
+    reward: which one.
+    score: what its `make_score` returned.
+    params: of its model; None if it has none.
+    mesh: rows are spread over its data axis.
+  """
+
+  @jax.jit
+  def sums(params, batch, tokens, is_example_B):
+    ends = jnp.int32(tokens == EOS_ID)
+    weights = jnp.float32(jnp.cumsum(ends, axis=1) - ends == 0)
+    rewards_B = rewards.score(score, batch, Outputs(tokens, weights), params)
+    return jnp.sum(rewards_B, where=is_example_B)
+
+  def judge(dataset, tokens):
+    total = 0.0
+    for row_ids_B, batch in dataset.batches():
+      # A reward may refuse what is no example: the last one fills the batch up.
+      existing_B = np.minimum(row_ids_B, len(dataset) - 1)
+      batch = Batch(*(x[existing_B - row_ids_B[0]] for x in batch))
+      placed = partitioning.put_whole_batch(
+        (batch, tokens[existing_B], row_ids_B < len(dataset)), mesh
+      )
+      total += float(sums(params, *placed))
+      reward.raise_failure()
+    return total / len(dataset)
+
+  return judge

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages and progress for the person who waits, on stderr."""
+
+import sys
+import time
+
+import tqdm
+
+from gkd_jax.parallel import hosts
+
+
+class Progress:
+  """Shows how far training is: a bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, total_steps: int, first_step: int, every_seconds: float):
+    """Args: steps in all, steps done, and how often a plain line is due."""
+    self._total = total_steps
+    self._first = self._step = first_step
+    self._every = every_seconds
+    self._start = self._last = time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty() and hosts.is_first():
+      self._bar = tqdm.tqdm(
+        total=total_steps, initial=first_step, unit='step', dynamic_ncols=True
+      )
+
+  def update(
+    self, step: int, *, loss: float, on_policy: float, tokens_per_second: float
+  ) -> None:
+    """Shows the state after `step`: loss in nats, on-policy share so far."""
+    figures = (
+      f'loss {loss:.4f}  on-policy {on_policy:.0%}  '
+      f'{tokens_per_second:,.0f} target tokens/s'
+    )
+    if self._bar is not None:
+      self._bar.set_description_str(figures, refresh=False)
+      self._bar.update(step - self._step)
+      self._step = step
+      return
+    now = time.monotonic()
+    self._step = step
+    if step == self._total or now - self._last >= self._every:
+      self._last = now
+      left = (now - self._start) / max(1, step - self._first)
+      left *= self._total - step
+      log(f'step {step}/{self._total}  {figures}  {minutes(left)} left')
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def log(text: str) -> None:
+  """Prints a line for the person who waits, without breaking the bar.
+
+  The first host does.
+  """
+  if not hosts.is_first():
+    return
+  tqdm.tqdm.write(text, file=sys.stderr)
+  sys.stderr.flush()
+
+
+def minutes(seconds: float) -> str:
+  """Returns a duration as minutes:seconds."""
+  whole, rest = divmod(round(seconds), 60)
+  return f'{whole}:{rest:02d}'

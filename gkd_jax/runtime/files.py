@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes files whole or not at all."""
+
+import os
+import pathlib
+
+from gkd_jax.parallel import hosts
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+  """Writes a file whole or not at all, and makes its folder.
+
+  The first host does.
+  """
+  if not hosts.is_first():
+    return
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix('.partial')
+  try:
+    partial.write_text(text)
+  except OSError:
+    partial.unlink(missing_ok=True)
+    raise
+  partial.rename(path)
+
+
+class DoesNotFit(ValueError):
+  """A checkpoint is whole, but of something else."""

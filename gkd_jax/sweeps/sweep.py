@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every point of a grid with every seed, each with its own command.
+
+A grid has axes, an axis has points. Where an axis is a macro, a tuple lists its
+values; otherwise a dict gives each point a label, and says what it sets:
+
+    {'STUDENT_DATA_FRACTION': (0.0, 1.0),
+     'divergence': {'reverse_kl': {'DIVERGENCE': '@divergences.reverse_kl'},
+                    ...}}
+
+The folders of the runs have the names of their points:
+`student_data_fraction=1.0,divergence=reverse_kl/seed_0`.
+
+What a run is, is said by a gin file, or by a dict (of a point, of the
+experiment, of a run that comes before the grid) of these, all optional:
+
+    gin_file  a file, or a tuple of files; the last one wins
+    run_mode  'train' (the default), 'infer' or 'eval'
+    result    file in the run's folder that is there when it is done; by default
+              eval_test.json, and predictions_train.jsonl of 'infer'
+    for_each  ('seed', an axis, ...): there is one of it for each of their
+              points, with their settings. Only for what comes before the grid
+    MACRO     any other name is a setting, as after --gin.
+
+In a text, {seed}, {axis} and {name of what comes before} stand for the seed,
+the label of the point, and that run's folder.
+"""
+
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gkd_jax.runtime import console, run_folder
+from gkd_jax.sweeps import jobs as jobs_lib
+
+Spec = str | Mapping[str, Any]
+Point = Mapping[str, str]  # {axis: label}
+
+_SEED = 'seed'  # the axis of SEEDS
+# Run mode -> the macro of its folder, and what it leaves there in the end.
+_MODES = {
+  'train': ('MODEL_DIR', 'eval_test.json'),
+  'eval': ('EVAL_OUTPUT_DIR', 'eval_test.json'),
+  'infer': ('INFER_OUTPUT_DIR', 'predictions_train.jsonl'),
+}
+_KEYS = ('gin_file', 'run_mode', 'result')
+
+
+def sweep(
+  output_dir: str,
+  grid: Mapping[str, Mapping[str, Spec] | Sequence[Any]],
+  experiment: Spec | None = None,
+  seeds: Sequence[int] = (0,),
+  settings: Mapping[str, Any] | None = None,
+  before: Mapping[str, Spec] | None = None,
+  num_parallel: int = 1,
+  print_commands: bool = False,
+  check: Callable[[Sequence[str], str], None] | None = None,
+  flags: Sequence[str] = (),
+) -> None:
+  """Runs a grid, or what is left of it.
+
+  Args:
+    output_dir: of all runs; made if it is not there.
+    grid: {axis: values of the macro, or {label: what the point sets}}.
+    experiment: what all points have in common; None where an axis has a gin
+      file for each point.
+    seeds: RANDOM_SEED of the runs of each point.
+    settings: {macro: value} of all points.
+    before: {name: a run, or the path of one that is there already}, each after
+      those that it uses.
+    num_parallel: processes at a time.
+    print_commands: print the commands that can be run now, side by side, one a
+      line, and stop.
+    check: see `jobs.check_arguments`.
+    flags: of gkd_jax.main, that all runs get.
+
+  Raises:
+    ValueError: the grid makes no sense; gin does not take a point's settings;
+      the folder holds other runs; or, when all others are done, a run failed.
+  """
+  folder = pathlib.Path(output_dir)
+  if num_parallel < 1:
+    raise ValueError(f'NUM_PARALLEL must be 1 or more, got {num_parallel}.')
+  jobs = make_jobs(
+    folder, grid, experiment, seeds, settings or {}, before or {}
+  )
+  jobs = jobs_lib.add_flags(jobs, flags)
+  if check is not None:
+    jobs_lib.check_arguments(jobs, check)
+  jobs_lib.check_same(folder / 'sweep.json', jobs)
+  if print_commands:
+    waiting = [job for job in jobs if not job.result.exists()]
+    left = {job.name for job in waiting}
+    ready = [job for job in waiting if left.isdisjoint(job.needs)]
+    for job in ready:
+      print(job.command)
+    console.log(
+      f'{len(jobs) - len(left)} of {len(jobs)} runs are done; {len(ready)} can '
+      f'be run now, {len(left) - len(ready)} after these: then give the same '
+      'command again.'
+    )
+    return
+  with run_folder.locked(folder, 'MODEL_DIR'):
+    jobs_lib.run(jobs, num_parallel, keep_going=True)
+  console.log(f'All {len(jobs)} runs are done: {folder}')
+
+
+def make_jobs(
+  folder: pathlib.Path,
+  grid: Mapping[str, Mapping[str, Spec] | Sequence[Any]],
+  experiment: Spec | None,
+  seeds: Sequence[int],
+  settings: Mapping[str, Any],
+  before: Mapping[str, Spec],
+) -> list[jobs_lib.Job]:
+  """Returns the runs of a sweep, each after those it needs; see `sweep`."""
+  axes = _axes(grid, seeds)
+  stages: dict[str, _Stage] = {}
+  jobs = []
+  for name, value in before.items():
+    where = f'BEFORE {name!r}'
+    _check_name(name, where, [*axes, *stages])
+    if isinstance(value, str) and not value.endswith('.gin'):
+      stages[name] = _Stage(value, None)
+      for path in {_fill(value, point, {}) for point in _product(axes)}:
+        if '://' not in path and not pathlib.Path(path).exists():
+          raise ValueError(f'{where}: {path} is not there.')
+      continue
+    spec = _spec(value, where, 'for_each')
+    for_each = spec.pop('for_each', ())
+    for_each = (for_each,) if isinstance(for_each, str) else for_each
+    if unknown := set(for_each) - set(axes):
+      raise ValueError(
+        f'{where}: for_each may name {", ".join(axes)}, not {sorted(unknown)}.'
+      )
+    own_axes = {axis: axes[axis] for axis in axes if axis in for_each}
+    pattern = '/'.join([name, *_folders({a: f'{{{a}}}' for a in own_axes})])
+    jobs += [
+      _job(folder, _fill(pattern, point, {}), [spec], point, own_axes, stages)
+      for point in _product(own_axes)
+    ]
+    stages[name] = _Stage(f'{folder}/{pattern}', pattern)
+  common = [_spec(experiment or {}, 'EXPERIMENT'), _spec(settings, 'SETTINGS')]
+  return jobs + [
+    _job(folder, '/'.join(_folders(point)), common, point, axes, stages)
+    for point in _product(axes)
+  ]
+
+
+class _Stage(NamedTuple):
+  """What comes before the grid. Both may hold {axis}."""
+
+  path: str
+  job: str | None  # its name; None: it is there already
+
+
+def _axes(grid, seeds) -> dict[str, dict[str, Mapping[str, Any]]]:
+  """Returns {axis: {label: what the point sets}}; the seed is the last axis."""
+  if not grid:
+    raise ValueError('GRID is empty: name an axis, and its points.')
+  axes = {}
+  for axis, points in grid.items():
+    where = f'GRID {axis!r}'
+    _check_name(axis, where, [*axes, _SEED])
+    if isinstance(points, Mapping):
+      labels = list(points)
+      specs = [_spec(value, where) for value in points.values()]
+    else:
+      labels, specs = _values(points, axis, where)
+    axes[axis] = _labelled(labels, specs, where)
+  labels, specs = _values(seeds, 'RANDOM_SEED', 'SEEDS')
+  axes[_SEED] = _labelled(labels, specs, 'SEEDS')
+  return axes
+
+
+def _values(values, macro, where):
+  if isinstance(values, str) or not isinstance(values, Sequence):
+    raise ValueError(
+      f'{where} must be a tuple of values or {{label: what it sets}}, not '
+      f'{values!r}.'
+    )
+  return [str(value) for value in values], [{macro: value} for value in values]
+
+
+def _labelled(labels, specs, where) -> dict[str, Mapping[str, Any]]:
+  """Returns {label: spec}; the labels are parts of folders' names."""
+  if not labels:
+    raise ValueError(f'{where} is empty: there is nothing to run.')
+  for label in labels:
+    if not isinstance(label, str) or not re.fullmatch(r'[\w.+-]+', label):
+      raise ValueError(
+        f'{where}: {label!r} cannot be part of the name of a folder. Give a '
+        "label of letters, digits, '_', '.', '+' and '-': {'label': {...}}."
+      )
+    if labels.count(label) > 1:
+      raise ValueError(f'{where} has {label} twice.')
+  return dict(zip(labels, specs, strict=True))
+
+
+def _check_name(name, where, taken) -> None:
+  if not isinstance(name, str) or not re.fullmatch(r'\w+', name):
+    raise ValueError(
+      f'{where}: a name has letters, digits and _ alone. A longer setting is '
+      'given by a label: {name: {label: {setting: value}}}.'
+    )
+  if name.lower() in [other.lower() for other in taken]:
+    raise ValueError(f'{where}: this name is taken already.')
+
+
+def _spec(value, where, *more_keys) -> dict[str, Any]:
+  """Returns what a run is, as a dict."""
+  if isinstance(value, str):
+    value = {'gin_file': value}
+  if not isinstance(value, Mapping):
+    raise ValueError(
+      f'{where} must be a gin file or {{macro: value}}, not {value!r}.'
+    )
+  for key in value:
+    if re.fullmatch('[a-z_]+', key) and key not in (*_KEYS, *more_keys):
+      raise ValueError(
+        f'{where}: {key!r} is no macro (those are CAPITALS), and none of '
+        f'{", ".join((*_KEYS, *more_keys))}.'
+      )
+  return dict(value)
+
+
+def _product(axes: Mapping[str, Mapping[str, Any]]) -> list[Point]:
+  return [
+    dict(zip(axes, labels, strict=True))
+    for labels in itertools.product(*axes.values())
+  ]
+
+
+def _folders(point: Point) -> list[str]:
+  """Returns the parts of a run's name: `axis=label,...` and `seed_0`."""
+  labels = [f'{a.lower()}={label}' for a, label in point.items() if a != _SEED]
+  parts = [','.join(labels)] if labels else []
+  return parts + ([f'seed_{point[_SEED]}'] if _SEED in point else [])
+
+
+def _job(folder, name, common, point, axes, stages) -> jobs_lib.Job:
+  """Returns the run of a point; what its axes set comes after `common`."""
+  files, merged = [], {}
+  for spec in (*common, *(axes[axis][label] for axis, label in point.items())):
+    own = spec.get('gin_file', ())
+    files += [own] if isinstance(own, str) else own
+    merged |= spec
+  merged.pop('gin_file', None)
+  mode = merged.pop('run_mode', 'train')
+  if mode not in _MODES:
+    raise ValueError(
+      f'{name}: run_mode may be {", ".join(_MODES)}, not {mode!r}.'
+    )
+  macro, result = _MODES[mode]
+  result = merged.pop('result', result)
+  if macro in merged:
+    raise ValueError(f'{name}: {macro} is not to be set; it is a folder here.')
+  needs: dict[str, None] = {}
+
+  def fill(value):
+    return (
+      _fill(value, point, stages, needs) if isinstance(value, str) else value
+    )
+
+  files = [fill(file) for file in files]
+  if not files:
+    raise ValueError(f'{name} has no gin file: set EXPERIMENT.')
+  jobs_lib.check_gin_files(files, name)
+  settings = {key: fill(value) for key, value in merged.items()}
+  return jobs_lib.Job(
+    name,
+    jobs_lib.arguments(mode, files, {macro: folder / name, **settings}),
+    folder / name / result,
+    tuple(needs),
+  )
+
+
+def _fill(
+  text: str,
+  point: Point,
+  stages: Mapping[str, _Stage],
+  needs: dict[str, None] | None = None,
+) -> str:
+  """Replaces {axis} and {stage}; notes the jobs of the latter in `needs`."""
+
+  def value(match):
+    name = match[1]
+    if name in point:
+      return point[name]
+    if name not in stages:
+      raise ValueError(
+        f'{match[0]} in {text!r} stands for nothing here. There are: '
+        f'{", ".join((*point, *stages)) or "none"}. (A run before the grid has '
+        'the axes of its for_each, and what comes before it.)'
+      )
+    stage = stages[name]
+    own_axes = re.findall(r'\{(\w+)\}', stage.path)
+    if missing := [axis for axis in own_axes if axis not in point]:
+      raise ValueError(
+        f'{match[0]} in {text!r}: there is one for each {", ".join(missing)}. '
+        'What uses it needs this in its for_each.'
+      )
+    if stage.job is not None:
+      needs[_fill(stage.job, point, {})] = None
+    return _fill(stage.path, point, {})
+
+  return re.sub(r'\{(\w+)\}', value, text)

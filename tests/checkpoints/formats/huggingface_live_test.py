@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Against transformers itself, at real widths."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seqio
+from etils import epath
+
+from gkd_jax.checkpoints.formats import huggingface, tensors
+from gkd_jax.decoding import beam_search, sampler
+from tests import main_test
+from tests.interop import huggingface_test as golden
+from tests.main_test import gin_flags
+
+torch = pytest.importorskip('torch', reason='needs torch: the extra [interop]')
+transformers = pytest.importorskip(
+  'transformers', reason='needs transformers: the extra [interop]'
+)
+from tests.checkpoints.formats import make_huggingface_fixtures as fixtures  # noqa: E402
+
+pytestmark = pytest.mark.interop
+
+# T5 1.1 small, and T5 1.0 small; two layers instead of 8 where it is as good.
+SMALL = {'vocab_size': 32128, 'd_model': 512, 'd_kv': 64, 'num_heads': 6}
+MODELS = {
+  't5_1_1_small': (
+    't5',
+    SMALL
+    | fixtures.UNTIED
+    | {'d_ff': 1024, 'num_layers': 8, 'num_decoder_layers': 8},
+  ),
+  't5_1_0_small': (
+    't5',
+    SMALL
+    | {'feed_forward_proj': 'relu', 'num_heads': 8, 'd_ff': 2048}
+    | {'num_layers': 6, 'num_decoder_layers': 6},
+  ),
+  'mt5': ('mt5', SMALL | fixtures.UNTIED | {'d_ff': 1024}),
+  'umt5': ('umt5', SMALL | {'feed_forward_proj': 'gated-gelu', 'd_ff': 1024}),
+  'byt5': (
+    't5',
+    SMALL
+    | fixtures.UNTIED
+    | {'vocab_size': 384, 'd_ff': 3584, 'num_heads': 6}
+    | {'num_layers': 4, 'num_decoder_layers': 2},
+  ),
+}
+LENGTH = 64
+NUM_EXAMPLES = 48
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def pair(request, tmp_path_factory):
+  """A random model of transformers', and ours from the folder it saved."""
+  kind, changes = MODELS[request.param]
+  theirs = fixtures.make(kind, changes, as_initialised=True)
+  folder = epath.Path(tmp_path_factory.mktemp(request.param))
+  theirs.save_pretrained(folder)
+  return theirs, golden.load(folder), folder
+
+
+@pytest.fixture(scope='module')
+def said(pair):
+  """What transformers computes on some inputs."""
+  theirs, _, _ = pair
+  num_ids = theirs.config.vocab_size
+  inputs = fixtures.inputs(3, 24, num_ids)
+  targets = fixtures.inputs(3, 20, num_ids, seed=1)
+  return inputs, targets, fixtures.what_it_says(theirs, inputs, targets, LENGTH)
+
+
+@pytest.fixture
+def all_ids(pair, monkeypatch):
+  monkeypatch.setattr(golden, 'NUM_IDS', pair[0].config.vocab_size)
+
+
+def test_logits_are_equal(pair, said):
+  _, (model, params), _ = pair
+  inputs, targets, want = said
+
+  logits = jax.jit(model.apply)(
+    {'params': params}, jnp.asarray(inputs), jnp.asarray(targets)
+  )
+
+  np.testing.assert_allclose(logits, want['logits'], atol=1e-4)
+
+
+def test_greedy_outputs_are_equal_token_for_token(pair, said, all_ids):
+  _, ours, _ = pair
+  inputs, _, want = said
+
+  written = golden.write(*ours, sampler.GREEDY, inputs, LENGTH)
+
+  assert golden.until_eos(written) == golden.until_eos(want['greedy'])
+
+
+def test_beam_outputs_are_equal(pair, said, all_ids):
+  _, ours, _ = pair
+  inputs, _, want = said
+  beam = beam_search.BeamConfig(fixtures.NUM_BEAMS, alpha=0.0)
+
+  written = golden.write(*ours, beam, inputs, LENGTH)
+
+  assert golden.until_eos(written) == golden.until_eos(want['beam'])
+
+
+@pytest.mark.parametrize('max_shard_bytes', [10**10, 10**7])
+def test_what_we_write_loads_without_a_missing_or_unexpected_key(
+  pair, tmp_path, max_shard_bytes
+):
+  theirs, _, folder = pair
+  config, arrays = huggingface.open_folder(folder)
+  params = {name: tensors.read_all(x) for name, x in arrays.items()}
+
+  huggingface.save(
+    epath.Path(tmp_path),
+    config,
+    params,
+    source=folder,
+    max_shard_bytes=max_shard_bytes,
+  )
+
+  loaded, report = type(theirs).from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not any(report.values()), report
+  was, now = theirs.state_dict(), loaded.state_dict()
+  assert was.keys() == now.keys()
+  assert all(torch.equal(was[key], now[key]) for key in was)
+  assert loaded.config.to_dict() == {
+    **theirs.config.to_dict(),
+    '_name_or_path': str(tmp_path),
+    'architectures': [type(theirs).__name__],
+    'dtype': 'float32',
+    'transformers_version': loaded.config.transformers_version,
+  }
+
+
+# --- From a Hugging Face teacher to a Hugging Face student --------------------
+
+
+@pytest.fixture(scope='module')
+def exported(run_main, tmp_path_factory):
+  """A student of cmudict_g2p, distilled from one folder into another."""
+  folder = tmp_path_factory.mktemp('distilled')
+
+  def run(*arguments, **macros):
+    finished = run_main(*arguments, *gin_flags(**macros))
+    assert finished.code == 0, finished.err
+
+  def export(name):
+    run(
+      '--run_mode=export',
+      CHECKPOINT_PATH=folder / name,
+      EXPORT_FORMAT='huggingface',
+      OUTPUT_DIR=folder / f'{name}_exported',
+    )
+    return folder / f'{name}_exported'
+
+  run(main_test.TEACHER, *main_test.SMALL, MODEL_DIR=folder / 'teacher')
+  run(
+    main_test.FORWARD_KL,
+    *main_test.SMALL,
+    MODEL_DIR=folder / 'student',
+    TEACHER_CHECKPOINT_PATH=export('teacher'),
+    INITIAL_CHECKPOINT_PATH=None,
+  )
+  return export('student')
+
+
+def test_predictions_of_a_distilled_student_are_equal(
+  exported, run_main, tmp_path
+):
+  finished = run_main(
+    '--run_mode=infer',
+    main_test.INFER,
+    *gin_flags(
+      CHECKPOINT_PATH=exported,
+      INFER_OUTPUT_DIR=tmp_path,
+      INFER_NUM_EXAMPLES=NUM_EXAMPLES,
+    ),
+  )
+  assert finished.code == 0, finished.err
+  lines = (tmp_path / 'predictions_test.jsonl').read_text().splitlines()
+  ours = [json.loads(line) for line in lines]
+
+  vocabulary = seqio.ByteVocabulary()
+  inputs = [[*vocabulary.encode(line['inputs']), 1] for line in ours]
+  width = max(map(len, inputs))
+  tokens = torch.tensor([row + [0] * (width - len(row)) for row in inputs])
+  tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+  assert [tokenizer(line['inputs']).input_ids for line in ours] == inputs
+  model = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported)
+  written = model.generate(
+    input_ids=tokens,
+    attention_mask=tokens != 0,
+    max_new_tokens=16,
+    do_sample=False,
+    suppress_tokens=[0, *range(vocabulary.vocab_size, 384)],
+  )
+
+  theirs = [vocabulary.decode(row) for row in golden.until_eos(written[:, 1:])]
+  assert [line['prediction'] for line in ours] == theirs

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes huggingface_fixtures: tiny models, and what they say.
+
+    python -m tests.checkpoints.formats.make_huggingface_fixtures
+
+Needs torch and transformers (the extra `interop`); the tests that read the
+fixtures do not.
+"""
+
+import pathlib
+import shutil
+
+import numpy as np
+import torch
+import transformers
+
+FOLDER = pathlib.Path(__file__).parent / 'huggingface_fixtures'
+NUM_IDS = 40
+SHAPE = {
+  'vocab_size': NUM_IDS,
+  'd_model': 16,
+  'd_kv': 6,
+  'd_ff': 20,
+  'num_heads': 2,
+  'num_layers': 2,
+  'num_decoder_layers': 2,
+  'decoder_start_token_id': 0,
+}
+UNTIED = {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}
+KINDS = {
+  't5': (transformers.T5Config, transformers.T5ForConditionalGeneration),
+  'mt5': (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
+  'umt5': (transformers.UMT5Config, transformers.UMT5ForConditionalGeneration),
+}
+# name: (kind, changes of its shape, how it is saved)
+MODELS = {
+  't5_1_0': ('t5', {'feed_forward_proj': 'relu'}, {}),
+  't5_1_1': ('t5', UNTIED, {}),
+  'byt5': ('t5', UNTIED | {'num_layers': 3, 'num_decoder_layers': 1}, {}),
+  'mt5': ('mt5', UNTIED, {}),
+  'umt5': ('umt5', {'feed_forward_proj': 'gated-gelu'}, {}),
+  'sharded': ('t5', UNTIED, {'max_shard_size': '8KB'}),
+  'bfloat16': ('t5', UNTIED, {'dtype': torch.bfloat16}),
+}
+NUM_BEAMS = 3
+MAX_NEW_TOKENS = 12
+
+
+def make(kind, changes, seed=1, as_initialised=False):
+  """Returns a model whose outputs vary, and whose head is its own if untied.
+
+  A wide model must keep the weights that transformers gives it: with larger
+  ones its attention saturates, and rounding decides what it attends to.
+  """
+  torch.manual_seed(seed)
+  config_class, model_class = KINDS[kind]
+  config = config_class(**(SHAPE | changes))
+  model = model_class(config).eval()
+  if changes.get('tie_word_embeddings') is False:
+    model.lm_head.weight = torch.nn.Parameter(
+      torch.empty_like(model.lm_head.weight)
+    )
+  # A tied model with large embeddings would only repeat its last token.
+  tied = changes.get('tie_word_embeddings') is not False
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      noise = torch.randn_like(weight)
+      if as_initialised and name != 'lm_head.weight':
+        continue
+      if 'layer_norm' in name:
+        weight.copy_((3.0 if tied else 1.0) * (1 + 0.2 * noise))
+      else:
+        # Large enough that attention and positions matter, for every width.
+        weight.copy_(1.5 * noise * weight.shape[-1] ** -0.5)
+    if not as_initialised:
+      model.shared.weight.copy_(
+        (0.3 if tied else 1.0) * torch.randn_like(model.shared.weight)
+      )
+  return model
+
+
+def inputs(num_rows=4, length=9, num_ids=NUM_IDS, seed=0):
+  """Returns tokens [num_rows, length], of different lengths, padded with 0."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(2, num_ids, (num_rows, length))
+  for row, end in enumerate(rng.integers(2, length + 1, num_rows)):
+    tokens[row, end - 1] = 1
+    tokens[row, end:] = 0
+  return tokens
+
+
+def what_it_says(model, tokens, targets, max_new_tokens=MAX_NEW_TOKENS):
+  """Returns {'logits', 'greedy', 'beam'} of a model."""
+  given = {
+    'input_ids': torch.tensor(tokens),
+    'attention_mask': torch.tensor(tokens != 0),
+  }
+  # The pad token is no output of ours, at any place.
+  length = {
+    'max_new_tokens': max_new_tokens,
+    'do_sample': False,
+    'suppress_tokens': [0],
+    'renormalize_logits': True,
+  }
+  with torch.no_grad():
+    return {
+      'logits': model(**given, labels=torch.tensor(targets)).logits.numpy(),
+      'greedy': padded(model.generate(**given, **length), max_new_tokens),
+      'beam': padded(
+        model.generate(
+          **given,
+          **length,
+          num_beams=NUM_BEAMS,
+          length_penalty=0.0,
+          early_stopping='never',
+        ),
+        max_new_tokens,
+      ),
+    }
+
+
+def padded(tokens, length):
+  """Drops the start token, and fills up with 0."""
+  tokens = tokens.numpy()[:, 1:]
+  return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
+
+
+def main():
+  shutil.rmtree(FOLDER, ignore_errors=True)
+  tokens, targets = inputs(), inputs(length=7, seed=1)
+  for name, (kind, changes, saving) in MODELS.items():
+    saving = dict(saving)
+    model = make(kind, changes)
+    if dtype := saving.pop('dtype', None):
+      model = model.to(dtype)
+    model.save_pretrained(FOLDER / name, **saving)
+    if dtype:
+      model = model.to(torch.float32)
+    np.savez(
+      FOLDER / name / 'expected.npz',
+      inputs=tokens,
+      targets=targets,
+      **what_it_says(model, tokens, targets),
+    )
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+import seqio
+
+from gkd_jax.data import datasets, iterators
+from gkd_jax.data.tasks import json_lines
+
+LENGTHS = {'inputs': 16, 'targets': 8}
+
+
+@pytest.fixture
+def file(tmp_path):
+  """Writes {inputs, targets} to a file, and returns its path."""
+
+  def file(name, *examples):
+    path = tmp_path / f'{name}.jsonl'
+    path.write_text(
+      '\n'.join(
+        json.dumps({'inputs': x, 'targets': y, 'id': i})
+        for i, (x, y) in enumerate(examples)
+      )
+    )
+    return str(path)
+
+  return file
+
+
+def config(files, split):
+  return datasets.DatasetConfig(
+    'json_lines',
+    LENGTHS,
+    batch_size=2,
+    split=split,
+    shuffle=False,
+    vocabulary=seqio.ByteVocabulary(),
+    task_arguments={'files': files},
+  )
+
+
+def test_each_split_is_read_from_its_file(file):
+  files = {
+    'train': file('one', ('ab', 'cd'), ('e', 'f')),
+    'test': file('two', ('gh', 'i')),
+  }
+
+  batch = next(iterators.TrainIterator(config(files, 'train'), seed=0))
+  test = iterators.EvalDataset(config(files, 'test'))
+
+  ids = [[c + 3 for c in text.encode()] + [1] for text in ('ab', 'e')]
+  assert batch.encoder_input_tokens.tolist() == [
+    row + [0] * (16 - len(row)) for row in ids
+  ]
+  assert [example['inputs'] for example in test.examples()] == ['gh']
+  with pytest.raises(ValueError, match="no split 'validation'.*EVAL = None"):
+    datasets.get_vocabulary(config(files, 'validation'))
+
+
+def test_outputs_are_scored_by_exact_match_and_rouge(file):
+  files = {'test': file('test', ('x', 'one two'), ('y', 'three'))}
+  dataset = iterators.EvalDataset(config(files, 'test'))
+
+  tokens = dataset.predict(lambda _, batch: batch.decoder_target_tokens)
+
+  values = dataset.metrics(tokens)
+  assert values['exact_match'] == values['rougeL'] == 100
+
+
+@pytest.mark.parametrize(
+  'files, message',
+  [
+    ({}, 'must be {.train.: file'),
+    ('train.jsonl', "got 'train.jsonl'"),
+    ({'dev': 'x'}, "got {'dev': 'x'}"),
+    ({'train': 'nowhere'}, 'JSON_LINES_FILES: there is no file nowhere'),
+  ],
+)
+def test_files_that_cannot_be_read_are_refused(files, message):
+  with pytest.raises(ValueError, match=message):
+    json_lines.make_task('mine', files)
+
+
+def test_a_line_that_lacks_a_field_is_named(tmp_path):
+  path = tmp_path / 'train.jsonl'
+  path.write_text('{"inputs": "a", "targets": "b"}\n{"input": "c"}\n')
+
+  with pytest.raises(ValueError, match=r"\['train'\]: line 2 .* no .inputs"):
+    next(iterators.TrainIterator(config({'train': str(path)}, 'train'), seed=0))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import hashlib
+import time
+
+import pytest
+import seqio
+
+from gkd_jax.data import datasets, vocabularies
+from tests import conftest
+from tests.conftest import LENGTHS
+
+# --- Descriptions -------------------------------------------------------------
+
+
+def test_equal_vocabularies_have_equal_descriptions(sentencepiece_models):
+  one, same, _ = (
+    seqio.SentencePieceVocabulary(str(path)) for path in sentencepiece_models
+  )
+
+  assert vocabularies.describe(one) == vocabularies.describe(same)
+
+
+def test_different_vocabularies_of_one_size_have_different_descriptions(
+  sentencepiece_models,
+):
+  one, _, other = (
+    seqio.SentencePieceVocabulary(str(path)) for path in sentencepiece_models
+  )
+
+  assert one.vocab_size == other.vocab_size
+  assert vocabularies.describe(one) != vocabularies.describe(other)
+
+
+def test_vocabularies_of_different_sizes_have_different_descriptions():
+  bytes_alone = vocabularies.describe(seqio.ByteVocabulary())
+
+  assert bytes_alone == 'ByteVocabulary 259 ids'
+  assert bytes_alone != vocabularies.describe(
+    seqio.ByteVocabulary(extra_ids=100)
+  )
+
+
+def test_a_sentencepiece_model_is_described_by_its_files_digest(
+  sentencepiece_models,
+):
+  # As other systems' folders are, which hold the file: huggingface.vocabulary.
+  path = sentencepiece_models[0]
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+
+  described = vocabularies.describe(vocabularies.sentencepiece(path))
+
+  assert described.endswith(f'model sha256 {digest}')
+
+
+# --- What is refused ----------------------------------------------------------
+
+
+def test_a_tasks_vocabulary_that_cannot_be_read_is_refused(tmp_path):
+  path = tmp_path / 'x.model'
+  feature = seqio.Feature(seqio.SentencePieceVocabulary(str(path)))
+  name = conftest.register(
+    'lost_vocabulary',
+    conftest.letter_words,
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  config = datasets.DatasetConfig(name, LENGTHS, batch_size=4)
+
+  with pytest.raises(ValueError, match="'lost_vocabulary', .*x.model, cannot"):
+    datasets.check_not_empty(config)
+
+  # Another one helps.
+  datasets.check_not_empty(
+    dataclasses.replace(config, vocabulary=vocabularies.byte())
+  )
+
+
+def test_t5s_vocabulary_out_of_reach_is_told_in_time(monkeypatch):
+  vocabularies._check_google_storage_answers.cache_clear()
+  monkeypatch.setenv('https_proxy', 'http://127.0.0.1:1')  # nobody listens
+  config = datasets.DatasetConfig('xsum', LENGTHS, batch_size=4)
+
+  start = time.monotonic()
+  with pytest.raises(ValueError, match='gs://t5-data.*refused') as error:
+    datasets.get_task(config)
+
+  assert time.monotonic() - start < 12
+  assert 'gin/vocabularies/sentencepiece.gin' in str(error.value)
+  assert '--gin.VOCABULARY_PATH=FILE' in str(error.value)
+
+
+def test_a_vocabulary_that_is_not_there_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='VOCABULARY_PATH .*x.model is not ther'):
+    vocabularies.sentencepiece(tmp_path / 'x.model')
+
+
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
+  (tmp_path / 'x.model').write_bytes(b'hello')
+
+  with pytest.raises(ValueError, match='x.model is no SentencePiece model'):
+    vocabularies.sentencepiece(tmp_path / 'x.model')

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes, one for each host, that meet on this machine."""
+
+import glob
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gkd_jax.checkpoints import pretrained
+from gkd_jax.models.t5 import T5, T5Config, abstract_params
+from gkd_jax.parallel import hosts, partitioning
+from gkd_jax.runtime import metrics as metrics_lib
+from tests import conftest
+
+NUM_STEPS = 8
+# Batches are the same for 1, 2 and 4 hosts.
+ARGUMENTS = (
+  '--gin_file=configs/cmudict_g2p/on_policy_forward_kl.gin',
+  *(
+    f'--gin.{name}={value}'
+    for name, value in {
+      'EMB_DIM': 16,
+      'NUM_HEADS': 2,
+      'HEAD_DIM': 8,
+      'MLP_DIM': 32,
+      'NUM_ENCODER_LAYERS': 1,
+      'NUM_DECODER_LAYERS': 1,
+      'TRAIN_STEPS': NUM_STEPS,
+      'BATCH_SIZE': 32,
+      'NUM_DATA_SHARDS': 4,
+      'LEARNING_RATE': 0.01,
+      'WARMUP_STEPS': 2,
+      'LOG_PERIOD': 1,
+      'EVAL_PERIOD': 0,
+      'CHECKPOINT_PERIOD': 2,
+      'EVAL_BATCH_SIZE': 32,
+      'EVALUATOR_NUM_EXAMPLES': 40,
+      'INITIAL_CHECKPOINT_PATH': None,
+      'STUDENT_PARAMETER_PARTITIONING_DIMS': 2,
+    }.items()
+  ),
+  '--gin.final_eval/datasets.DatasetConfig.num_examples=40',
+)
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+class Processes:
+  """Of one run, each with so many devices."""
+
+  def __init__(self, arguments, folder, logs, *, count, devices):
+    address = f'127.0.0.1:{free_port()}'
+    self.logs = [logs / f'{folder.name}_{i}.log' for i in range(count)]
+    self._processes = []
+    for i, log in enumerate(self.logs):
+      meeting = (
+        f'--coordinator_address={address}',
+        f'--process_count={count}',
+        f'--process_index={i}',
+      )
+      with open(log, 'w') as file:
+        self._processes.append(
+          subprocess.Popen(
+            [
+              *(sys.executable, '-m', 'gkd_jax.main', *arguments),
+              f'--gin.MODEL_DIR={folder}',
+              *(meeting if count > 1 else ()),
+            ],
+            cwd=conftest.ROOT,
+            env={
+              **os.environ,
+              'JAX_PLATFORMS': 'cpu',
+              'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            },
+            stdout=file,
+            stderr=file,
+          )
+        )
+
+  def send(self, number, *which):
+    for i in which:
+      self._processes[i].send_signal(number)
+
+  def wait_for(self, is_so):
+    while not is_so():
+      for process, log in zip(self._processes, self.logs, strict=True):
+        assert process.poll() is None, log.read_text()
+      time.sleep(0.02)
+
+  def wait(self):
+    """Waits for their ends; returns their exit codes."""
+    try:
+      return [process.wait(timeout=300) for process in self._processes]
+    finally:
+      for process in self._processes:
+        process.kill()
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('hosts')
+  teacher = folder / 'teacher'
+  conftest.save_model(teacher, T5Config(384, 24, 4, 8, 32, 1, 1))
+
+  def start(name, *arguments, count, devices):
+    return folder / name, Processes(
+      (*ARGUMENTS, f'--gin.TEACHER_CHECKPOINT_PATH={teacher}', *arguments),
+      folder / name,
+      folder,
+      count=count,
+      devices=devices,
+    )
+
+  return start
+
+
+@pytest.fixture(scope='module')
+def one(start):
+  """The folder of a run of one process with four devices."""
+  folder, processes = start('one', count=1, devices=4)
+  assert processes.wait() == [0], processes.logs[0].read_text()
+  return folder
+
+
+@pytest.fixture(scope='module')
+def killed(start):
+  """A run of four hosts of which one was killed; two then went on."""
+  folder, processes = start('killed', count=4, devices=1)
+  processes.wait_for((folder / 'checkpoint_4').exists)
+  processes.send(signal.SIGKILL, 2)
+  time.sleep(0.5)
+  processes.send(signal.SIGKILL, 0, 1, 3)  # as a scheduler does
+  processes.wait()
+
+  _, processes = start('killed', count=2, devices=1)
+  assert processes.wait() == [0, 0], processes.logs[0].read_text()
+  return folder, [log.read_text() for log in processes.logs]
+
+
+def params_of(folder):
+  found = pretrained.open_checkpoint(str(folder))
+  placement = partitioning.Placement(partitioning.host_mesh())
+  return found.load(abstract_params(T5(found.config, placement)), None)
+
+
+@pytest.mark.slow
+def test_killed_hosts_go_on_in_another_number_and_end_as_one(one, killed):
+  folder, logs = killed
+
+  assert re.search(r'Resuming after step [2468]\.', logs[0])
+  # The same sums, but for the order of their parts.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+    params_of(folder),
+    params_of(one),
+  )
+
+
+@pytest.mark.slow
+def test_several_hosts_measure_what_one_does(one, killed):
+  folder, _ = killed
+
+  for path in ('eval_test.json', 'samples_test.json'):
+    results = [json.loads((run / path).read_text()) for run in (folder, one)]
+    for values in results:
+      values.pop('train_seconds', None)
+    if path == 'eval_test.json':
+      assert results[0] == pytest.approx(results[1], rel=1e-4)
+    else:
+      outputs = [[e['student'] for e in r['examples']] for r in results]
+      assert outputs[0] == outputs[1]
+
+
+@pytest.mark.slow
+def test_one_host_alone_writes_metrics_and_speaks(one, killed):
+  folder, logs = killed
+
+  steps = [
+    [line['step'] for line in metrics_lib.read(run)] for run in (folder, one)
+  ]
+  assert steps[0] == steps[1]
+  assert 'Resuming' not in logs[1]
+  assert len(list(folder.glob('events.*'))) == 2  # one each time it started
+
+
+TERMINATED = (
+  '--gin.TRAIN_STEPS=100000',
+  '--gin.MESH_MODEL=2',  # both have all rows
+)
+
+
+def saved_last(folder, processes):
+  """The step that all hosts stopped after, as each says, and saved."""
+  assert processes.wait() == [75, 75]
+  stopped = [
+    re.search(r'Stopped after step (\d+), which is saved', log.read_text())[1]
+    for log in processes.logs
+  ]
+  assert stopped[0] == stopped[1]
+  assert (folder / f'checkpoint_{stopped[0]}').is_dir()
+  return int(stopped[0])
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_host_saves_on_all(start):
+  folder, processes = start(
+    'terminated',
+    *TERMINATED,
+    # Whatever else asks JAX, or counts: it stops in time.
+    '--gin.CHECKPOINT_PERIOD=1',
+    '--gin.EVAL_PERIOD=2',
+    count=2,
+    devices=1,
+  )
+  processes.wait_for((folder / 'checkpoint_5').is_dir)
+
+  processes.send(signal.SIGTERM, 1)
+
+  assert saved_last(folder, processes) < 20
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_host_ends_an_evaluation_on_all(start):
+  folder, processes = start(
+    'terminated_in_evaluation',
+    *TERMINATED,
+    '--gin.EVAL_PERIOD=1',
+    '--gin.EVALUATOR_NUM_EXAMPLES=3200',  # 100 batches
+    '--gin.CHECKPOINT_PERIOD=0',
+    count=2,
+    devices=1,
+  )
+  processes.wait_for(lambda: 'First step' in processes.logs[0].read_text())
+
+  processes.send(signal.SIGTERM, 1)
+
+  assert saved_last(folder, processes) == 1
+  for line in metrics_lib.read(folder):
+    assert not any(name.startswith('validation/') for name in line)
+
+
+@pytest.mark.parametrize(
+  ('given', 'said'),
+  [
+    (('10.0.0.1:80', 2, None), 'belong together'),
+    ((None, None, 0), 'belong together'),
+    (('10.0.0.1', 2, 0), 'has no port'),
+    (
+      ('10.0.0.1:80', 2, 2),
+      'from 0 to --process_count - 1, which is 1',
+    ),
+    (('10.0.0.1:80', 2, -1), 'must be from 0'),
+  ],
+)
+def test_processes_that_do_not_fit_together_are_refused(given, said):
+  with pytest.raises(ValueError, match=said):
+    hosts.start(*given)
+
+
+def test_a_process_alone_is_the_first_and_waits_for_nobody():
+  hosts.start(None, None, None)
+
+  assert hosts.is_first()
+  assert not hosts.are_several()
+  hosts.wait('here')
+  assert [hosts.any_host(x) for x in (True, False)] == [True, False]
+  assert hosts.from_first(3) == 3
+
+
+def test_on_a_tpu_the_others_are_looked_for(monkeypatch):
+  asked = []
+  monkeypatch.setenv('JAX_PLATFORMS', '')
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
+  monkeypatch.setattr(glob, 'glob', lambda pattern: [pattern])
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *a: asked.append(a))
+
+  hosts.start(None, None, None)
+
+  assert asked == [()]
