@@ -5,18 +5,50 @@ Shape letters used in names throughout the package: B batch, S encoder length,
 T decoder length, V vocabulary, D embedding, H heads, K head dim, F mlp.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# T5's ids. Pad is also the decoder's first input (beginning of sequence).
-PAD_ID = 0
-EOS_ID = 1
-
 # Finite, so that 0 * (log p - log q) stays 0 where an id is masked; far below
 # any real logit, so that its probability is exactly 0 in float32.
 MASKED_LOGIT = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+  """The token ids with a meaning of their own, and how many ids there are.
+
+  Model families differ in them, so they are arguments, never constants: a
+  model's config gives pad, start and EOS, the vocabulary the number of ids.
+
+  Attributes:
+    pad: fills rows after their end.
+    start: the decoder's first input.
+    eos: ends an output, and is a token of it.
+    never_written: ids that no output may hold; pad is one of them.
+    num_ids: ids of the tokenizer; ids from there on only fill the embedding.
+  """
+
+  pad: int
+  start: int
+  eos: int
+  never_written: tuple[int, ...]
+  num_ids: int
+
+  def __post_init__(self):
+    object.__setattr__(self, 'never_written', tuple(self.never_written))
+    if self.pad not in self.never_written:
+      raise ValueError(
+        f'SpecialIds.never_written must have the pad id {self.pad}, got '
+        f'{self.never_written}.'
+      )
+    if self.eos in self.never_written or not 0 <= self.eos < self.num_ids:
+      raise ValueError(
+        'SpecialIds.eos must be an id that outputs may hold: below '
+        f'{self.num_ids} and not in {self.never_written}, got {self.eos}.'
+      )
 
 
 class Outputs(NamedTuple):
@@ -39,9 +71,9 @@ class Batch(NamedTuple):
     return Outputs(self.decoder_target_tokens, self.decoder_loss_weights)
 
 
-def shift_right(tokens_BT: jax.Array) -> jax.Array:
-  """Returns decoder inputs: BOS (the pad id), then all tokens but the last."""
-  return jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+def shift_right(tokens_BT: jax.Array, start: int) -> jax.Array:
+  """Returns decoder inputs: the start id, then all tokens but the last."""
+  return jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
 def split_rows(x: jax.Array, num_parts: int) -> jax.Array:
@@ -57,21 +89,23 @@ def merge_rows(parts: jax.Array) -> jax.Array:
   return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 
-def mask_unused_ids(logits: jax.Array, num_ids: int) -> jax.Array:
+def mask_unused_ids(logits: jax.Array, ids: SpecialIds) -> jax.Array:
   """Removes from a distribution the ids that no output may hold.
 
-  These are the pad id (it is the decoder's BOS too: a sampled pad would read as
-  "nothing here" to everything downstream) and the ids from `num_ids` on, which
-  only fill the embedding up to a size that suits the hardware. Student and
-  teacher are masked alike, before they are normalised.
+  These are `ids.never_written` (a sampled pad would read as "nothing here" to
+  everything downstream) and the ids from `ids.num_ids` on, which only fill the
+  embedding up to a size that suits the hardware. Student and teacher are masked
+  alike, before they are normalised.
 
   Args:
     logits: [..., V].
-    num_ids: size of the tokenizer's vocabulary, at most V.
+    ids: with `num_ids` at most V.
 
   Returns:
     [..., V] logits with MASKED_LOGIT at the ids that may not occur.
   """
-  ids = jnp.arange(logits.shape[-1])
-  usable = (ids != PAD_ID) & (ids < num_ids)
+  numbers = jnp.arange(logits.shape[-1])
+  usable = numbers < ids.num_ids
+  for never in ids.never_written:
+    usable &= numbers != never
   return jnp.where(usable, logits, MASKED_LOGIT)

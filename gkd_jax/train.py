@@ -211,11 +211,11 @@ def train(
     )
   import_seconds += vocabularies.import_libraries()
   vocabulary = datasets.get_vocabulary(train_dataset)
-  num_ids = vocabulary.vocab_size
-  if num_ids > student.vocab_size:
+  ids = datasets.special_ids(train_dataset, vocabulary, student)
+  if ids.num_ids > student.vocab_size:
     raise ValueError(
       f'The student embeds {student.vocab_size} ids, but the vocabulary of '
-      f'task {train_dataset.mixture_or_task_name!r} has {num_ids}. Set '
+      f'task {train_dataset.mixture_or_task_name!r} has {ids.num_ids}. Set '
       'VOCAB_SIZE to that or more (or, where a checkpoint gives the shape, '
       'VOCABULARY_EXTRA_IDS to fewer).'
     )
@@ -257,7 +257,7 @@ def train(
     if path is not None:
       sources[role] = pretrained.open_checkpoint(path, setting)
       pretrained.check_fits(
-        sources[role], description.vocabulary, num_ids, shape, shape_setting
+        sources[role], description.vocabulary, ids, shape, shape_setting
       )
   placement = partitioning.Placement(device_mesh, teacher_rules)
   score = scorer = reward_params = None
@@ -265,7 +265,7 @@ def train(
     if 'reward' in sources:
       scorer = like_student(sources['reward'].config, student, placement)
       reward_params = abstract_params(scorer)
-    score = reward.make_score(vocabulary, scorer)
+    score = reward.make_score(vocabulary, ids, scorer)
     rewards.check_score(
       score,
       reward_params,
@@ -297,11 +297,13 @@ def train(
       'float32 parameters, from random initialisation'
     )
   train_step = plan.make_train_step(
-    teacher=teacher_model, num_ids=num_ids, reward=score
+    teacher=teacher_model, ids=ids, reward=score
   )
   judge = None
   if reward is not None:
-    judge = programs.make_judge(reward, score, reward_params, device_mesh)
+    judge = programs.make_judge(
+      reward, score, reward_params, ids=ids, mesh=device_mesh
+    )
 
   signals = signals_lib.Signals()
 
@@ -325,6 +327,7 @@ def train(
   iterator = iterators.TrainIterator(
     train_dataset,
     seed=seed,
+    pad_id=ids.pad,
     **dealt,
   )
 
@@ -420,7 +423,7 @@ class Plan(NamedTuple):
     optimizer: clips the gradients first, where that is asked for.
     state: shapes, dtypes and shardings of the training state.
     make_train_step: `step.make_train_step`, but for the arguments that depend
-      on files: teacher and num_ids.
+      on files: teacher and ids.
     needs_teacher: whether there is no step without a teacher.
   """
 

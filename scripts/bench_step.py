@@ -212,7 +212,7 @@ def _measure_ours(work: dict) -> dict:
   import jax.numpy as jnp
   import optax
 
-  from gkd_jax.batch import EOS_ID, MASKED_LOGIT, Batch
+  from gkd_jax.batch import MASKED_LOGIT, Batch
   from gkd_jax.decoding import rollout as rollout_lib
   from gkd_jax.decoding import sampler
   from gkd_jax.distill import divergences, objectives, policies
@@ -224,7 +224,7 @@ def _measure_ours(work: dict) -> dict:
 
     def decode_step(self, cache, tokens_B):
       logits, cache = super().decode_step(cache, tokens_B)
-      return logits.at[:, EOS_ID].set(MASKED_LOGIT), cache
+      return logits.at[:, self.config.eos_id].set(MASKED_LOGIT), cache
 
   def shape(name):
     return t5.T5Config(**work[name], dtype=work['dtype'])
@@ -237,9 +237,9 @@ def _measure_ours(work: dict) -> dict:
     divergence, chunk_tokens=work['chunk_tokens']
   )
   optimizer = optax.adamw(1e-4)
-  num_ids = work['student']['vocab_size']
+  ids = student.config.special_ids(work['student']['vocab_size'])
   size = (work['batch'], work['inputs'])
-  inputs = jax.random.randint(jax.random.key(0), size, 2, num_ids)
+  inputs = jax.random.randint(jax.random.key(0), size, 2, ids.num_ids)
   # Its outputs are not read; their shape says how long ours may be.
   targets = jnp.ones((work['batch'], work['targets']), jnp.int32)
   batch = Batch(inputs, targets, jnp.ones(targets.shape, jnp.float32))
@@ -261,7 +261,7 @@ def _measure_ours(work: dict) -> dict:
     optimizer=optimizer,
     student_sampler=sampler.ANCESTRAL,
     teacher_sampler=sampler.ANCESTRAL,
-    num_ids=num_ids,
+    ids=ids,
     seed=0,
   )
   start = time.perf_counter()
@@ -306,7 +306,7 @@ def _measure_ours(work: dict) -> dict:
       encoded=encoded,
       row_ids_B=jnp.arange(work['batch']),
       max_decode_len=work['targets'],
-      num_ids=num_ids,
+      ids=ids,
     ).tokens
 
   def loss(params, teacher_params, teacher_hidden, inputs, tokens):
@@ -314,7 +314,7 @@ def _measure_ours(work: dict) -> dict:
       jnp.ones(tokens.shape, jnp.float32), 'sequence'
     )
     return objectives.weighted_sums(
-      objective.terms(num_ids),
+      objective.terms(ids),
       step_lib.unembed(student),
       step_lib.unembed(teacher),
       objective.chunk_tokens,

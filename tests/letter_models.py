@@ -8,8 +8,10 @@ from gkd_jax.batch import mask_unused_ids
 from gkd_jax.evaluation import programs
 from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.parallel import partitioning
+from tests import tiny
 
-NUM_IDS = 259  # of the byte vocabulary; the embeddings have 264 rows
+# The byte vocabulary has 259 ids; the embeddings have 264 rows.
+IDS = tiny.special_ids(259)
 STUDENT = T5(T5Config(264, 12, 2, 4, 10, 1, 1))
 TEACHER = T5(T5Config(264, 8, 1, 6, 14, 1, 2))
 SETTINGS = {'seed': 3, 'mesh': partitioning.make_mesh()}
@@ -22,7 +24,7 @@ def make_write(decoding, model=STUDENT, num_outputs=1):
     decoding,
     num_outputs=num_outputs,
     max_decode_len=7,
-    num_ids=NUM_IDS,
+    ids=IDS,
     **SETTINGS,
   )
   return lambda params, row_ids_B, batch: write(
@@ -43,4 +45,4 @@ def write_all(dataset, write, params):
 def logits_of(model, params, inputs, targets):
   """The model's distribution at each place, as float64."""
   logits = jax.jit(model.apply)({'params': params}, inputs, targets)
-  return np.float64(mask_unused_ids(logits, NUM_IDS))
+  return np.float64(mask_unused_ids(logits, IDS))

@@ -11,11 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.batch import Batch
+from gkd_jax.batch import Batch, SpecialIds
 from gkd_jax.models.t5 import T5, T5Config, init_params
 
 VOCAB_SIZE = 24
 NUM_IDS = 19  # of the tokenizer, so to speak; the rest fills the embedding up
+
+
+def special_ids(num_ids: int = NUM_IDS) -> SpecialIds:
+  """T5's, with a vocabulary of so many ids."""
+  return SpecialIds(0, start=0, eos=1, never_written=(0,), num_ids=num_ids)
+
+
+IDS = special_ids()
 
 
 def config(version='1.1', **changes) -> T5Config:

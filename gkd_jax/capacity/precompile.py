@@ -140,6 +140,9 @@ def precompile(
     reward_model = pretrained.open_checkpoint(
       reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH'
     ).config
+  ids = student.special_ids(
+    min(model.vocab_size for model in (student, teacher) if model)
+  )
   score = reward_params = None
   if reward is not None:
     judge = None
@@ -151,8 +154,7 @@ def precompile(
         )
       judge = train.like_student(reward_model, student, placement)
       reward_params = _constants(judge, reward_dtype)
-    score = reward.make_score(_WordVocabulary(), judge)
-  num_ids = min(model.vocab_size for model in (student, teacher) if model)
+    score = reward.make_score(_WordVocabulary(), ids, judge)
   batch = abstract_batch(train_dataset, device_mesh)
   lengths = {
     'batch_size': train_dataset.batch_size,
@@ -175,7 +177,7 @@ def precompile(
   compiled, refusal = _compile(
     _available(topology),
     sum(given.values()),
-    plan.make_train_step(teacher=teacher_model, num_ids=num_ids, reward=score),
+    plan.make_train_step(teacher=teacher_model, ids=ids, reward=score),
     plan.state,
     teacher_params,
     batch,
@@ -193,7 +195,7 @@ def precompile(
     'batch_size': train_dataset.batch_size,
     'num_microbatches': num_microbatches,
     'feature_lengths': dict(train_dataset.task_feature_lengths),
-    'num_ids': num_ids,
+    'num_ids': ids.num_ids,
     'compile_seconds': round(compile_seconds, 1),
     **_memory(topology, compiled, refusal, given, plan.needs_teacher),
     'caches': costs.cache_bytes(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
+from gkd_jax.batch import SpecialIds
 from gkd_jax.checkpoints import checkpoint
 from gkd_jax.checkpoints.formats import huggingface, t5x, tensors
 from gkd_jax.models.t5 import SIZES, T5, T5Config, abstract_params
@@ -141,7 +142,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def check_fits(
   source: Pretrained,
   vocabulary: str,
-  num_ids: int,
+  ids: SpecialIds,
   config: T5Config | None = None,
   setting: str = 'STUDENT',
 ) -> None:
@@ -150,7 +151,7 @@ def check_fits(
   Args:
     source: what `open_checkpoint` found.
     vocabulary: the task's, as `vocabularies.describe` says it.
-    num_ids: ids of the task's tokenizer.
+    ids: of the run: those of its student and its vocabulary.
     config: the shape it must have; None: any.
     setting: what that shape is called in gin.
   """
@@ -166,12 +167,20 @@ def check_fits(
       for field, was in dataclasses.asdict(source.config).items()
       if field not in _FREE_FIELDS and was != (want := getattr(config, field))
     ]
+  has = source.config.special_ids(ids.num_ids)
+  if config is None:
+    differences += [
+      f'{name} id: {was} in the checkpoint, {want} wanted'
+      for name, was in dataclasses.asdict(has).items()
+      if was != (want := getattr(ids, name))
+    ]
   checkpoint.raise_differences(source.folder, differences)
-  if num_ids > source.config.vocab_size:
+  if ids.num_ids > source.config.vocab_size:
     raise ValueError(
       f'The checkpoint {source.folder} embeds {source.config.vocab_size} ids, '
-      f"but the task's vocabulary has {num_ids}: {vocabulary}. A SentencePiece "
-      'model that has its sentinels already needs VOCABULARY_EXTRA_IDS = 0.'
+      f"but the task's vocabulary has {ids.num_ids}: {vocabulary}. A "
+      'SentencePiece model that has its sentinels already needs '
+      'VOCABULARY_EXTRA_IDS = 0.'
     )
 
 
@@ -186,7 +195,7 @@ def check_dtype(setting: str, dtype: str | None) -> None:
 def load_model(
   path: str,
   vocabulary: str,
-  num_ids: int,
+  ids: SpecialIds,
   mesh: Mesh,
   dtype: str | None = None,
   setting: str = 'CHECKPOINT_PATH',
@@ -196,7 +205,7 @@ def load_model(
   Args:
     path: see `open_checkpoint`.
     vocabulary: see `check_fits`.
-    num_ids: see `check_fits`.
+    ids: see `check_fits`.
     mesh: where the parameters go.
     dtype: of the parameters; None: as saved.
     setting: what the path is called in gin.
@@ -208,7 +217,7 @@ def load_model(
     ValueError: no checkpoint, or its vocabulary is not the task's.
   """
   source = open_checkpoint(path, setting)
-  check_fits(source, vocabulary, num_ids)
+  check_fits(source, vocabulary, ids)
   console.log(f'Model: {source}')
   model = T5(source.config, Placement(mesh))
   return model, source.load(abstract_params(model), dtype), source.folder

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epy
 
-from gkd_jax.batch import EOS_ID, PAD_ID, Batch
+from gkd_jax.batch import Batch, SpecialIds
 from gkd_jax.data import seqio_tasks, vocabularies
 
 with epy.lazy_imports():
@@ -141,22 +141,39 @@ def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:
   """Returns the vocabulary of the task's inputs and targets.
 
   Raises:
-    ValueError: they differ, or its special ids are not T5's.
+    ValueError: they differ.
   """
   features = get_task(config).output_features
   vocabulary = features['targets'].vocabulary
   if features['inputs'].vocabulary != vocabulary:
     raise ValueError(
       f'Task {config.mixture_or_task_name!r} has different vocabularies for '
-      'inputs and targets; a T5 embeds both with one table.'
-    )
-  ids = (vocabulary.pad_id, vocabulary.eos_id)
-  if ids != (PAD_ID, EOS_ID):
-    raise ValueError(
-      f'The vocabulary of task {config.mixture_or_task_name!r} has pad and EOS '
-      f'ids {ids}; T5 needs ({PAD_ID}, {EOS_ID}).'
+      'inputs and targets; the model embeds both with one table.'
     )
   return vocabulary
+
+
+def special_ids(
+  config: DatasetConfig, vocabulary: seqio.Vocabulary, model_config: Any
+) -> SpecialIds:
+  """Returns the special ids of a model that reads and writes a task's ids.
+
+  Args:
+    config: names the task in errors.
+    vocabulary: the task's, see `get_vocabulary`.
+    model_config: see `models.interface`.
+
+  Raises:
+    ValueError: the vocabulary ends its rows with another id than the model.
+  """
+  ids = (vocabulary.pad_id, vocabulary.eos_id)
+  wanted = (model_config.pad_id, model_config.eos_id)
+  if ids != wanted:
+    raise ValueError(
+      f'The vocabulary of task {config.mixture_or_task_name!r} has pad and EOS '
+      f'ids {ids}; the model has {wanted}.'
+    )
+  return model_config.special_ids(vocabulary.vocab_size)
 
 
 # Rows of a batch [n, ...] -> tokens written for them [n, T].

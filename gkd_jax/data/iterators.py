@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epy
 
-from gkd_jax.batch import EOS_ID, PAD_ID, Batch
+from gkd_jax.batch import Batch
 from gkd_jax.data import datasets, seqio_tasks, vocabularies
 from gkd_jax.runtime import files
 
@@ -37,6 +37,7 @@ class TrainIterator(Iterator[Batch]):
     shards: Sequence[int] = (0,),
     num_shards: int = 1,
     saves: bool = True,
+    pad_id: int = 0,
   ):
     """Opens the data.
 
@@ -47,6 +48,7 @@ class TrainIterator(Iterator[Batch]):
       num_shards: of all hosts. With as many, the batches are the same however
         many hosts there are.
       saves: whether `save` writes; of hosts with the same shards one does.
+      pad_id: the model's.
     """
     task = datasets.get_task(config)
     if config.num_examples is not None:
@@ -173,18 +175,21 @@ class EvalDataset:
     self,
     config: datasets.DatasetConfig,
     before_batch: Callable[[], None] = lambda: None,
+    pad_id: int = 0,
   ):
     """Reads the split.
 
     Args:
       config: of it.
       before_batch: called before each, as to stop by raising an exception.
+      pad_id: the model's.
 
     Raises:
       ValueError: it is empty, or the task has no metrics.
     """
     datasets.check_not_empty(config)
     self._before_batch = before_batch
+    self._pad_id = pad_id
     task = datasets.get_task(config)
     self.batch_size = config.batch_size
     self._name = config.mixture_or_task_name
@@ -298,7 +303,7 @@ class EvalDataset:
     ids = [int(t) for t in tokens]
     before, after = self.decode([ids, [*ids, int(token)]])
     added = after[len(os.path.commonprefix([before, after])) :]
-    if added or token == EOS_ID:
+    if added or token == self.vocabulary.eos_id:
       return added
     byte = token - 3  # after pad, EOS and unknown
     if isinstance(self.vocabulary, seqio.ByteVocabulary) and 0 <= byte < 256:
@@ -324,14 +329,19 @@ class InferenceDataset:
   without metrics.
   """
 
-  def __init__(self, config: datasets.DatasetConfig):
+  def __init__(self, config: datasets.DatasetConfig, pad_id: int = 0):
     """Opens the split.
+
+    Args:
+      config: of it.
+      pad_id: the model's.
 
     Raises:
       ValueError: it is empty, or of several tasks.
     """
     datasets.check_not_empty(config)
     self._config = config
+    self._pad_id = pad_id
     self.vocabulary = datasets.get_vocabulary(config)
     self._task, *others = seqio.get_subtasks(datasets.get_task(config))
     if others:
@@ -375,7 +385,7 @@ class InferenceDataset:
     rows = ds.as_numpy_iterator()
     while part := list(itertools.islice(rows, size)):
       shape = (size, config.task_feature_lengths['inputs'])
-      inputs = np.full(shape, PAD_ID, np.int32)
+      inputs = np.full(shape, self._pad_id, np.int32)
       for row, features in zip(inputs, part, strict=False):
         row[: len(features['inputs'])] = features['inputs']
       yield (

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gkd_jax.batch import EOS_ID
 from gkd_jax.data import json_lines
 from gkd_jax.runtime import files
 
@@ -155,6 +154,7 @@ def read(
   task: str,
   vocabulary: str,
   num_ids: int,
+  eos_id: int,
   encode: Callable[[str], Sequence[int]],
   lengths: Mapping[str, int],
   add_eos: Mapping[str, bool],
@@ -171,6 +171,7 @@ def read(
     task: that the student is trained on.
     vocabulary: the task's, as `vocabularies.describe` says it.
     num_ids: how many ids it has.
+    eos_id: its end of sequence.
     encode: text -> ids, for files without ids.
     lengths: {'inputs': S, 'targets': T}, at most.
     add_eos: {feature: whether the task ends it with EOS}.
@@ -179,6 +180,7 @@ def read(
     ValueError: there is no such file, or it is of no use for this task.
   """
   rows = {'inputs': [], 'targets': []}
+  end = {name: [eos_id] if adds else [] for name, adds in add_eos.items()}
   sources = []
   num_unfinished = num_empty = 0
   for path in find(pattern):
@@ -188,14 +190,14 @@ def read(
       if has_ids
       else f'texts of {path}'
     )
-    for inputs, outputs in _read_rows(path, has_ids, encode, add_eos):
-      num_unfinished += add_eos['targets'] and outputs[-1:] != [EOS_ID]
-      num_empty += outputs in ([], [EOS_ID])
+    for inputs, outputs in _read_rows(path, has_ids, encode, end):
+      num_unfinished += add_eos['targets'] and outputs[-1:] != [eos_id]
+      num_empty += outputs in ([], [eos_id])
       for name, row in (('inputs', inputs), ('targets', outputs)):
         if len(row) > lengths[name]:
           row = row[: lengths[name]]
           if add_eos[name]:
-            row[-1] = EOS_ID
+            row[-1] = eos_id
         rows[name].append(np.asarray(row, np.int32))
   if not rows['inputs']:
     raise ValueError(f'{_SETTING}: {pattern} holds no predictions.')
@@ -230,7 +232,7 @@ def _read_rows(
   path: str,
   has_ids: bool,
   encode: Callable[[str], Sequence[int]],
-  add_eos: Mapping[str, bool],
+  end: Mapping[str, Sequence[int]],
 ) -> Iterable[tuple[list[int], list[int]]]:
   if has_ids:
     fields = {'input_ids': list, 'prediction_ids': list}
@@ -243,7 +245,6 @@ def _read_rows(
           )
       yield line['input_ids'], line['prediction_ids']
     return
-  end = {name: [EOS_ID] if adds else [] for name, adds in add_eos.items()}
   fields = {'inputs': str, 'prediction': str}
   for line in json_lines.read(path, fields, _SETTING):
     yield (

@@ -186,6 +186,7 @@ def with_predictions(
     task=task_name,
     vocabulary=vocabularies.describe(vocabulary),
     num_ids=vocabulary.vocab_size,
+    eos_id=vocabulary.eos_id,
     encode=vocabulary.encode,
     lengths=lengths,
     add_eos={name: feature.add_eos for name, feature in features.items()},

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
+from gkd_jax.batch import MASKED_LOGIT, SpecialIds
 from gkd_jax.decoding.sampler import Cache, DecodeStep
 
 
@@ -67,6 +67,7 @@ def beam_search(
   *,
   batch_size: int,
   max_decode_len: int,
+  ids: SpecialIds,
 ) -> Beams:
   """Finds the outputs of highest penalised log-probability.
 
@@ -77,6 +78,7 @@ def beam_search(
     config: width and penalty.
     batch_size: B.
     max_decode_len: T.
+    ids: what begins, ends and pads a row.
 
   Returns:
     `Beams`, best first. A row none of whose hypotheses ended within T returns
@@ -106,7 +108,7 @@ def beam_search(
 
   def body(s: _Loop) -> _Loop:
     last_BK = jnp.where(
-      s.step > 0, s.live.tokens[:, :, jnp.maximum(s.step - 1, 0)], PAD_ID
+      s.step > 0, s.live.tokens[:, :, jnp.maximum(s.step - 1, 0)], ids.start
     )
     logits, cache = decode_step(s.cache, merge(last_BK))
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -121,7 +123,7 @@ def beam_search(
     )
     parent_BC, token_BC = flat_BC // vocab_size, flat_BC % vocab_size
     tokens_BCT = gather(s.live.tokens, parent_BC).at[:, :, s.step].set(token_BC)
-    ends_BC = token_BC == EOS_ID
+    ends_BC = token_BC == ids.eos
 
     live_score, chosen = jax.lax.top_k(
       jnp.where(ends_BC, MASKED_LOGIT, score_BC), width
@@ -148,7 +150,7 @@ def beam_search(
     can_improve = jnp.any(reachable_B > s.done.scores[:, -1])
     return (s.step < max_decode_len) & can_improve
 
-  tokens = jnp.full((batch_size, width, max_decode_len), PAD_ID, jnp.int32)
+  tokens = jnp.full((batch_size, width, max_decode_len), ids.pad, jnp.int32)
   masked = jnp.full((batch_size, width), MASKED_LOGIT, jnp.float32)
   start = _Loop(
     step=jnp.int32(0),

@@ -30,11 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
+from gkd_jax.batch import MASKED_LOGIT, SpecialIds
 
 _MAX_EXPRESSION = 120  # characters; also bounds the parser's recursion
 _MAX_DIGITS = 15  # of a number that is read, and of a result
 _MAX_DECIMALS = 12  # of a result
+_NO_TOKEN = -1  # where nothing is forced
 _MAX_FORCED = 24  # tokens; a result has at most 15 digits, sign, commas, `>>`
 _WINDOW = 128  # tokens that the host sees
 _MAX_PART = 16_384  # elements of int32: 64 KiB
@@ -274,13 +275,15 @@ class Calculator:
   returns for a row depends on this row alone.
   """
 
-  def __init__(self, vocabulary):
+  def __init__(self, vocabulary, ids: SpecialIds):
     """Reads a vocabulary of seqio, or what else has these three members.
 
     Args:
       vocabulary: with `vocab_size`, `encode(text)` and `decode(ids)`.
+      ids: no result is written that has EOS or an id that may not occur.
     """
     self._vocabulary = vocabulary
+    self._special = {*ids.never_written, ids.eos}
     # After another token: SentencePiece drops the first one's leading space.
     anchor = list(vocabulary.encode('='))
     num_chars = len(vocabulary.decode(anchor))
@@ -304,7 +307,7 @@ class Calculator:
     return Queue(
       jnp.zeros(batch_size, bool),
       jnp.zeros(batch_size, bool),
-      jnp.full((batch_size, _MAX_FORCED), PAD_ID, jnp.int32),
+      jnp.full((batch_size, _MAX_FORCED), _NO_TOKEN, jnp.int32),
     )
 
   def keep_result(self, queue: Queue, logits_BV: jax.Array) -> jax.Array:
@@ -340,22 +343,22 @@ class Calculator:
     begins_number_B = (kind_B == _EQUALS_AND_NUMBER) | (
       queue.after_equals_B & (kind_B == _NUMBER_BEGINS)
     )
-    was_forced_B = queue.tokens_BF[:, 0] != PAD_ID
+    was_forced_B = queue.tokens_BF[:, 0] != _NO_TOKEN
     asks_B = begins_number_B & alive_B & ~was_forced_B
     tokens_BF = jax.lax.cond(
       jnp.any(asks_B),
       lambda: self._ask(queue.tokens_BF, tokens_BT, step, drawn_B, asks_B),
       lambda: queue.tokens_BF,
     )
-    is_forced_B = tokens_BF[:, 0] != PAD_ID
+    is_forced_B = tokens_BF[:, 0] != _NO_TOKEN
     after_equals_B = ~is_forced_B & (
       (kind_B == _EQUALS) | (queue.after_equals_B & (kind_B == _BETWEEN))
     )
     token_B = jnp.where(is_forced_B, tokens_BF[:, 0], drawn_B)
     tokens_BF = jnp.pad(
-      tokens_BF[:, 1:], ((0, 0), (0, 1)), constant_values=PAD_ID
+      tokens_BF[:, 1:], ((0, 0), (0, 1)), constant_values=_NO_TOKEN
     )
-    is_last_B = is_forced_B & (tokens_BF[:, 0] == PAD_ID)
+    is_last_B = is_forced_B & (tokens_BF[:, 0] == _NO_TOKEN)
     after_result_B = (
       is_last_B & jnp.asarray(self._ends_in_digit_V)[token_B]
     ) | (queue.after_result_B & jnp.asarray(self._is_point_V)[token_B])
@@ -388,7 +391,7 @@ class Calculator:
     tokens_BW = np.concatenate([np.asarray(part) for part in parts], axis=1)
     num_written = min(int(step), tokens_BW.shape[1])
     drawn_B = np.asarray(drawn_B)
-    answers_BF = np.full((len(drawn_B), _MAX_FORCED), PAD_ID, np.int32)
+    answers_BF = np.full((len(drawn_B), _MAX_FORCED), _NO_TOKEN, np.int32)
     for row in np.flatnonzero(np.asarray(asks_B)):
       answer = self.replace(
         tokens_BW[row, :num_written].tolist(),
@@ -440,7 +443,7 @@ class Calculator:
       if (
         ids[: len(head)] == head
         and len(added) <= _MAX_FORCED
-        and not {PAD_ID, EOS_ID} & {*added}
+        and not self._special & {*added}
         and self._vocabulary.decode([*written, *added]) == before + text
       ):
         return added

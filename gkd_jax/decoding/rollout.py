@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax.batch import mask_unused_ids
+from gkd_jax.batch import SpecialIds, mask_unused_ids
 from gkd_jax.decoding import sampler
 from gkd_jax.decoding.calculator import Calculator
 
@@ -20,7 +20,7 @@ def rollout(
   *,
   row_ids_B: jax.Array,
   max_decode_len: int,
-  num_ids: int,
+  ids: SpecialIds,
   encoded: jax.Array | None = None,
   calculator: Calculator | None = None,
 ) -> sampler.Rollout:
@@ -34,7 +34,7 @@ def rollout(
     config: how to draw.
     row_ids_B: [B] number of each row in the global batch.
     max_decode_len: T.
-    num_ids: size of the tokenizer's vocabulary.
+    ids: the special ids of model and vocabulary.
     encoded: [B, S, D] the encoder's output, where it is known already.
     calculator: writes results, if `config` asks for one.
 
@@ -60,7 +60,7 @@ def rollout(
     logits, cache = model.apply(
       variables, cache, tokens_B, method='decode_step'
     )
-    return mask_unused_ids(logits, num_ids), cache
+    return mask_unused_ids(logits, ids), cache
 
   return sampler.sample(
     decode_step,
@@ -69,5 +69,6 @@ def rollout(
     config,
     row_ids_B=row_ids_B,
     max_decode_len=max_decode_len,
+    ids=ids,
     calculator=calculator,
   )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.batch import EOS_ID, MASKED_LOGIT, PAD_ID
+from gkd_jax.batch import MASKED_LOGIT, SpecialIds
 from gkd_jax.decoding.calculator import Calculator, Queue
 
 Cache = Any
@@ -90,19 +90,22 @@ def sample(
   *,
   row_ids_B: jax.Array,
   max_decode_len: int,
+  ids: SpecialIds,
   calculator: Calculator | None = None,
 ) -> Rollout:
   """Draws one output a row; ends as soon as every row has ended.
 
   Args:
     decode_step: (cache, tokens [B]) -> (logits [B, V], cache).
-    cache: what `decode_step` needs before its first token (BOS).
+    cache: what `decode_step` needs before its first token.
     rng: key of this batch.
     config: how to draw.
     row_ids_B: [B] int32 number of each row in the global batch. Draws depend
       on the key, the row's number and the position alone: not on the device
       that makes them, nor on the other rows of a microbatch.
     max_decode_len: T, at most; a row that has not ended by then has no EOS.
+    ids: what begins, ends and pads a row; the ids that may not occur are masked
+      by `decode_step`.
     calculator: writes results, if `config` asks for one.
 
   Returns:
@@ -143,7 +146,7 @@ def sample(
 
     # Weights come from `alive_B`, never from `token != 0`: whether a token
     # counts is what happened, not what it looks like.
-    token_B = jnp.where(s.alive_B, drawn_B, PAD_ID)
+    token_B = jnp.where(s.alive_B, drawn_B, ids.pad)
     rollout = Rollout(
       tokens=s.rollout.tokens.at[:, s.step].set(token_B),
       weights=s.rollout.weights.at[:, s.step].set(
@@ -153,7 +156,7 @@ def sample(
         jnp.where(s.alive_B, log_prob_B, 0.0)
       ),
     )
-    alive_B = s.alive_B & (token_B != EOS_ID)
+    alive_B = s.alive_B & (token_B != ids.eos)
     return _Loop(s.step + 1, token_B, alive_B, rollout, cache, queue)
 
   def keep_going(s: _Loop) -> jax.Array:
@@ -162,10 +165,10 @@ def sample(
   shape = (batch_size, max_decode_len)
   start = _Loop(
     step=jnp.int32(0),
-    token_B=jnp.full(batch_size, PAD_ID, jnp.int32),
+    token_B=jnp.full(batch_size, ids.start, jnp.int32),
     alive_B=jnp.ones(batch_size, bool),
     rollout=Rollout(
-      tokens=jnp.full(shape, PAD_ID, jnp.int32),
+      tokens=jnp.full(shape, ids.pad, jnp.int32),
       weights=jnp.zeros(shape, jnp.float32),
       log_probs=jnp.zeros(shape, jnp.float32),
     ),

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.batch import mask_unused_ids
+from gkd_jax.batch import SpecialIds, mask_unused_ids
 
 Divergence = Callable[..., jax.Array]
 Head = Any  # parameters of a projection to the vocabulary
@@ -143,16 +143,16 @@ class Objective:
   def learns_from_reward(self) -> bool:
     return bool(self.reward_weight)
 
-  def terms(self, num_ids: int) -> Terms:
+  def terms(self, ids: SpecialIds) -> Terms:
     """Returns 'loss' and its parts for each token, in nats; not the reward."""
 
     def terms(student_logits, teacher_logits, tokens):
       if self.needs_teacher:
         student_logits, teacher_logits = comparable_logits(
-          student_logits, teacher_logits, num_ids
+          student_logits, teacher_logits, ids
         )
       else:
-        student_logits = mask_unused_ids(student_logits, num_ids)
+        student_logits = mask_unused_ids(student_logits, ids)
       out = {'nll': negative_log_likelihood(student_logits, tokens)}
       loss = self.likelihood_weight * out['nll']
       if self.needs_teacher:
@@ -184,7 +184,7 @@ def reward_share(alpha: float) -> float:
 
 
 def comparable_logits(
-  student_logits: jax.Array, teacher_logits: jax.Array, num_ids: int
+  student_logits: jax.Array, teacher_logits: jax.Array, ids: SpecialIds
 ) -> tuple[jax.Array, jax.Array]:
   """Masks the unused ids of both, and cuts them to one width.
 
@@ -194,15 +194,15 @@ def comparable_logits(
   Args:
     student_logits: [..., V].
     teacher_logits: [..., V'].
-    num_ids: size of the vocabulary, at most V and V'.
+    ids: with `num_ids` at most V and V'.
 
   Returns:
     Both, [..., min(V, V')].
   """
   width = min(student_logits.shape[-1], teacher_logits.shape[-1])
   return (
-    mask_unused_ids(student_logits[..., :width], num_ids),
-    mask_unused_ids(teacher_logits[..., :width], num_ids),
+    mask_unused_ids(student_logits[..., :width], ids),
+    mask_unused_ids(teacher_logits[..., :width], ids),
   )
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.batch import EOS_ID, PAD_ID, Batch, Outputs
+from gkd_jax.batch import Batch, Outputs, SpecialIds
 
 Params = Any
 # seqio's: encode(text) -> ids, decode(ids) -> text, unk_id, vocab_size
@@ -42,14 +42,14 @@ class Reward:
   """One way to say how good an output is.
 
   Attributes:
-    make_score: (vocabulary of the task, model or None) -> Score. It raises
-      ValueError where a setting does not suit the vocabulary.
+    make_score: (vocabulary of the task, special ids, model or None) -> Score.
+      It raises ValueError where a setting does not suit the vocabulary.
     needs_model: whether a model scores; its parameters are the step's argument.
     raise_failure: raises what has gone wrong on the host, if anything has. A
       step cannot: where devices wait for each other, it would never end.
   """
 
-  make_score: Callable[[Vocabulary, Any], Score]
+  make_score: Callable[[Vocabulary, SpecialIds, Any], Score]
   needs_model: bool = False
   raise_failure: Callable[[], None] = lambda: None
 
@@ -165,19 +165,19 @@ def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
       tokens count.
   """
 
-  def make_score(vocabulary, model):
+  def make_score(vocabulary, ids, model):
     del model
-    ids = None
+    marker_ids = None
     if marker is not None:
-      ids = _token_ids(vocabulary, marker, 'exact_match.marker')
+      marker_ids = _token_ids(vocabulary, marker, ids, 'exact_match.marker')
 
     def score(batch, outputs, params):
       del params
       got_BT, want_BT = map(_tokens_or_nothing, (outputs, batch.outputs))
       found_B = True
-      if ids is not None:
-        got_BT, found_B = _after_last(got_BT, ids)
-        want_BT, in_target_B = _after_last(want_BT, ids)
+      if marker_ids is not None:
+        got_BT, found_B = _after_last(got_BT, marker_ids)
+        want_BT, in_target_B = _after_last(want_BT, marker_ids)
         found_B &= in_target_B
       return (jnp.all(got_BT == want_BT, axis=1) & found_B).astype(jnp.float32)
 
@@ -230,9 +230,9 @@ def rouge_n(n: int = 2) -> Reward:
   if not isinstance(n, int) or n < 1:
     raise ValueError(f'rouge_n.n must be a positive whole number, got {n!r}.')
 
-  def score(batch, outputs, params):
+  def score(batch, outputs, params, *, eos):
     del params
-    got_BT, want_BT = map(_words, (outputs, batch.outputs))
+    got_BT, want_BT = (_words(y, eos) for y in (outputs, batch.outputs))
     got_BTN, want_BTN = _grams(got_BT, n), _grams(want_BT, n)
     in_got_BT, in_want_BT = (
       jnp.all(grams != _NOTHING, axis=-1) for grams in (got_BTN, want_BTN)
@@ -251,7 +251,9 @@ def rouge_n(n: int = 2) -> Reward:
       in_want_BT.sum(axis=1),
     )
 
-  return Reward(lambda vocabulary, model: score)
+  return Reward(
+    lambda vocabulary, ids, model: functools.partial(score, eos=ids.eos)
+  )
 
 
 def rouge_l() -> Reward:
@@ -262,9 +264,9 @@ def rouge_l() -> Reward:
   Source: Lin (2004), "ROUGE", ACL workshop Text Summarization Branches Out.
   """
 
-  def score(batch, outputs, params):
+  def score(batch, outputs, params, *, eos):
     del params
-    got_BT, want_BT = map(_words, (outputs, batch.outputs))
+    got_BT, want_BT = (_words(y, eos) for y in (outputs, batch.outputs))
     lengths = [(words != _NOTHING).sum(axis=1) for words in (got_BT, want_BT)]
     want_BT = jnp.where(want_BT == _NOTHING, _NEITHER, want_BT)
 
@@ -279,13 +281,15 @@ def rouge_l() -> Reward:
     best_BT, _ = jax.lax.scan(add_token, jnp.zeros_like(want_BT), got_BT.T)
     return _f1(best_BT[:, -1], *lengths)
 
-  return Reward(lambda vocabulary, model: score)
+  return Reward(
+    lambda vocabulary, ids, model: functools.partial(score, eos=ids.eos)
+  )
 
 
-def _words(outputs: Outputs) -> jax.Array:
+def _words(outputs: Outputs, eos: int) -> jax.Array:
   """Returns the tokens but EOS: [B, T]."""
   tokens_BT = _tokens_or_nothing(outputs)
-  return jnp.where(tokens_BT == EOS_ID, _NOTHING, tokens_BT)
+  return jnp.where(tokens_BT == eos, _NOTHING, tokens_BT)
 
 
 def _f1(common_B, got_B, want_B) -> jax.Array:
@@ -327,17 +331,17 @@ def entailment(
   et al. (2022), arXiv:2204.04991, in google/t5_xxl_true_nli_mixture.
   """
 
-  def make_score(vocabulary, model):
-    def ids(text, name):
-      return _token_ids(vocabulary, text, f'entailment.{name}')
+  def make_score(vocabulary, ids, model):
+    def encode(text, name):
+      return _token_ids(vocabulary, text, ids, f'entailment.{name}')
 
-    prefix_ids = ids(task_prefix, 'task_prefix') if task_prefix else []
-    premise_ids = ids(premise, 'premise')
-    hypothesis_ids = ids(hypothesis, 'hypothesis')
+    prefix_ids = encode(task_prefix, 'task_prefix') if task_prefix else []
+    premise_ids = encode(premise, 'premise')
+    hypothesis_ids = encode(hypothesis, 'hypothesis')
     answers = [
       _known_id(vocabulary, answer, f'entailment.{name}')
       if isinstance(answer, int)
-      else ids(answer, name)[0]
+      else encode(answer, name)[0]
       for answer, name in (
         (entailed, 'entailed'),
         (not_entailed, 'not_entailed'),
@@ -358,14 +362,15 @@ def entailment(
         premise_ids=premise_ids,
         hypothesis_ids=hypothesis_ids,
         max_input_len=max_input_len,
+        ids=ids,
       )
       variables = {'params': params}
       hidden = model.apply(
         variables,
         model.apply(variables, inputs, method='encode'),
         inputs,
-        # The first token is decided by what comes before it, which is BOS.
-        jnp.full((inputs.shape[0], 1), PAD_ID, jnp.int32),
+        # The first token depends on the start id alone.
+        jnp.full((inputs.shape[0], 1), ids.pad, jnp.int32),
         method='decode',
       )
       logits_BV = model.apply(variables, hidden[:, 0], method='unembed')
@@ -386,6 +391,7 @@ def premise_and_hypothesis(
   premise_ids: Sequence[int],
   hypothesis_ids: Sequence[int],
   max_input_len: int | None,
+  ids: SpecialIds,
 ) -> jax.Array:
   """Puts the input of an entailment model together, from tokens.
 
@@ -396,6 +402,7 @@ def premise_and_hypothesis(
     premise_ids: go before the premise.
     hypothesis_ids: go between the two.
     max_input_len: L at most; the premise is cut to fit.
+    ids: of the model that reads it, and of the outputs.
 
   Returns:
     [B, L] int32: premise_ids, premise, hypothesis_ids, hypothesis, EOS, pad.
@@ -416,7 +423,9 @@ def premise_and_hypothesis(
       )
     total_len = min(total_len, max_input_len)
 
-  is_word = (encoder_input_tokens != PAD_ID) & (encoder_input_tokens != EOS_ID)
+  is_word = (encoder_input_tokens != ids.pad) & (
+    encoder_input_tokens != ids.eos
+  )
   premise_end_B = jnp.cumprod(is_word, axis=1).sum(axis=1)
   premise_start_B = jnp.zeros(batch_size, jnp.int32)
   if 0 < len(prefix_ids) <= input_len:
@@ -425,13 +434,13 @@ def premise_and_hypothesis(
       axis=1,
     )
     premise_start_B = len(prefix_ids) * has_prefix_B
-  hypothesis_len_B = (_words(outputs) != _NOTHING).sum(axis=1)
+  hypothesis_len_B = (_words(outputs, ids.eos) != _NOTHING).sum(axis=1)
   premise_len_B = jnp.minimum(
     premise_end_B - premise_start_B, total_len - fixed_len - hypothesis_len_B
   )
 
-  def of_all_rows(ids):
-    return jnp.broadcast_to(jnp.int32(ids), (batch_size, len(ids)))
+  def of_all_rows(tokens):
+    return jnp.broadcast_to(jnp.int32(tokens), (batch_size, len(tokens)))
 
   # Each part is a stretch of one of these, put where the part before it ends.
   parts = (
@@ -439,10 +448,10 @@ def premise_and_hypothesis(
     (encoder_input_tokens, premise_start_B, premise_len_B),
     (of_all_rows(hypothesis_ids), 0, len(hypothesis_ids)),
     (outputs.tokens, 0, hypothesis_len_B),
-    (of_all_rows([EOS_ID]), 0, 1),
+    (of_all_rows([ids.eos]), 0, 1),
   )
   at_BL = jnp.broadcast_to(jnp.arange(total_len), (batch_size, total_len))
-  joined_BL = jnp.full((batch_size, total_len), PAD_ID, jnp.int32)
+  joined_BL = jnp.full((batch_size, total_len), ids.pad, jnp.int32)
   end_B1 = jnp.zeros((batch_size, 1), jnp.int32)
   for tokens, start_B, length_B in parts:
     start_B1, length_B1 = (
@@ -481,7 +490,7 @@ def python_function(function: TextReward) -> Reward:
         f'REWARD: {name} failed: {type(e).__name__}: {e}'
       ) from e
 
-  def make_score(vocabulary, model):
+  def make_score(vocabulary, ids, model):
     del model
 
     def texts(words_BT):
@@ -494,9 +503,9 @@ def python_function(function: TextReward) -> Reward:
       del params
       inputs = batch.encoder_input_tokens
       words = [
-        _words(Outputs(inputs, inputs != PAD_ID)),
-        _words(outputs),
-        _words(batch.outputs),
+        _words(Outputs(inputs, inputs != ids.pad), ids.eos),
+        _words(outputs, ids.eos),
+        _words(batch.outputs, ids.eos),
       ]
       batch_size, input_len = inputs.shape
       output_len = outputs.tokens.shape[1]
@@ -530,7 +539,10 @@ def python_function(function: TextReward) -> Reward:
 
 
 def _token_ids(
-  vocabulary: Vocabulary, text: str | Sequence[int], setting: str
+  vocabulary: Vocabulary,
+  text: str | Sequence[int],
+  ids: SpecialIds,
+  setting: str,
 ) -> list[int]:
   """Returns the ids of a text, or the ids that were given.
 
@@ -538,15 +550,15 @@ def _token_ids(
     ValueError: the vocabulary has no tokens for it.
   """
   if isinstance(text, str):
-    ids = vocabulary.encode(text)
+    tokens = vocabulary.encode(text)
   else:
-    ids = [_known_id(vocabulary, token_id, setting) for token_id in text]
-  if not ids or {PAD_ID, EOS_ID, vocabulary.unk_id} & {*ids}:
+    tokens = [_known_id(vocabulary, token_id, setting) for token_id in text]
+  if not tokens or {*ids.never_written, ids.eos, vocabulary.unk_id} & {*tokens}:
     raise ValueError(
-      f"{setting} is {text!r}, in the task's vocabulary {ids}: it must be at "
-      'least one token, and none of pad, EOS and unknown.'
+      f"{setting} is {text!r}, in the task's vocabulary {tokens}: it must be "
+      'at least one token, and none of pad, EOS and unknown.'
     )
-  return ids
+  return tokens
 
 
 def _known_id(vocabulary: Vocabulary, token_id: int, setting: str) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gkd_jax.batch import EOS_ID, Outputs, split_rows
+from gkd_jax.batch import Outputs, SpecialIds, split_rows
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import objectives, policies, rewards
@@ -66,7 +66,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   student_sampler: sampler.SamplerConfig,
   teacher_sampler: sampler.SamplerConfig,
-  num_ids: int,
+  ids: SpecialIds,
   seed: int,
   num_microbatches: int = 1,
   reward: rewards.Score | None = None,
@@ -85,7 +85,7 @@ def make_train_step(
     optimizer: any optax optimizer; it gets the mean gradient of the batch.
     student_sampler: how the student's outputs are drawn; the paper: as it is.
     teacher_sampler: how the teacher's are.
-    num_ids: size of the tokenizer's vocabulary; ids beyond it do not occur.
+    ids: the special ids of both models and their vocabulary.
     seed: of dropout, sampling and the policy's draws. Together with
       `state.step` it determines them all.
     num_microbatches: parts the batch is worked through in, to save memory.
@@ -108,7 +108,7 @@ def make_train_step(
     'objective': objective,
     'student_sampler': student_sampler,
     'teacher_sampler': teacher_sampler,
-    'num_ids': num_ids,
+    'ids': ids,
   }
   loss_sums = make_loss_sums(**settings, reward=reward)
   prepare = _make_prepare(**settings, num_parts=num_microbatches)
@@ -187,7 +187,7 @@ def make_loss_sums(
   objective: objectives.Objective,
   student_sampler: sampler.SamplerConfig,
   teacher_sampler: sampler.SamplerConfig,
-  num_ids: int,
+  ids: SpecialIds,
   reward: rewards.Score | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Makes the function that a step takes the gradient of.
@@ -224,7 +224,7 @@ def make_loss_sums(
     objective=objective,
     student_sampler=student_sampler,
     teacher_sampler=teacher_sampler,
-    num_ids=num_ids,
+    ids=ids,
   )
   has_dropout = student.config.dropout_rate > 0.0
 
@@ -281,7 +281,7 @@ def make_loss_sums(
           encoded=encoded,
           row_ids_B=row_ids_B,
           max_decode_len=outputs.tokens.shape[1],
-          num_ids=num_ids,
+          ids=ids,
         )
 
       advantages_B, reward_sums = _judge(
@@ -297,7 +297,7 @@ def make_loss_sums(
         )
     with jax.named_scope('student'):
       sums = objectives.weighted_sums(
-        objective.terms(num_ids),
+        objective.terms(ids),
         unembed(student),
         unembed(teacher) if objective.needs_teacher else None,
         objective.chunk_tokens,
@@ -311,7 +311,7 @@ def make_loss_sums(
       )
     if objective.learns_from_reward:
       sums['loss'] -= objective.reward_weight * reward_sums['reward']
-    ended_B = jnp.any(outputs.tokens == EOS_ID, axis=1)
+    ended_B = jnp.any(outputs.tokens == ids.eos, axis=1)
     counts = {
       'count': count,
       'sequences': jnp.float32(outputs.tokens.shape[0]),
@@ -469,7 +469,7 @@ def _make_prepare(
   objective,
   student_sampler,
   teacher_sampler,
-  num_ids,
+  ids,
   num_parts: int = 1,
 ) -> Callable[..., Prepared]:
   """Makes the function that has outputs written, and the teacher read them.
@@ -511,7 +511,7 @@ def _make_prepare(
         encoded=encoded,
         row_ids_B=row_ids_B,
         max_decode_len=batch.decoder_target_tokens.shape[1],
-        num_ids=num_ids,
+        ids=ids,
       )
       return Outputs(drawn.tokens, drawn.weights)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from gkd_jax.batch import EOS_ID, Batch
+from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.decoding import sampler
@@ -121,11 +121,15 @@ class Evaluation:
     """
     self.notes: dict[str, Any] = {}
     self._self_bleu_tokenize = self_bleu_tokenize
-    self._dataset = iterators.EvalDataset(config, before_batch)
+    vocabulary = datasets.get_vocabulary(config)
+    self._ids = datasets.special_ids(config, vocabulary, student.config)
+    self._dataset = iterators.EvalDataset(
+      config, before_batch, pad_id=self._ids.pad
+    )
     self._judge = judge
     self._teacher_params = teacher_params
     shape = {
-      'num_ids': self._dataset.vocabulary.vocab_size,
+      'ids': self._ids,
       'seed': seed,
       'mesh': mesh,
     }
@@ -138,7 +142,7 @@ class Evaluation:
         decodings[name],
         num_outputs=self._num_outputs[name],
         max_decode_len=config.task_feature_lengths['targets'],
-        vocabulary=self._dataset.vocabulary,
+        vocabulary=vocabulary,
         **shape,
       )
       return lambda params, row_ids_B, batch: write(
@@ -154,7 +158,7 @@ class Evaluation:
       self._score = programs.make_score(student, teacher, **shape)
       self._teacher_writes = writes(teacher)
       self._disagreement = programs.make_disagreement(
-        student, teacher, num_ids=shape['num_ids'], mesh=mesh
+        student, teacher, ids=self._ids, mesh=mesh
       )
     # Rows of a batch that are enough for the samples, on every device some.
     spread = mesh.shape['data']
@@ -240,7 +244,7 @@ class Evaluation:
         break
     return {
       'decoding': decoding,
-      'eos_id': EOS_ID,
+      'eos_id': self._ids.eos,
       'examples': [
         {'input': example['inputs'], 'reference': example['targets'], **outputs}
         for example, outputs in zip(
@@ -264,7 +268,7 @@ class Evaluation:
     self, tokens_T: np.ndarray, values: Mapping[str, np.ndarray]
   ) -> list[dict[str, Any]]:
     """Returns one entry a token, up to the end of the output."""
-    ended = np.flatnonzero(tokens_T == EOS_ID)
+    ended = np.flatnonzero(tokens_T == self._ids.eos)
     length = ended[0] + 1 if len(ended) else len(tokens_T)
     entries = []
     for i, text in enumerate(self._dataset.pieces(tokens_T[:length])):
@@ -408,10 +412,12 @@ def evaluate_checkpoint(
   mesh = partitioning.make_mesh()
   partitioning.check_spread('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   vocabulary = datasets.get_vocabulary(dataset)
+  source = pretrained.open_checkpoint(checkpoint_path)
+  ids = datasets.special_ids(dataset, vocabulary, source.config)
   load = functools.partial(
     pretrained.load_model,
     vocabulary=vocabularies.describe(vocabulary),
-    num_ids=vocabulary.vocab_size,
+    ids=ids,
     mesh=mesh,
   )
   student, params, folder = load(checkpoint_path)
@@ -434,14 +440,16 @@ def evaluate_checkpoint(
         dtype=reward_dtype,
         setting='REWARD_CHECKPOINT_PATH',
       )
-    score = reward.make_score(vocabulary, reward_model)
+    score = reward.make_score(vocabulary, ids, reward_model)
     rewards.check_score(
       score,
       reward_params,
       batch_size=dataset.batch_size,
       lengths=dataset.task_feature_lengths,
     )
-    judge = programs.make_judge(reward, score, reward_params, mesh)
+    judge = programs.make_judge(
+      reward, score, reward_params, ids=ids, mesh=mesh
+    )
   evaluation = Evaluation(
     dataset,
     student,

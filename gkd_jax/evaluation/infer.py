@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gkd_jax.batch import PAD_ID
+from gkd_jax.batch import SpecialIds
 from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, iterators, predictions, vocabularies
 from gkd_jax.decoding import sampler
@@ -50,22 +50,23 @@ def infer(
   predictions.check_not_there(path)
   mesh = partitioning.make_mesh()
   partitioning.check_spread('INFER_BATCH_SIZE', dataset.batch_size, mesh)
-  inputs = iterators.InferenceDataset(dataset)
-  vocabulary = vocabularies.describe(inputs.vocabulary)
-  num_ids = inputs.vocabulary.vocab_size
+  tokenizer = datasets.get_vocabulary(dataset)
+  vocabulary = vocabularies.describe(tokenizer)
   lengths = dict(dataset.task_feature_lengths)
   source = pretrained.open_checkpoint(checkpoint_path)
-  pretrained.check_fits(source, vocabulary, num_ids)
+  ids = datasets.special_ids(dataset, tokenizer, source.config)
+  pretrained.check_fits(source, vocabulary, ids)
+  inputs = iterators.InferenceDataset(dataset, ids.pad)
   model = T5(source.config, partitioning.Placement(mesh))
   write = programs.make_write(
     model,
     decoding,
     num_outputs=num_samples,
     max_decode_len=lengths['targets'],
-    num_ids=num_ids,
+    ids=ids,
     seed=seed,
     mesh=mesh,
-    vocabulary=inputs.vocabulary,
+    vocabulary=tokenizer,
   )
   step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
   provenance = {
@@ -100,7 +101,11 @@ def infer(
       continue
     writer.append(
       [
-        [_line(inputs, example, tokens) for tokens in of_one if tokens.any()]
+        [
+          _line(inputs, example, tokens, ids)
+          for tokens in of_one
+          if (tokens != ids.pad).any()
+        ]
         for example, of_one in zip(examples, tokens_BNT, strict=False)
       ]
     )
@@ -117,6 +122,7 @@ def _line(
   inputs: iterators.InferenceDataset,
   example: dict[str, Any],
   tokens: np.ndarray,
+  ids: SpecialIds,
 ) -> dict[str, Any]:
   """Returns the fields of one output [T]; no output holds the pad id."""
   return {
@@ -124,7 +130,7 @@ def _line(
     'targets': example['targets'],
     'prediction': vocabularies.decode(inputs.vocabulary, tokens),
     'input_ids': example['input_ids'],
-    'prediction_ids': tokens[tokens != PAD_ID].tolist(),
+    'prediction_ids': tokens[tokens != ids.pad].tolist(),
   }
 
 

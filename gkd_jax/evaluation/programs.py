@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkd_jax.batch import EOS_ID, Batch, Outputs, mask_unused_ids
+from gkd_jax.batch import Batch, Outputs, SpecialIds, mask_unused_ids
 from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.decoding import rollout as rollout_lib
@@ -49,7 +49,7 @@ def make_write(
   *,
   num_outputs: int = 1,
   max_decode_len: int,
-  num_ids: int,
+  ids: SpecialIds,
   seed: int,
   mesh: Mesh,
   vocabulary: Any = None,
@@ -65,7 +65,7 @@ def make_write(
     decoding: a SamplerConfig or a BeamConfig.
     num_outputs: n, for each row.
     max_decode_len: T.
-    num_ids: size of the tokenizer's vocabulary.
+    ids: the special ids of model and vocabulary.
     seed: of sampling; the same rows get the same draws each time.
     mesh: rows are spread over its data axis.
     vocabulary: the tokenizer's; read where the decoding has a calculator.
@@ -88,7 +88,7 @@ def make_write(
     )
   calculator = None
   if not is_beam and decoding.calculator and vocabulary is not None:
-    calculator = Calculator(vocabulary)
+    calculator = Calculator(vocabulary, ids)
 
   def sample(params, key, row_ids_B, inputs):
     return rollout_lib.rollout(
@@ -99,7 +99,7 @@ def make_write(
       decoding,
       row_ids_B=row_ids_B,
       max_decode_len=max_decode_len,
-      num_ids=num_ids,
+      ids=ids,
       calculator=calculator,
     ).tokens
 
@@ -114,7 +114,7 @@ def make_write(
 
     def decode_step(cache, tokens):
       logits, cache = apply(cache, tokens, method='decode_step')
-      return mask_unused_ids(logits, num_ids), cache
+      return mask_unused_ids(logits, ids), cache
 
     return beam_search.beam_search(
       decode_step,
@@ -122,6 +122,7 @@ def make_write(
       decoding,
       batch_size=inputs.shape[0] // width,
       max_decode_len=max_decode_len,
+      ids=ids,
     ).tokens[:, :num_outputs]
 
   write = jax.jit(
@@ -141,7 +142,7 @@ def make_write(
 
 
 def make_score(
-  student: T5, teacher: T5, *, num_ids: int, seed: int, mesh: Mesh
+  student: T5, teacher: T5, *, ids: SpecialIds, seed: int, mesh: Mesh
 ) -> Callable[[Params, Params, iterators.EvalDataset], dict[str, float]]:
   """Returns (student params, teacher params, dataset) -> divergences.
 
@@ -152,7 +153,7 @@ def make_score(
 
   def terms(student_logits, teacher_logits, tokens):
     student_logits, teacher_logits = objectives.comparable_logits(
-      student_logits, teacher_logits, num_ids
+      student_logits, teacher_logits, ids
     )
     return {
       'nll': objectives.negative_log_likelihood(student_logits, tokens),
@@ -191,7 +192,7 @@ def make_score(
       sampler.ANCESTRAL,
       row_ids_B=row_ids_B,
       max_decode_len=batch.decoder_target_tokens.shape[1],
-      num_ids=num_ids,
+      ids=ids,
     )
     # The student writes for rows that only fill the batch up, too.
     is_example_B = batch.decoder_loss_weights.any(axis=1, keepdims=True)
@@ -218,7 +219,7 @@ def make_score(
 
 
 def make_disagreement(
-  student: T5, teacher: T5, *, num_ids: int, mesh: Mesh
+  student: T5, teacher: T5, *, ids: SpecialIds, mesh: Mesh
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Returns a function that shows, token by token, where the two disagree.
 
@@ -238,7 +239,7 @@ def make_disagreement(
       student_logits, teacher_logits = objectives.comparable_logits(
         student_unembed(student.head_params(student_params), student_hidden_BD),
         teacher_unembed(teacher.head_params(teacher_params), teacher_hidden_BD),
-        num_ids,
+        ids,
       )
       teacher_id_B = jnp.argmax(teacher_logits, axis=-1)
 
@@ -279,7 +280,12 @@ def make_disagreement(
 
 
 def make_judge(
-  reward: rewards.Reward, score: rewards.Score, params: Params, mesh: Mesh
+  reward: rewards.Reward,
+  score: rewards.Score,
+  params: Params,
+  *,
+  ids: SpecialIds,
+  mesh: Mesh,
 ) -> Judge:
   """Returns (dataset, tokens [N, T]) -> mean reward, compiled once.
 
@@ -287,12 +293,13 @@ def make_judge(
     reward: which one.
     score: what its `make_score` returned.
     params: of its model; None if it has none.
+    ids: of the student; EOS ends what it wrote.
     mesh: rows are spread over its data axis.
   """
 
   @jax.jit
   def sums(params, batch, tokens, is_example_B):
-    ends = jnp.int32(tokens == EOS_ID)
+    ends = jnp.int32(tokens == ids.eos)
     weights = jnp.float32(jnp.cumsum(ends, axis=1) - ends == 0)
     rewards_B = rewards.score(score, batch, Outputs(tokens, weights), params)
     return jnp.sum(rewards_B, where=is_example_B)

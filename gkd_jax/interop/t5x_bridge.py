@@ -97,6 +97,9 @@ class GKDModel(models.EncoderDecoderModel):
     self._samplers = (student_sampler, teacher_sampler)
     self._teacher_checkpoint_path = teacher_checkpoint_path
     self._student = T5(student_config(model.module))
+    self._ids = self._student.config.special_ids(
+      model.output_vocabulary.vocab_size
+    )
     self._teacher = None  # (model, parameters), while a step is traced
 
   def load_teacher(self, mesh: jax.sharding.Mesh) -> tuple[T5, Params] | None:
@@ -107,7 +110,7 @@ class GKDModel(models.EncoderDecoderModel):
     teacher, params, _ = pretrained.load_model(
       self._teacher_checkpoint_path,
       vocabularies.describe(vocabulary),
-      vocabulary.vocab_size,
+      self._ids,
       mesh,
       setting='TEACHER_CHECKPOINT_PATH',
     )
@@ -171,7 +174,7 @@ class GKDModel(models.EncoderDecoderModel):
       objective=self._objective,
       student_sampler=student_sampler,
       teacher_sampler=teacher_sampler,
-      num_ids=self.output_vocabulary.vocab_size,
+      ids=self._ids,
     )
     inputs = batch['encoder_input_tokens']
     loss, sums = loss_sums(

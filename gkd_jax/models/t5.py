@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gkd_jax.batch import PAD_ID, merge_rows, shift_right, split_rows
+from gkd_jax.batch import SpecialIds, merge_rows, shift_right, split_rows
 from gkd_jax.models import layers
 from gkd_jax.parallel import partitioning
 
@@ -60,6 +60,9 @@ class T5Config:
     relpos_max_distance: from which on all distances share a bucket.
     relpos_bias_per_layer: each layer has its own bias (umT5, and T5X's
       scalable_t5); False: the layers of a stack share one (T5).
+    pad_id: of padding in the encoder's input; never sampled.
+    start_id: the decoder's first input; pad for almost every T5.
+    eos_id: ends an output.
   """
 
   vocab_size: int
@@ -79,6 +82,9 @@ class T5Config:
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
   relpos_bias_per_layer: bool = False
+  pad_id: int = 0
+  start_id: int = 0
+  eos_id: int = 1
 
   def __post_init__(self):
     # gin and JSON write lists; a config must be hashable.
@@ -104,6 +110,16 @@ class T5Config:
       raise ValueError(
         f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.'
       )
+
+  def special_ids(self, num_ids: int) -> SpecialIds:
+    """Returns the special ids of this model with a vocabulary of so many."""
+    return SpecialIds(
+      pad=self.pad_id,
+      start=self.start_id,
+      eos=self.eos_id,
+      never_written=(self.pad_id,),
+      num_ids=num_ids,
+    )
 
   @property
   def scales_decoder_outputs(self) -> bool:
@@ -639,7 +655,7 @@ class T5(nn.Module):
     """Returns encoded inputs [B, S, D]; `decode` says what the keywords do."""
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
-      _encoder_mask(encoder_input_tokens),
+      self._encoder_mask(encoder_input_tokens),
       deterministic,
       num_parts,
     )
@@ -664,9 +680,11 @@ class T5(nn.Module):
         parameters are gathered once for all. Without dropout alone.
     """
     return self.decoder(
-      self.token_embedder(shift_right(decoder_target_tokens)),
+      self.token_embedder(
+        shift_right(decoder_target_tokens, self.config.start_id)
+      ),
       encoded,
-      _encoder_mask(encoder_input_tokens),
+      self._encoder_mask(encoder_input_tokens),
       deterministic,
       num_parts,
     )
@@ -682,15 +700,18 @@ class T5(nn.Module):
   def start_cache(self, encoded, encoder_input_tokens, max_decode_len) -> Cache:
     """Returns the cache for `decode_step`, before the first token."""
     return self.decoder.start_cache(
-      encoded, _encoder_mask(encoder_input_tokens), max_decode_len
+      encoded, self._encoder_mask(encoder_input_tokens), max_decode_len
     )
 
   def decode_step(self, cache: Cache, tokens_B) -> tuple[jax.Array, Cache]:
-    """Returns logits [B, V] of the next token, given the last (BOS first)."""
+    """Returns logits [B, V] of the next token, given the last."""
     hidden, cache = self.decoder.step(
       cache, self.token_embedder(tokens_B[:, None])
     )
     return self.unembed(hidden[:, 0]), cache
+
+  def _encoder_mask(self, encoder_input_tokens: jax.Array) -> jax.Array:
+    return (encoder_input_tokens != self.config.pad_id)[:, None, None, :]
 
   def head_params(self, params: Params) -> Params:
     """Returns the part of the parameters that `unembed` reads."""
@@ -803,7 +824,3 @@ def _bias_of_step(
   """The bias of one query position, [1, H, 1, max_len]."""
   bias_1HTT = relpos_bias(max_len, max_len)
   return jax.lax.dynamic_slice_in_dim(bias_1HTT, step, 1, axis=2)
-
-
-def _encoder_mask(encoder_input_tokens: jax.Array) -> jax.Array:
-  return (encoder_input_tokens != PAD_ID)[:, None, None, :]

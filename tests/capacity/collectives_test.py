@@ -253,7 +253,7 @@ def steps():
       optimizer=optimizer,
       student_sampler=sampler.ANCESTRAL,
       teacher_sampler=sampler.ANCESTRAL,
-      num_ids=tiny.NUM_IDS,
+      ids=tiny.IDS,
       seed=0,
       num_microbatches=num_microbatches,
     )

@@ -95,7 +95,7 @@ def test_step_has_the_products_that_are_in_the_program(student, cost):
     optimizer=optimizer,
     student_sampler=sampler.ANCESTRAL,
     teacher_sampler=sampler.ANCESTRAL,
-    num_ids=tiny.NUM_IDS,
+    ids=tiny.IDS,
     seed=0,
   )
   state = jax.eval_shape(

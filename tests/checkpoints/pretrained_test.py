@@ -11,7 +11,7 @@ from etils import epath
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.models.t5 import SIZES, T5, T5Config, abstract_params
 from gkd_jax.parallel import partitioning
-from tests import conftest
+from tests import conftest, tiny
 
 CONFIG = T5Config(264, 12, 2, 4, 10, 1, 1)
 BYTES = 'ByteVocabulary 259 ids'
@@ -29,7 +29,7 @@ def run_dir(tmp_path_factory, compile_once):
 
 def load(path, config=CONFIG, vocabulary=BYTES, dtype=None):
   source = pretrained.open_checkpoint(path)
-  pretrained.check_fits(source, vocabulary, 33, config)
+  pretrained.check_fits(source, vocabulary, tiny.special_ids(33), config)
   return source.load(abstract_params(T5(config, PLACEMENT)), dtype)
 
 
@@ -89,7 +89,11 @@ def test_the_setting_that_names_a_wrong_path_is_said(tmp_path):
     pretrained.config_of(nowhere)
   with pytest.raises(ValueError, match='^TEACHER_CHECKPOINT_PATH: .*nowhere'):
     pretrained.load_model(
-      nowhere, BYTES, 259, MESH, setting='TEACHER_CHECKPOINT_PATH'
+      nowhere,
+      BYTES,
+      tiny.special_ids(259),
+      MESH,
+      setting='TEACHER_CHECKPOINT_PATH',
     )
 
 
@@ -142,11 +146,15 @@ def test_the_tokenizer_of_a_hugging_face_folder_must_be_the_tasks(tmp_path):
 
 def test_a_model_with_fewer_ids_than_the_task_is_refused():
   with pytest.raises(ValueError, match='embeds 40 ids, but .* has 259'):
-    pretrained.load_model(HUGGING_FACE / 't5_1_1', BYTES, 259, MESH)
+    pretrained.load_model(
+      HUGGING_FACE / 't5_1_1', BYTES, tiny.special_ids(259), MESH
+    )
 
 
 def test_a_model_may_have_more_ids_than_the_task():
-  model, _, _ = pretrained.load_model(HUGGING_FACE / 't5_1_1', 'x', 33, MESH)
+  model, _, _ = pretrained.load_model(
+    HUGGING_FACE / 't5_1_1', 'x', tiny.special_ids(33), MESH
+  )
 
   assert model.config.vocab_size == 40
 
@@ -160,7 +168,7 @@ def test_a_model_may_have_more_ids_than_the_task():
 @pytest.mark.parametrize('dtype', [None, 'float32', 'bfloat16'])
 def test_parameters_come_in_the_type_that_is_asked_for(name, kept, dtype):
   _, params, _ = pretrained.load_model(
-    HUGGING_FACE / name, 'x', 33, MESH, dtype
+    HUGGING_FACE / name, 'x', tiny.special_ids(33), MESH, dtype
   )
 
   assert {x.dtype for x in jax.tree.leaves(params)} == {

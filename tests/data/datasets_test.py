@@ -10,7 +10,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.data.tasks import _common, cmudict_g2p
 from gkd_jax.runtime import files
-from tests import conftest
+from tests import conftest, tiny
 from tests.conftest import LENGTHS, take, words
 
 
@@ -513,7 +513,7 @@ def test_different_vocabularies_for_inputs_and_targets_are_refused():
     datasets.get_vocabulary(config)
 
 
-def test_a_vocabulary_whose_eos_is_not_t5s_is_refused():
+def test_a_vocabulary_whose_eos_is_not_the_models_is_refused():
   feature = seqio.Feature(seqio.PassThroughVocabulary(size=9, eos_id=3))
   name = conftest.register(
     'odd_eos',
@@ -522,8 +522,12 @@ def test_a_vocabulary_whose_eos_is_not_t5s_is_refused():
   )
   config = datasets.DatasetConfig(name, LENGTHS, batch_size=8)
 
-  with pytest.raises(ValueError, match=r'ids \(0, 3\); T5 needs \(0, 1\)'):
-    datasets.get_vocabulary(config)
+  vocabulary = datasets.get_vocabulary(config)
+
+  with pytest.raises(ValueError, match=r'ids \(0, 3\); the model has \(0, 1\)'):
+    datasets.special_ids(config, vocabulary, tiny.config())
+  ids = datasets.special_ids(config, vocabulary, tiny.config(eos_id=3))
+  assert (ids.eos, ids.num_ids) == (3, 9)
 
 
 def test_a_task_without_targets_is_refused():

@@ -44,6 +44,7 @@ def read(pattern, **changes):
     'task': 'letters',
     'vocabulary': '30 letters',
     'num_ids': 30,
+    'eos_id': 1,
     'encode': lambda text: [ord(c) - 90 for c in text],
     'lengths': {'inputs': 6, 'targets': 4},
     'add_eos': {'inputs': True, 'targets': True},

@@ -63,6 +63,7 @@ class History:
         config,
         batch_size=batch_size,
         max_decode_len=self.max_decode_len,
+        ids=tiny.IDS,
       )
     )()
     return [
@@ -182,6 +183,7 @@ def chain(log_p_TV, config, counter=None):
       config,
       batch_size=1,
       max_decode_len=log_p_TV.shape[0],
+      ids=tiny.IDS,
     )
   )()
   jax.effects_barrier()
@@ -245,6 +247,7 @@ def test_width_1_without_penalty_is_greedy_decoding():
       sampler.GREEDY,
       row_ids_B=jnp.arange(1),
       max_decode_len=6,
+      ids=tiny.IDS,
     )
     assert found == [cut(greedy.tokens[0])]
 
@@ -272,7 +275,7 @@ def test_pad_and_unused_ids_never_occur():
   logits_TV = np.random.default_rng(0).standard_normal((5, 12))
   logits_TV[:, 0] = logits_TV[:, 9:] = 1e4
 
-  masked_TV = mask_unused_ids(jnp.float32(logits_TV), num_ids=9)
+  masked_TV = mask_unused_ids(jnp.float32(logits_TV), tiny.special_ids(9))
   found, _ = chain(masked_TV, BeamConfig(num_beams=4))
 
   ids = {token for tokens in found for token in tokens}
@@ -294,7 +297,7 @@ def test_scores_are_those_of_the_full_forward_pass():
 
     def decode_step(cache, tokens):
       logits, cache = apply(cache, tokens, method='decode_step')
-      return mask_unused_ids(logits, tiny.NUM_IDS), cache
+      return mask_unused_ids(logits, tiny.IDS), cache
 
     return beam_search.beam_search(
       decode_step,
@@ -302,6 +305,7 @@ def test_scores_are_those_of_the_full_forward_pass():
       BeamConfig(width, alpha=0.6),
       batch_size=3,
       max_decode_len=max_decode_len,
+      ids=tiny.IDS,
     )
 
   tokens, scores = search(inputs)
@@ -309,7 +313,7 @@ def test_scores_are_those_of_the_full_forward_pass():
   tokens = np.asarray(tokens).reshape(3 * width, max_decode_len)
   scores = np.asarray(scores).reshape(3 * width)
   logits = tiny.logits(model, params, np.repeat(inputs, width, 0), tokens)
-  log_p = jax.nn.log_softmax(mask_unused_ids(logits, tiny.NUM_IDS))
+  log_p = jax.nn.log_softmax(mask_unused_ids(logits, tiny.IDS))
   log_p = np.take_along_axis(np.asarray(log_p), tokens[..., None], 2)[..., 0]
   want = [
     penalised(row[: len(cut(y))].sum(), len(cut(y)), 0.6)

@@ -392,12 +392,12 @@ def vocabulary(request):
 
 @pytest.fixture(scope='module')
 def replace(vocabulary):
-  return calculator.Calculator(vocabulary).replace
+  return calculator.Calculator(vocabulary, tiny.IDS).replace
 
 
 @pytest.fixture(scope='module')
 def replace_t5(t5_vocabulary):
-  return calculator.Calculator(t5_vocabulary).replace
+  return calculator.Calculator(t5_vocabulary, tiny.IDS).replace
 
 
 def written_and_drawn(vocabulary, text, drawn):
@@ -482,13 +482,15 @@ def test_a_piece_may_hold_both_the_equals_sign_and_a_digit(small_vocabulary):
   written = list(small_vocabulary.encode('48/2'))
   assert small_vocabulary.decode([*written, *fused]) == '48/2=1'
 
-  ids = calculator.Calculator(small_vocabulary).replace(written, *fused)
+  ids = calculator.Calculator(small_vocabulary, tiny.IDS).replace(
+    written, *fused
+  )
 
   assert small_vocabulary.decode([*written, *ids]) == '48/2=24'
 
 
 def test_where_the_text_is_cut_an_expression_may_have_more_before():
-  calculate = calculator.Calculator(BYTES)
+  calculate = calculator.Calculator(BYTES, tiny.IDS)
 
   def replace(text):
     return calculate.replace(
@@ -535,6 +537,7 @@ def sample_scripted(script_BT, config, **settings):
     config,
     row_ids_B=jnp.arange(script_BT.shape[0]),
     max_decode_len=script_BT.shape[1],
+    ids=tiny.IDS,
     **settings,
   )
 
@@ -545,7 +548,7 @@ def compiled():
     functools.partial(
       sample_scripted,
       config=sampler.SamplerConfig(calculator=True),
-      calculator=calculator.Calculator(BYTES),
+      calculator=calculator.Calculator(BYTES, tiny.IDS),
     )
   )
 
@@ -641,7 +644,8 @@ def test_a_piece_with_the_equals_sign_in_it_is_replaced_whole():
       sampler.SamplerConfig(calculator=True),
       row_ids_B=jnp.arange(1),
       max_decode_len=9,
-      calculator=calculator.Calculator(BytesAndOne()),
+      ids=tiny.IDS,
+      calculator=calculator.Calculator(BytesAndOne(), tiny.IDS),
     )
 
   assert texts(jax.tree.map(np.asarray, write(script))) == ['48/2=24a']
@@ -715,7 +719,8 @@ def test_forced_tokens_have_log_probability_0():
       sampler.SamplerConfig(calculator=True),
       row_ids_B=jnp.arange(1),
       max_decode_len=9,
-      calculator=calculator.Calculator(BYTES),
+      ids=tiny.IDS,
+      calculator=calculator.Calculator(BYTES, tiny.IDS),
     )
   )()
 
@@ -733,7 +738,7 @@ def test_without_a_calculator_the_program_is_as_if_there_were_none():
     return jax.jit(sample).lower(script).as_text()
 
   without = program(sampler.ANCESTRAL)
-  with_one = {'calculator': calculator.Calculator(BYTES)}
+  with_one = {'calculator': calculator.Calculator(BYTES, tiny.IDS)}
 
   assert program(sampler.ANCESTRAL, **with_one) == without
   assert 'callback' not in without
@@ -759,7 +764,7 @@ def test_the_host_sees_the_end_of_a_long_text():
     functools.partial(
       sample_scripted,
       config=sampler.SamplerConfig(calculator=True),
-      calculator=calculator.Calculator(BYTES),
+      calculator=calculator.Calculator(BYTES, tiny.IDS),
     )
   )(script)
 
@@ -858,7 +863,7 @@ def miscalculator(tmp_path_factory, compile_once):
       optimizer=optimizer,
       student_sampler=sampler.ANCESTRAL,
       teacher_sampler=sampler.ANCESTRAL,
-      num_ids=259,
+      ids=tiny.special_ids(259),
       seed=0,
     )
   )

@@ -42,6 +42,7 @@ def draw(logits_TVV, config, *, seed=0, row_ids=None, max_decode_len=T):
       config,
       row_ids_B=row_ids_B,
       max_decode_len=max_decode_len,
+      ids=tiny.IDS,
     )
 
   return jax.tree.map(np.asarray, sample(jax.random.key(seed), row_ids))
@@ -63,6 +64,7 @@ def scripted(script_TB):
       sampler.ANCESTRAL,
       row_ids_B=jnp.arange(script.shape[1]),
       max_decode_len=script.shape[0],
+      ids=tiny.IDS,
     )
   )()
 
@@ -211,6 +213,7 @@ def test_loop_ends_with_the_last_row():
       sampler.ANCESTRAL,
       row_ids_B=jnp.arange(2),
       max_decode_len=6,
+      ids=tiny.IDS,
     )
   )()
 
@@ -236,12 +239,16 @@ def test_pad_and_unused_ids_are_never_drawn(config):
 
   rollout = tiny.jit(
     lambda: sampler.sample(
-      lambda cache, token_B: (mask_unused_ids(logits_BV, 32_100), cache),
+      lambda cache, token_B: (
+        mask_unused_ids(logits_BV, tiny.special_ids(32_100)),
+        cache,
+      ),
       (),
       jax.random.key(1),
       SamplerConfig(**config),
       row_ids_B=jnp.arange(64),
       max_decode_len=8,
+      ids=tiny.IDS,
     )
   )()
 
@@ -371,7 +378,7 @@ def tokens_on_one_and_on_all_devices():
       rng=jax.random.key(0),
       config=sampler.ANCESTRAL,
       max_decode_len=6,
-      num_ids=tiny.NUM_IDS,
+      ids=tiny.IDS,
     )
   )
   mesh = partitioning.make_mesh()

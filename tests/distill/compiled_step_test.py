@@ -46,7 +46,7 @@ def jitted_step(policy):
       optimizer=OPTIMIZER,
       student_sampler=sampler.ANCESTRAL,
       teacher_sampler=sampler.ANCESTRAL,
-      num_ids=V,
+      ids=tiny.special_ids(V),
       seed=0,
     ),
     donate_argnums=0,
@@ -174,7 +174,7 @@ def loss_memory(length: int) -> int:
 
   def loss(heads, hidden, tokens, weights):
     return objectives.weighted_sums(
-      objective.terms(V),
+      objective.terms(tiny.special_ids(V)),
       step_lib.unembed(STUDENT),
       step_lib.unembed(TEACHER),
       objective.chunk_tokens,

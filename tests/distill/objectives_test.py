@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.batch import EOS_ID, PAD_ID, Batch, Outputs, shift_right
+from gkd_jax.batch import Batch, Outputs, shift_right
 from gkd_jax.distill import divergences, objectives
-from tests import references
+from tests import references, tiny
 
 
 def _jsd(module, beta, suffix=''):
@@ -98,6 +98,7 @@ class Example(NamedTuple):
 
 
 NUM_IDS = 11  # of 13: two fill the vocabulary up
+IDS = tiny.special_ids(NUM_IDS)
 
 
 def example(tied=False) -> Example:
@@ -139,13 +140,13 @@ def log_of(*probs):
 
 def sums_of(objective, arrays, unembed=untied_unembed):
   return objectives.weighted_sums(
-    objective.terms(NUM_IDS), unembed, unembed, objective.chunk_tokens, *arrays
+    objective.terms(IDS), unembed, unembed, objective.chunk_tokens, *arrays
   )
 
 
 def plain_sums_of(objective, arrays, unembed=untied_unembed):
   """The same with all logits at once, left to JAX to differentiate."""
-  values = objective.terms(NUM_IDS)(
+  values = objective.terms(IDS)(
     unembed(arrays.student_head, arrays.student_hidden),
     unembed(arrays.teacher_head, arrays.teacher_hidden),
     arrays.tokens,
@@ -256,7 +257,7 @@ def test_likelihood_is_the_mean_negative_log_likelihood_of_the_tokens():
 def test_divergence_and_likelihood_are_added_with_their_weights():
   outputs, student, teacher = random_batch()
 
-  values = compiled(OBJECTIVES['both'].terms(NUM_IDS))(
+  values = compiled(OBJECTIVES['both'].terms(IDS))(
     student, teacher, outputs.tokens
   )
 
@@ -280,7 +281,7 @@ def test_likelihood_alone_needs_no_teacher():
 
   sums = compiled(
     lambda arrays: objectives.weighted_sums(
-      objective.terms(NUM_IDS), untied_unembed, None, 6, *arrays
+      objective.terms(IDS), untied_unembed, None, 6, *arrays
     )
   )(arrays)
 
@@ -317,7 +318,7 @@ def test_teacher_temperature_sharpens_the_teacher_alone(temperature, want):
     divergences.forward_kl, teacher_temperature=temperature
   )
 
-  got = objective.terms(NUM_IDS)(
+  got = objective.terms(IDS)(
     log_of(0.1, 0.3, 0.6), log_of(0.7, 0.2, 0.1), jnp.int32(1)
   )['loss']
 
@@ -751,8 +752,8 @@ def test_trl_bug_eos_masked_where_padding_is_eos():
   """TRL pull request 6357: the student never learnt to stop."""
   _, student, teacher = random_batch()
   weights = np.tile(np.float32([1, 1, 1, 0, 0, 0]), (4, 1))
-  padded_with_eos = np.tile([5, 6] + 4 * [EOS_ID], (4, 1))
-  padded = np.tile([5, 6, EOS_ID] + 3 * [PAD_ID], (4, 1))
+  padded_with_eos = np.tile([5, 6] + 4 * [1], (4, 1))
+  padded = np.tile([5, 6, 1] + 3 * [0], (4, 1))
 
   loss, grad = mean_loss(
     reduced('sequence'), Outputs(padded_with_eos, weights), student, teacher
@@ -774,7 +775,7 @@ def test_trl_bug_logits_and_labels_one_position_apart():
   tokens = np.array([[2, 3, 4, 5, 1, 0]])
   follows = np.array([2, 0, 3, 4, 5, 1])
   logits = (
-    50.0 * np.eye(NUM_IDS, dtype=np.float32)[follows[shift_right(tokens)]]
+    50.0 * np.eye(NUM_IDS, dtype=np.float32)[follows[shift_right(tokens, 0)]]
   )
   weights = np.float32([[1, 1, 1, 1, 1, 0]])
 

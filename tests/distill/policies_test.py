@@ -205,7 +205,7 @@ def rollout(model, params, inputs, config, with_encoded=False):
     config,
     row_ids_B=jnp.arange(inputs.shape[0]),
     max_decode_len=6,
-    num_ids=tiny.NUM_IDS,
+    ids=tiny.IDS,
     encoded=encoded,
   )
 
@@ -219,7 +219,7 @@ def test_rollout_draws_from_the_model_as_it_is():
   drawn = rollout(model, params, INPUTS, sampler.ANCESTRAL)
 
   logits = tiny.logits(model, params, INPUTS, drawn.tokens)
-  log_p = jax.nn.log_softmax(mask_unused_ids(logits, tiny.NUM_IDS))
+  log_p = jax.nn.log_softmax(mask_unused_ids(logits, tiny.IDS))
   want = jnp.take_along_axis(log_p, drawn.tokens[..., None], 2)[..., 0]
   # Cached and full forward pass differ by rounding.
   np.testing.assert_allclose(
@@ -236,7 +236,7 @@ def test_greedy_rollout_is_the_argmax_of_the_full_forward_pass():
   drawn = rollout(model, params, INPUTS, sampler.GREEDY)
 
   logits = tiny.logits(model, params, INPUTS, drawn.tokens)
-  best = mask_unused_ids(logits, tiny.NUM_IDS).argmax(axis=-1)
+  best = mask_unused_ids(logits, tiny.IDS).argmax(axis=-1)
   np.testing.assert_array_equal(
     drawn.tokens, jnp.where(drawn.weights > 0, best, 0)
   )

@@ -65,7 +65,7 @@ def scores(reward, pairs, vocabulary=VOCABULARY, inputs=None) -> np.ndarray:
   got, want = zip(*pairs, strict=True)
   return np.asarray(
     rewards.score(
-      reward.make_score(vocabulary, None),
+      reward.make_score(vocabulary, tiny.IDS, None),
       batch(want, inputs),
       outputs(*got),
       None,
@@ -131,7 +131,7 @@ def test_what_lies_after_the_end_is_not_compared():
   noise = jnp.where(got.weights > 0.0, got.tokens, 7)
 
   value = rewards.score(
-    rewards.exact_match().make_score(VOCABULARY, None),
+    rewards.exact_match().make_score(VOCABULARY, tiny.IDS, None),
     want,
     got._replace(tokens=noise),
     None,
@@ -143,12 +143,12 @@ def test_what_lies_after_the_end_is_not_compared():
 @pytest.mark.parametrize('marker', ['', 'nowhere', [], [1], [0, 5]])
 def test_a_marker_that_the_vocabulary_cannot_write_is_refused(marker):
   with pytest.raises(ValueError, match='exact_match.marker is'):
-    rewards.exact_match(marker).make_score(VOCABULARY, None)
+    rewards.exact_match(marker).make_score(VOCABULARY, tiny.IDS, None)
 
 
 def test_a_marker_of_ids_that_are_not_there_is_refused():
   with pytest.raises(ValueError, match='marker: there is no id 99 in'):
-    rewards.exact_match([3, 99]).make_score(VOCABULARY, None)
+    rewards.exact_match([3, 99]).make_score(VOCABULARY, tiny.IDS, None)
 
 
 def test_the_answers_of_arithmetic_cot_are_found():
@@ -172,7 +172,7 @@ def test_the_answers_of_arithmetic_cot_are_found():
   targets = Outputs(*(jnp.tile(x[:1], (len(texts), 1)) for x in written))
 
   got = rewards.score(
-    rewards.exact_match('#### ').make_score(vocabulary, None),
+    rewards.exact_match('#### ').make_score(vocabulary, tiny.IDS, None),
     Batch(targets.tokens, *targets),
     written,
     None,
@@ -279,7 +279,7 @@ def test_rouge_of_one_token_a_word_is_that_of_the_library(name):
 def test_rouge_reads_nothing_after_the_end(name):
   reward, _ = ROUGE[name]
   got, want = outputs('a b d', 'a b'), batch(['a c b d', 'b a'])
-  score = reward.make_score(VOCABULARY, None)
+  score = reward.make_score(VOCABULARY, tiny.IDS, None)
   noisy = got._replace(tokens=jnp.where(got.weights > 0, got.tokens, 4))
   noisy_want = want._replace(
     decoder_target_tokens=jnp.where(
@@ -311,6 +311,7 @@ def nli_inputs(inputs, *texts, max_input_len=None):
     premise_ids=VOCABULARY.encode('premise:'),
     hypothesis_ids=VOCABULARY.encode('hypothesis:'),
     max_input_len=max_input_len,
+    ids=tiny.IDS,
   )
   return [VOCABULARY.decode(row) for row in np.asarray(joined)], joined.shape[1]
 
@@ -379,12 +380,13 @@ def test_the_parts_joined_are_the_tokens_of_the_joined_text():
     premise_ids=vocabulary.encode('premise: '),
     hypothesis_ids=vocabulary.encode(' hypothesis: '),
     max_input_len=None,
+    ids=tiny.IDS,
   )[0]
 
   want = vocabulary.encode(f'premise: {document} hypothesis: {summary}')
   assert [int(t) for t in got if t != 0] == [*want, 1]
   # '1' is one token; '0' is two, of which the first is not that of '1'.
-  rewards.entailment().make_score(vocabulary, None)
+  rewards.entailment().make_score(vocabulary, tiny.IDS, None)
 
 
 ENTAILMENT = functools.partial(
@@ -406,7 +408,9 @@ def entailment_scores(reward):
   model, params = entailment_model()
   return np.asarray(
     tiny.jit(
-      functools.partial(rewards.score, reward.make_score(VOCABULARY, model))
+      functools.partial(
+        rewards.score, reward.make_score(VOCABULARY, tiny.IDS, model)
+      )
     )(batch(['a', 'b'], ['summarize: a b c', 'd']), outputs('d e', 'a'), params)
   )
 
@@ -447,18 +451,18 @@ def test_entailment_may_be_a_logarithm():
 
 def test_entailment_needs_answers_that_begin_differently():
   with pytest.raises(ValueError, match='begin with the same token'):
-    ENTAILMENT(not_entailed='yes no').make_score(VOCABULARY, None)
+    ENTAILMENT(not_entailed='yes no').make_score(VOCABULARY, tiny.IDS, None)
 
 
 @pytest.mark.parametrize('answer', [-1, VOCABULARY.vocab_size])
 def test_entailment_refuses_answers_that_are_no_ids(answer):
   with pytest.raises(ValueError, match=f'.entailed: there is no id {answer} '):
-    ENTAILMENT(entailed=answer).make_score(VOCABULARY, None)
+    ENTAILMENT(entailed=answer).make_score(VOCABULARY, tiny.IDS, None)
 
 
 def test_entailment_refuses_texts_that_the_vocabulary_cannot_write():
   with pytest.raises(ValueError, match='entailment.premise is'):
-    ENTAILMENT(premise='document:').make_score(VOCABULARY, None)
+    ENTAILMENT(premise='document:').make_score(VOCABULARY, tiny.IDS, None)
 
 
 def test_only_entailment_needs_a_model():
@@ -537,7 +541,7 @@ def rewards_of_spread_rows():
   vocabulary = types.SimpleNamespace(
     decode=lambda ids: ' '.join(map(str, ids)), unk_id=2
   )
-  score = rewards.python_function(reward).make_score(vocabulary, None)
+  score = rewards.python_function(reward).make_score(vocabulary, tiny.IDS, None)
 
   @jax.jit
   def mean_and_each(batch, outputs):
@@ -614,7 +618,7 @@ def test_leave_one_out_mean_is_0_where_there_is_no_other():
 def test_a_model_that_gives_rewards_may_be_any_t5():
   model = T5(tiny.config('1.0'))
   params = tiny.params(model, 0)
-  score = ENTAILMENT().make_score(VOCABULARY, model)
+  score = ENTAILMENT().make_score(VOCABULARY, tiny.IDS, model)
 
   got = tiny.jit(functools.partial(rewards.score, score))(
     batch(['a'], ['a b']), outputs('a'), params

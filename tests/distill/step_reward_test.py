@@ -22,6 +22,7 @@ from tests import references, tiny
 BETA = 0.9
 JSD = functools.partial(divergences.generalized_jsd, beta=BETA)
 NUM_IDS = 4  # EOS and two words; the rest fills the embedding up
+IDS = tiny.special_ids(NUM_IDS)
 each_baseline = pytest.mark.parametrize('baseline', objectives.REWARD_BASELINES)
 
 
@@ -54,7 +55,7 @@ def settings_of(**settings):
     'policy': policies.student(),
     'student_sampler': sampler.ANCESTRAL,
     'teacher_sampler': sampler.ANCESTRAL,
-    'num_ids': NUM_IDS,
+    'ids': IDS,
   } | settings
 
 
@@ -253,7 +254,7 @@ def reward_of_tokens(batch, outputs, params):
 def log_probs(params, inputs, tokens, weights):
   """[B] log-probability of outputs, from the logits of a plain forward pass."""
   logits = mask_unused_ids(
-    STUDENT.apply({'params': params}, inputs, tokens), NUM_IDS
+    STUDENT.apply({'params': params}, inputs, tokens), IDS
   )
   log_q = jax.nn.log_softmax(logits)
   return (
@@ -305,8 +306,8 @@ def exact_gradient(alpha):
       for model, w in ((TEACHER, TEACHER_PARAMS), (STUDENT, params))
     )
     value = JSD(
-      teacher_logits=mask_unused_ids(p, NUM_IDS),
-      student_logits=mask_unused_ids(q, NUM_IDS),
+      teacher_logits=mask_unused_ids(p, IDS),
+      student_logits=mask_unused_ids(q, IDS),
     )
     return (value * weights).sum(axis=1) / weights.sum(axis=1)
 
@@ -511,7 +512,7 @@ def greedy_probabilities():
     logits = tiny.logits(
       STUDENT, STUDENT_PARAMS, jnp.tile(x, (len(tokens), 1)), tokens
     )
-    best = mask_unused_ids(logits, NUM_IDS).argmax(axis=-1)
+    best = mask_unused_ids(logits, IDS).argmax(axis=-1)
     chosen[row] = np.all((best == tokens) | (weights == 0.0), axis=1)
   np.testing.assert_array_equal(chosen.sum(axis=1), 1.0)
   return chosen
@@ -611,7 +612,7 @@ def test_a_batch_that_the_student_did_not_write_is_not_judged():
   step = tiny.jit(
     one_token_step(
       eq_5(0.5),
-      reward=rewards.python_function(reward).make_score(vocabulary, None),
+      reward=rewards.python_function(reward).make_score(vocabulary, IDS, None),
       policy=policies.mixture(0.5),
     )
   )
@@ -686,8 +687,8 @@ def test_a_reward_that_is_learnt_raises_itself():
         student=model,
         teacher=None,
         objective=Objective(divergence_weight=0.0, reward_weight=1.0),
-        reward=rewards.rouge_n(1).make_score(None, None),
-        num_ids=num_ids,
+        reward=rewards.rouge_n(1).make_score(None, IDS, None),
+        ids=tiny.special_ids(num_ids),
       ),
       optimizer=optimizer,
       seed=0,
@@ -722,6 +723,7 @@ def steps_on_one_and_on_all_devices():
       types.SimpleNamespace(
         unk_id=-1, vocab_size=tiny.NUM_IDS, encode=lambda text: []
       ),
+      tiny.IDS,
       judge,
     )
     return score(batch, outputs, params)
@@ -729,7 +731,7 @@ def steps_on_one_and_on_all_devices():
   vocabulary = types.SimpleNamespace(decode=lambda ids: str(ids), unk_id=2)
   python = rewards.python_function(
     lambda x, y, z: [len(text) / 9 for text in y]
-  ).make_score(vocabulary, None)
+  ).make_score(vocabulary, IDS, None)
 
   def both(batch, outputs, params):
     return 5.0 * entails(batch, outputs, params) + python(

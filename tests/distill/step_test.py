@@ -38,7 +38,7 @@ def make_step(policy, **changes):
     'optimizer': GRADIENT,
     'student_sampler': sampler.ANCESTRAL,
     'teacher_sampler': sampler.ANCESTRAL,
-    'num_ids': tiny.NUM_IDS,
+    'ids': tiny.IDS,
     'seed': 0,
   }
   return step_lib.make_train_step(**(settings | changes))
@@ -418,7 +418,7 @@ def test_each_writer_draws_in_its_own_way():
           sampler.GREEDY,
           row_ids_B=jnp.arange(4),
           max_decode_len=6,
-          num_ids=tiny.NUM_IDS,
+          ids=tiny.IDS,
         ).tokens
       )
     )()

@@ -16,6 +16,7 @@ from gkd_jax.evaluation import diversity, evaluate, programs
 from gkd_jax.parallel import partitioning
 from tests import conftest, references, tiny
 from tests.letter_models import (
+  IDS,
   SETTINGS,
   STUDENT,
   TEACHER,
@@ -440,8 +441,10 @@ def test_the_mean_reward_is_that_of_what_was_written(
   config, student_params, examples, greedy
 ):
   reward = rewards.rouge_n(1)
-  score = reward.make_score(None, None)
-  judge = programs.make_judge(reward, score, None, SETTINGS['mesh'])
+  score = reward.make_score(None, IDS, None)
+  judge = programs.make_judge(
+    reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
+  )
 
   judged = evaluate.Evaluation(
     config, STUDENT, None, None, GREEDY, judge=judge, **SETTINGS

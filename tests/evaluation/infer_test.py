@@ -213,7 +213,7 @@ def _scores(model_dir, dataset, found):
   """
   mesh = partitioning.make_mesh()
   model, params, _ = pretrained.load_model(
-    str(model_dir), 'ByteVocabulary 259 ids', 259, mesh
+    str(model_dir), 'ByteVocabulary 259 ids', tiny.special_ids(259), mesh
   )
   inputs = np.zeros((len(WORDS), 3, 6), np.int32)
   outputs = np.zeros((len(WORDS), 3, 7), np.int32)
@@ -225,7 +225,7 @@ def _scores(model_dir, dataset, found):
   inputs, outputs = inputs.reshape(-1, 6), outputs.reshape(-1, 7)
   logits = mask_unused_ids(
     tiny.logits(model, params, inputs, outputs),
-    vocabularies.byte().vocab_size,
+    tiny.special_ids(259),
   )
   log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
   token_log_p = np.take_along_axis(log_p, outputs[:, :, None], 2)[:, :, 0]

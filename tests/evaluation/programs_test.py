@@ -15,7 +15,7 @@ from gkd_jax.distill import objectives, rewards
 from gkd_jax.evaluation import programs
 from tests import conftest, references, tiny
 from tests.letter_models import (
-  NUM_IDS,
+  IDS,
   SETTINGS,
   STUDENT,
   TEACHER,
@@ -147,7 +147,7 @@ def test_the_first_draw_is_that_of_the_seed_itself(
       config=sampler.ANCESTRAL,
       row_ids_B=np.arange(len(draws[0])),
       max_decode_len=7,
-      num_ids=NUM_IDS,
+      ids=IDS,
     )
   )(student_params, examples.encoder_input_tokens)
 
@@ -164,7 +164,7 @@ def test_draws_for_one_input_differ(draws):
 
 @pytest.fixture(scope='module')
 def scores(dataset, student_params, teacher_params):
-  score = programs.make_score(STUDENT, TEACHER, num_ids=NUM_IDS, **SETTINGS)
+  score = programs.make_score(STUDENT, TEACHER, ids=IDS, **SETTINGS)
   return score(student_params, teacher_params, dataset)
 
 
@@ -234,14 +234,14 @@ def test_logits_exist_for_one_place_at_a_time(
 ):
   shapes = []
 
-  def comparable_logits(student_logits, teacher_logits, num_ids):
+  def comparable_logits(student_logits, teacher_logits, ids):
     shapes.append((student_logits.shape, teacher_logits.shape))
-    return kept(student_logits, teacher_logits, num_ids)
+    return kept(student_logits, teacher_logits, ids)
 
   kept = objectives.comparable_logits
   monkeypatch.setattr(objectives, 'comparable_logits', comparable_logits)
   compare = programs.make_disagreement(
-    STUDENT, TEACHER, num_ids=NUM_IDS, mesh=SETTINGS['mesh']
+    STUDENT, TEACHER, ids=IDS, mesh=SETTINGS['mesh']
   )
   values = compare(student_params, teacher_params, examples, greedy)
 
@@ -261,8 +261,10 @@ def test_a_function_that_gives_rewards_sees_examples_alone(dataset, greedy):
     return [1.0 / len(text) for text in inputs]  # refuses an empty one
 
   reward = rewards.python_function(by_length)
-  score = reward.make_score(dataset.vocabulary, None)
-  judge = programs.make_judge(reward, score, None, SETTINGS['mesh'])
+  score = reward.make_score(dataset.vocabulary, IDS, None)
+  judge = programs.make_judge(
+    reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
+  )
 
   mean = judge(dataset, greedy)
 
@@ -279,8 +281,10 @@ def test_a_function_that_fails_to_give_rewards_ends_an_evaluation(
     raise LookupError('no dictionary here')
 
   reward = rewards.python_function(fails)
-  score = reward.make_score(dataset.vocabulary, None)
-  judge = programs.make_judge(reward, score, None, SETTINGS['mesh'])
+  score = reward.make_score(dataset.vocabulary, IDS, None)
+  judge = programs.make_judge(
+    reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
+  )
 
   with pytest.raises(RuntimeError, match='fails failed: LookupError'):
     judge(dataset, greedy)

@@ -115,7 +115,7 @@ def our_step(policy, objective, params, teacher_params):
     optimizer=optax.sgd(0.0),
     student_sampler=sampler.ANCESTRAL,
     teacher_sampler=sampler.ANCESTRAL,
-    num_ids=NUM_IDS,
+    ids=tiny.special_ids(NUM_IDS),
     seed=0,
   )
   state = step_lib.init_state(params, optax.sgd(0.0))

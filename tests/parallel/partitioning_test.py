@@ -349,7 +349,7 @@ def steps_on_each_mesh():
       optimizer=optimizer,
       student_sampler=sampler.ANCESTRAL,
       teacher_sampler=sampler.ANCESTRAL,
-      num_ids=tiny.NUM_IDS,
+      ids=tiny.IDS,
       seed=0,
       num_microbatches=2,
     )

@@ -24,12 +24,12 @@ from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.evaluation import programs
 from gkd_jax.models.t5 import T5, abstract_params
 from gkd_jax.parallel import partitioning
-from tests import conftest
+from tests import conftest, tiny
 
 FIXTURES = epath.Path(
   conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
 )
-NUM_IDS = 40
+IDS = tiny.special_ids(40)
 NUM_BEAMS = 3
 # (name, what its model is, in the words of our config)
 ARCHITECTURES = {
@@ -61,7 +61,7 @@ def write(model, params, decoding, inputs, length):
     model,
     decoding,
     max_decode_len=length,
-    num_ids=NUM_IDS,
+    ids=IDS,
     seed=0,
     mesh=partitioning.make_mesh(),
   )
@@ -148,7 +148,7 @@ def log_prob(model, params, inputs, tokens):
   """Of one output, pad and what fills the embedding up being impossible."""
   tokens = jnp.asarray(tokens)
   logits = model.apply({'params': params}, inputs[None], tokens[None])[0]
-  log_probs = jax.nn.log_softmax(mask_unused_ids(logits, NUM_IDS))
+  log_probs = jax.nn.log_softmax(mask_unused_ids(logits, IDS))
   return float(log_probs[jnp.arange(len(tokens)), tokens].sum())
 
 
