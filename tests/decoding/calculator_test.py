@@ -675,7 +675,7 @@ class Recorder(calculator.Calculator):
   """Remembers for which rows the host was asked."""
 
   def __init__(self):
-    super().__init__(BYTES)
+    super().__init__(BYTES, tiny.IDS)
     self.asked = []
 
   def _answers(self, step, drawn_B, asks_B, *parts):
