@@ -14,8 +14,8 @@ Run modes:
   infer    write a checkpoint's outputs into INFER_OUTPUT_DIR
   export   write a checkpoint for Hugging Face transformers or T5X; needs no
            --gin_file
-  compare  run several methods and seeds, and write a report
-  sweep    run every point of a grid, or print the commands that do
+  sweep    run every point of a grid, and compare them in a report; or print the
+           commands of the runs
   report   gather finished runs (RUNS, a glob) into tables, figures and a page;
            needs no --gin_file
   precompile  compile the step of a file for `train` for a TPU slice that is not
@@ -53,7 +53,6 @@ _RUN_MODES = {
   'eval': 'gkd_jax.evaluation.evaluate.evaluate_checkpoint',
   'infer': 'gkd_jax.evaluation.infer.infer',
   'export': 'gkd_jax.checkpoints.export.export',
-  'compare': 'gkd_jax.sweeps.compare.compare',
   'sweep': 'gkd_jax.sweeps.sweep.sweep',
   'report': 'gkd_jax.report.report.report',
   'precompile': 'gkd_jax.capacity.precompile.precompile',
@@ -66,6 +65,9 @@ _GIN_FILE_OF_MODE = {
 
 # What the paper calls a setting -> what we call it.
 _FROM_PAPER = {'LAMBDA': 'STUDENT_DATA_FRACTION'}
+
+# A sweep starts such processes, and writes command lines to their stdin.
+_WORKER = 'worker'
 
 _RUN_MODE = flags.DEFINE_string(
   'run_mode', 'train', f'One of: {", ".join(_RUN_MODES)}.'
@@ -225,6 +227,11 @@ def _run(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'Unexpected arguments {argv[1:]}. Flags begin with --.')
   mode = _RUN_MODE.value
+  if mode == _WORKER:
+    from gkd_jax.sweeps import worker
+
+    worker.serve(_run_again)
+    return
   if mode not in _RUN_MODES:
     raise ValueError(
       f'There is no --run_mode={mode}.' + _nearest(mode, _RUN_MODES)
@@ -253,7 +260,7 @@ def _run(argv: Sequence[str]) -> None:
   if _DRY_RUN.value:
     print(gin.config_str())
     return
-  starts_runs = mode in ('compare', 'sweep')
+  starts_runs = mode == 'sweep'
   if _TFDS_DATA_DIR.value and not starts_runs:
     import seqio
 
@@ -282,6 +289,18 @@ def _run(argv: Sequence[str]) -> None:
     keywords['check'] = functools.partial(_check_arguments, gin)
   with _output_folder(gin, mode):
     gin.get_configurable(function)(**keywords)
+
+
+def _run_again(arguments: Sequence[str]) -> None:
+  """Runs main with other arguments, as a new process would."""
+  import gin
+
+  global _START
+  _START = time.monotonic()
+  gin.clear_config()
+  flags.FLAGS.unparse_flags()
+  sys.argv[1:] = arguments
+  main(flags.FLAGS(expand_gin_flags(sys.argv)))
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def documented_command(path) -> list[str]:
   if match := re.search(r'^Run: +scripts/quickstart (--\w+)$', text, re.M):
     assert match[1] == '--smoke'
     return [
-      '--run_mode=compare',
+      '--run_mode=sweep',
       f'--gin_file={relative(path)}',
       '--gin.MODEL_DIR=runs/smoke',
     ]
@@ -146,15 +146,6 @@ def jobs_of(run_main, tmp_path, monkeypatch):
     return kept
 
   return jobs_of
-
-
-@configs_of('compare')
-def test_all_runs_of_a_comparison_build_all_their_parts(path, build, jobs_of):
-  jobs = jobs_of(documented_command(path))
-
-  assert len(jobs) >= 4  # teacher, student, its evaluation, and a method
-  for job in jobs:
-    build(job.arguments)
 
 
 @configs_of('sweep')

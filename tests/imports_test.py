@@ -15,7 +15,10 @@ ORDER = (
   *('capacity', 'interop', 'main'),
 )
 # Within report/: each may import those before it.
-REPORT = ('tables', 'runs', 'plots', 'sections', 'figures', 'page', 'report')
+REPORT = (
+  *('tables', 'runs', 'plots', 'sections', 'findings', 'results'),
+  *('figures', 'page', 'report'),
+)
 
 PACKAGE = conftest.ROOT / 'gkd_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))

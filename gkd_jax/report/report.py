@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathers finished runs into the paper's tables and figures.
 
-`report.md` with the figures beside it, `report.json` for programs, and
-`report.html`: one page that needs nothing else, with sample outputs token by
-token.
+`report.html` is one page that needs nothing else, with sample outputs token by
+token; `report.md` has the same table, with the figures beside it. For programs:
+`report.json` holds everything, `results.json` one flat row per method and run.
 """
 
 import json
@@ -13,7 +13,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gkd_jax.report import figures, page, plots, sections, tables
+from gkd_jax.report import (
+  figures,
+  findings,
+  page,
+  plots,
+  results,
+  sections,
+  tables,
+)
 from gkd_jax.report import runs as runs_lib
 from gkd_jax.report.runs import Run
 from gkd_jax.report.sections import Group, Section
@@ -31,7 +39,10 @@ def report(
   mode: str | None = None,
   tuned: Sequence[str] = ('LEARNING_RATE',),
 ) -> None:
-  """Writes the report of all finished runs that a glob names.
+  """Writes the report of all finished runs that a glob matches.
+
+  Prints the path of the page, the table of methods, and the finding in one
+  sentence.
 
   Args:
     runs: see `runs.find`.
@@ -72,20 +83,24 @@ def report(
       allow_nan=False,
     )
     + '\n',
+    'results.json': json.dumps(
+      results.rows(all_sections), indent=2, allow_nan=False
+    )
+    + '\n',
     'report.md': _markdown(title, parts, not_used),
     'report.html': page.render(title, parts, not_used),
   }
   for name, text in content.items():
     files.write_whole(folder / name, text)
-  for part in parts:
+  print(f'Report:  {folder / "report.html"}')
+  print(f'In Markdown: {folder / "report.md"}')
+  print(f'For programs: {folder / "report.json"}, {folder / "results.json"}')
+  for section, part in zip(all_sections, parts, strict=True):
     print(f'\n{part.heading or title}\n\n{tables.markdown(part.table)}\n')
-    for line in part.left_out:
-      print(f'Left out: {line}')
+    if finding := findings.of(section):
+      print(finding)
   for line in not_used:
     print(f'Not used: {line}')
-  print(f'Report:   {folder / "report.md"}')
-  print(f'Results:  {folder / "report.json"}')
-  print(f'Page:     {folder / "report.html"}')
 
 
 def _beside(found: Sequence[Run]) -> pathlib.Path:
@@ -199,18 +214,8 @@ def _summary(section: Section) -> list[str]:
     sentences.append(f'Means ± standard errors over {span} seeds.')
   elif seeds:
     sentences.append('One seed each: small differences are noise.')
-  column = Column(label, section.metric, '{:.2f}', 1.0, better=section.mode)
-  name = tables.best(column, [(g.name, g.means) for g in section.methods])
-  if name is not None:
-    group = next(g for g in section.methods if g.name == name)
-    mean = tables.format_mean(group.means[section.metric], '{:.2f}')
-    best = f'Best mean: {name}, {mean}'
-    if gap := group.means.get('gap_closed'):
-      best += (
-        f'; it closes {tables.format_mean(gap, "{:.1f}", 100.0)} % of the gap '
-        'between the initial student and the teacher'
-      )
-    sentences.append(f'{best}.')
+  if finding := findings.of(section):
+    sentences.append(finding)
   return sentences
 
 

@@ -97,6 +97,16 @@ class Section:
             return value
     return None
 
+  def gap_closed(self, run: Run, role: str) -> float | None:
+    """Returns (initial - after) / (initial - teacher) on the main metric."""
+    after = self.values(run).get(self.metric)
+    initial = self.reference(run, 'initial student', self.metric)
+    teacher = self.reference(run, 'teacher', self.metric)
+    if role != 'method' or None in (after, initial, teacher):
+      return None
+    gap = initial - teacher
+    return (initial - after) / gap if gap else None
+
   @property
   def runs(self) -> list[Run]:
     groups = (*self.groups, *self.also_run)
@@ -342,20 +352,10 @@ def _means(section: Section, group: Group) -> dict[str, tables.Mean]:
   rows = []
   for run in group.runs:
     values = section.values(run)
-    rows.append({**values, 'gap_closed': _gap_closed(section, run, group.role)})
+    rows.append({**values, 'gap_closed': section.gap_closed(run, group.role)})
   names = {name: None for row in rows for name in row}
   means = {name: tables.mean([row.get(name) for row in rows]) for name in names}
   return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def _gap_closed(section: Section, run: Run, role: str) -> float | None:
-  """Returns (initial - after) / (initial - teacher) on the main metric."""
-  after = section.values(run).get(section.metric)
-  initial = section.reference(run, 'initial student', section.metric)
-  teacher = section.reference(run, 'teacher', section.metric)
-  if role != 'method' or None in (after, initial, teacher):
-    return None
-  return (initial - after) / (initial - teacher) if initial != teacher else None
 
 
 def _teacher_from_students(section: Section) -> list[Group]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means over seeds, and tables of them, for `compare` and `report`."""
+"""Means over seeds, and tables of them, for `report`."""
 
 import dataclasses
 import math

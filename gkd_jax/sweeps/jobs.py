@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of gkd_jax.main, each in a process of its own.
+"""Runs of gkd_jax.main: which are done, which can start, which failed.
 
-Each has the command that a person would type; this module only starts them,
-skips what is done, and says which failed.
+Each has the command that a person would type, a folder, and a log beside it.
+They run in workers (see `worker`), one after another in each.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,14 +20,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gkd_jax.runtime import console, files
 from gkd_jax.runtime import signals as signals_lib
+from gkd_jax.sweeps import progress, worker
 
-_STATUS_SECONDS = 20.0
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_POLL_SECONDS = 0.1
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One process: a command, and the file that is there when it is done."""
+  """A run: its command, and the file that is there when it is done."""
 
   name: str
   arguments: tuple[str, ...]  # of gkd_jax.main
@@ -35,6 +38,10 @@ class Job:
   @property
   def folder(self) -> pathlib.Path:
     return self.result.parent
+
+  @property
+  def log(self) -> pathlib.Path:
+    return pathlib.Path(f'{self.folder}.log')
 
   @property
   def command(self) -> str:
@@ -147,66 +154,130 @@ def _find(file: str) -> pathlib.Path:
   return path if path.is_file() else _ROOT / file
 
 
+class Worker:
+  """A process that runs jobs one after another; see `worker.serve`.
+
+  Attributes:
+    job: that runs; None: there is none.
+    num_jobs: that were started.
+    started: when the last one was, by `time.monotonic`.
+  """
+
+  def __init__(self, log: pathlib.Path):
+    """Starts the process; `log` gets what it prints before its first job."""
+    self.job: Job | None = None
+    self.num_jobs = 0
+    self.started = 0.0
+    with open(log, 'a') as file:
+      self._process = subprocess.Popen(
+        [sys.executable, '-m', 'gkd_jax.main', '--run_mode=worker'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=file,
+      )
+    os.set_blocking(self._process.stdout.fileno(), False)
+
+  def start(self, job: Job) -> None:
+    """Starts a job; there must be none."""
+    self.job = job
+    self.num_jobs += 1
+    self.started = time.monotonic()
+    try:
+      self._process.stdin.write(worker.command(job.arguments, job.log))
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      pass  # it has died: poll returns its exit status
+
+  def poll(self) -> int | None:
+    """Returns None while the job runs, 0 if it has ended well.
+
+    Otherwise the exit status of the process, which has ended, too; minus the
+    signal's number if one ended it.
+    """
+    # The status first: what the process wrote before it ended is there then.
+    status = self._process.poll()
+    if self._process.stdout.read() == worker.DONE:
+      self.job = None
+      return 0
+    # It must not end before its job does, even with status 0.
+    return status or 1 if status is not None else None
+
+  def end(self) -> None:
+    """Ends the process, and the job in it as SIGTERM does."""
+    self._process.terminate()
+
+  def wait(self) -> None:
+    """Waits for the end of the process."""
+    self._process.stdin.close()
+    self._process.wait()
+    self._process.stdout.close()
+
+
 def run(
-  jobs: Sequence[Job],
-  num_parallel: int,
-  *,
-  keep_going: bool = False,
+  jobs: Sequence[Job], num_parallel: int, runs_per_process: int | None = None
 ) -> None:
   """Runs all jobs whose result is not there, in order, some at a time.
+
+  Where one fails, those that do not need it are run all the same.
 
   Args:
     jobs: each after those that it needs.
     num_parallel: processes at a time.
-    keep_going: where one fails, run those that do not need it.
+    runs_per_process: jobs that a process runs before another takes its place;
+      None: any number.
 
   Raises:
-    ValueError: at least one failed. Without `keep_going`, those beside it are
-      ended.
-    signals_lib.Interrupted: SIGTERM or Ctrl-C came; those that run were ended.
+    ValueError: at least one failed.
+    signals_lib.Interrupted: SIGTERM or Ctrl-C was received. The jobs under way
+      have been ended by SIGTERM.
   """
   done = {job.name for job in jobs if job.result.exists()}
   waiting = [job for job in jobs if job.name not in done]
   if done:
     console.log(f'{len(done)} of {len(jobs)} runs are done already.')
-  running: dict[subprocess.Popen, Job] = {}
+  busy: list[Worker] = []
+  idle: list[Worker] = []
   failed: dict[str, str] = {}
-  start = said = time.monotonic()
+  width = max((len(job.name) for job in waiting), default=0)
+  shown = progress.Progress(len(jobs), len(done), width)
   signals = signals_lib.Signals()
   try:
     with signals.noted(), signals.at_once():
-      while waiting or running:
+      while waiting or busy:
         for job in list(waiting):
           if broken := [name for name in job.needs if name in failed]:
             waiting.remove(job)
             failed[job.name] = f'{job.name} was not run: it needs {broken[0]}.'
-          elif len(running) < num_parallel and done.issuperset(job.needs):
+          elif len(busy) < num_parallel and done.issuperset(job.needs):
             waiting.remove(job)
-            running[_start(job)] = job
-            console.log(f'[{_clock(start)}] {job.command}')
-        for process in [p for p in running if p.poll() is not None]:
-          job = running.pop(process)
-          if process.returncode or not job.result.exists():
-            failed[job.name] = _how_it_failed(job, process.returncode)
-            if not keep_going:
-              raise ValueError(failed[job.name])
-            console.log(f'[{_clock(start)}] {failed[job.name]}')
+            job.folder.mkdir(parents=True, exist_ok=True)
+            busy.append(idle.pop() if idle else Worker(job.log))
+            busy[-1].start(job)
+        for one in list(busy):
+          job = one.job
+          status = one.poll()
+          if status is None:
             continue
-          done.add(job.name)
-          console.log(
-            f'[{_clock(start)}] {job.name} is done, {len(done)} of {len(jobs)}.'
-          )
-        if time.monotonic() - said > _STATUS_SECONDS:
-          said = time.monotonic()
-          for job in running.values():
-            if lines := _log_lines(job):
-              console.log(f'[{_clock(start)}] {job.name}: {lines[-1]}')
-        time.sleep(0.2)
+          busy.remove(one)
+          if status or one.num_jobs == runs_per_process:
+            one.wait()
+          else:
+            idle.append(one)
+          if status or not job.result.exists():
+            failed[job.name] = _how_it_failed(job, status)
+            shown.log(failed[job.name])
+          else:
+            done.add(job.name)
+            seconds = time.monotonic() - one.started
+            shown.done(job.name, job.result, seconds)
+        shown.update({one.job.name: one.job.folder for one in busy})
+        time.sleep(_POLL_SECONDS)
   finally:
-    for process in running:
-      process.terminate()
-    for process in running:
-      process.wait()
+    shown.close()
+    for one in (*busy, *idle):
+      one.end()
+    for one in (*busy, *idle):
+      one.wait()
   if failed:
     # The ends of their logs were shown when they failed.
     raise ValueError(
@@ -216,29 +287,20 @@ def run(
     )
 
 
-def _start(job: Job) -> subprocess.Popen:
-  job.folder.mkdir(parents=True, exist_ok=True)
-  with open(f'{job.folder}.log', 'a') as log:
-    return subprocess.Popen(
-      [sys.executable, '-m', 'gkd_jax.main', *job.arguments],
-      stdout=log,
-      stderr=log,
-      stdin=subprocess.DEVNULL,
-    )
-
-
-def _how_it_failed(job: Job, code: int) -> str:
-  what = 'failed' if code else f'failed: it left no {job.result.name}'
+def _how_it_failed(job: Job, status: int) -> str:
+  what = 'failed'
+  if status == 0:
+    what = f'failed: it left no {job.result.name}'
+  elif status < 0:
+    what = f'failed: {signal.Signals(-status).name} ended its process'
+    if status == -signal.SIGKILL:
+      what += ' (the system does that when memory runs out)'
   lines = '\n'.join(_log_lines(job)[-20:])
-  return f'{job.name} {what}. Its log, {job.folder}.log, ends:\n{lines}'
+  return f'{job.name} {what}. Its log, {job.log}, ends:\n{lines}'
 
 
 def _log_lines(job: Job) -> list[str]:
-  text = pathlib.Path(f'{job.folder}.log').read_text(errors='replace')
+  text = job.log.read_text(errors='replace')
   # Less tables, and TensorFlow's own chatter, which no setting silences.
   noise = re.compile(r'\s*$|\||[IWE]\d{4} |WARNING: All log messages before')
   return [line for line in text.splitlines() if not noise.match(line)]
-
-
-def _clock(start: float) -> str:
-  return f'{console.minutes(time.monotonic() - start):>5}'

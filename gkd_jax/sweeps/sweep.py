@@ -56,6 +56,8 @@ def sweep(
   settings: Mapping[str, Any] | None = None,
   before: Mapping[str, Spec] | None = None,
   num_parallel: int = 1,
+  runs_per_process: int | None = None,
+  report: Callable[..., None] | None = None,
   print_commands: bool = False,
   check: Callable[[Sequence[str], str], None] | None = None,
   flags: Sequence[str] = (),
@@ -72,6 +74,10 @@ def sweep(
     before: {name: a run, or the path of one that is there already}, each after
       those that it uses.
     num_parallel: processes at a time.
+    runs_per_process: runs that a process does one after another; 1: each run
+      has a process of its own; None: as many as there are.
+    report: called with runs=... and output_dir=... when all runs are done, as
+      `report.report` is, to compare them in `output_dir`.
     print_commands: print the commands that can be run now, side by side, one a
       line, and stop.
     check: see `jobs.check_arguments`.
@@ -84,6 +90,10 @@ def sweep(
   folder = pathlib.Path(output_dir)
   if num_parallel < 1:
     raise ValueError(f'NUM_PARALLEL must be 1 or more, got {num_parallel}.')
+  if runs_per_process is not None and runs_per_process < 1:
+    raise ValueError(
+      f'RUNS_PER_PROCESS must be 1 or more, or None, got {runs_per_process}.'
+    )
   jobs = make_jobs(
     folder, grid, experiment, seeds, settings or {}, before or {}
   )
@@ -104,8 +114,21 @@ def sweep(
     )
     return
   with run_folder.locked(folder, 'MODEL_DIR'):
-    jobs_lib.run(jobs, num_parallel, keep_going=True)
+    jobs_lib.run(jobs, num_parallel, runs_per_process)
   console.log(f'All {len(jobs)} runs are done: {folder}')
+  if report is not None:
+    report(runs=_all_runs(folder, grid, seeds, before), output_dir=output_dir)
+
+
+def _all_runs(folder, grid, seeds, before) -> tuple[str, ...]:
+  """Returns the folders of all runs, those that were there before included."""
+  there = {
+    _fill(value, point, {}): None
+    for value in (before or {}).values()
+    if isinstance(value, str) and not value.endswith('.gin')
+    for point in _product(_axes(grid, seeds))
+  }
+  return (str(folder), *there)
 
 
 def make_jobs(

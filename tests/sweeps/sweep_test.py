@@ -295,9 +295,11 @@ def test_a_grid_that_makes_no_sense_is_refused(tmp_path, changes, said):
     make_jobs(tmp_path, **({'grid': LAMBDA} | changes))
 
 
-def test_no_run_at_a_time_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='NUM_PARALLEL must be 1 or more'):
-    sweep.sweep(str(tmp_path / 'out'), LAMBDA, GKD, num_parallel=0)
+@pytest.mark.parametrize('setting', ['num_parallel', 'runs_per_process'])
+def test_no_run_at_a_time_is_refused(tmp_path, setting):
+  message = f'{setting.upper()} must be 1 or more'
+  with pytest.raises(ValueError, match=message):
+    sweep.sweep(str(tmp_path / 'out'), LAMBDA, GKD, **{setting: 0})
 
   assert not (tmp_path / 'out').exists()
 
@@ -395,17 +397,27 @@ GRID = {'NUM_PARALLEL': (1,)}
 def run(monkeypatch, tmp_path):
   """Runs a sweep whose processes do nothing but leave their result."""
 
-  class Process:
-    def __init__(self, job):
-      self.returncode = run.exit_codes.get(job.name, 0)
+  class Worker:
+    num_jobs = 0
+    started = 0.0
+
+    def __init__(self, log):
+      pass
+
+    def start(self, job):
+      self.job = job
       run.started.append(job.name)
-      job.folder.mkdir(parents=True, exist_ok=True)
-      (job.folder.parent / f'{job.folder.name}.log').write_text('its last line')
-      if not self.returncode:
+      job.log.write_text('its last line')
+      if job.name not in run.exit_codes:
         job.result.write_text('{}')
 
     def poll(self):
-      return self.returncode
+      return run.exit_codes.get(self.job.name, 0)
+
+    def end(self):
+      pass
+
+    wait = end
 
   def run(**changes):
     settings = {
@@ -417,7 +429,7 @@ def run(monkeypatch, tmp_path):
     sweep.sweep(str(tmp_path / 'out'), **(settings | changes))
 
   run.started, run.exit_codes = [], {}
-  monkeypatch.setattr(jobs, '_start', lambda job: Process(job))
+  monkeypatch.setattr(jobs, 'Worker', Worker)
   monkeypatch.setattr(jobs.time, 'sleep', lambda seconds: None)
   return run
 
@@ -435,6 +447,26 @@ def test_a_sweep_runs_what_is_left(run, tmp_path):
   run()
 
   assert run.started == POINTS[:1]
+
+
+def test_when_all_are_done_they_are_reported_with_what_was_there(run, tmp_path):
+  reported = []
+  before = BEFORE | {'teacher': f'{tmp_path}/my_teacher'}
+  (tmp_path / 'my_teacher').mkdir()
+
+  run(before=before, report=lambda **settings: reported.append(settings))
+
+  out = f'{tmp_path}/out'
+  assert reported == [
+    {'runs': (out, f'{tmp_path}/my_teacher'), 'output_dir': out}
+  ]
+
+
+def test_without_all_runs_there_is_no_report(run):
+  run.exit_codes[POINTS[0]] = 1
+
+  with pytest.raises(ValueError, match='1 of 5 runs failed'):
+    run(report=lambda **settings: pytest.fail('reported'))
 
 
 def test_a_point_can_be_added_later(run):

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison found, in one sentence computed from its numbers."""
+
+from collections.abc import Sequence
+
+from gkd_jax.report import runs as runs_lib
+from gkd_jax.report import tables
+from gkd_jax.report.sections import Group, Section
+
+_MAX_NAMED = 5  # methods, the best first
+
+
+def of(section: Section) -> str:
+  """Returns the finding of a section; empty if methods cannot be ranked.
+
+  Methods are ranked by the gap they close, else by the main metric. Where they
+  differ in the share of outputs that the student writes, the sentence states
+  whether a larger share was better, as in the GKD paper.
+  """
+  ranked = _ranked(section)
+  if len(ranked) < 2:
+    return ''
+  if 'gap_closed' in ranked[0].means:
+    what = 'share of the gap between initial student and teacher that is closed'
+    metric, form, scale, unit = 'gap_closed', '{:.1f}', 100.0, ' %'
+  else:
+    what = tables.axis_label(section.metric)
+    metric, form, scale, unit = section.metric, '{:.2f}', 1.0, ''
+  values = [
+    f'{group.name} {tables.format_mean(group.means[metric], form, scale)}{unit}'
+    for group in ranked[:_MAX_NAMED]
+  ]
+  if rest := len(ranked) - _MAX_NAMED:
+    values += [f'{rest} others behind'] if rest > 0 else []
+  seeds = sorted({len(group.runs) for group in ranked})
+  count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
+  count += ' seed' if seeds[-1] == 1 else ' seeds'
+  return f'Found ({count}), {what}: {", ".join(values)}{_trend(ranked)}.'
+
+
+def _ranked(section: Section) -> list[Group]:
+  """Returns the methods, best first; none if that is not known of all."""
+  methods = section.methods
+  if all('gap_closed' in group.means for group in methods):
+    return sorted(methods, key=lambda g: -g.means['gap_closed'].value)
+  if section.mode is None or not all(
+    section.metric in group.means for group in methods
+  ):
+    return []
+  return sorted(
+    methods,
+    key=lambda g: g.means[section.metric].value,
+    reverse=section.mode == 'max',
+  )
+
+
+def _trend(ranked: Sequence[Group]) -> str:
+  """Returns whether a larger share of the student's own outputs was better.
+
+  Methods are compared that have a divergence; empty if several of them have the
+  same share, or fewer than two have one.
+  """
+  shares = [
+    runs_lib.student_data_fraction(group.settings)
+    for group in ranked
+    if runs_lib.divergence(group.settings) is not None
+  ]
+  if None in shares or len(shares) < 2 or len({*shares}) < len(shares):
+    return ''
+  if shares == sorted(shares, reverse=True):
+    return (
+      '. The larger the share of outputs that the student writes, the better, '
+      'as in the GKD paper'
+    )
+  return (
+    '. A larger share of outputs that the student writes was not always better '
+    'here, unlike in the GKD paper'
+  )
