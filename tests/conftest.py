@@ -5,6 +5,7 @@ Importing this must stay cheap: seqio and TensorFlow take 15 seconds, which the
 tests of the core need not wait for. So they are imported inside fixtures.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import io
@@ -12,12 +13,38 @@ import itertools
 import os
 import pathlib
 import random
+import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Sequence
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Tests compile for seconds what runs for milliseconds. These flags make XLA's
+# CPU compiler five times as fast; jit_as_users_do of tests.tiny undoes them.
+# JAX reads them when it starts, here and in the processes that tests start.
+QUICK_TO_COMPILE = (
+  '--xla_backend_optimization_level=0',
+  '--xla_cpu_use_fusion_emitters=false',
+  '--xla_cpu_parallel_codegen_split_count=1',
+)
+
+
+def configure_jax() -> None:
+  """Sets the compiler's flags and a cache that all test processes share."""
+  given = os.environ.get('XLA_FLAGS', '')
+  if QUICK_TO_COMPILE[0] not in given:  # else a worker of pytest-xdist
+    os.environ['XLA_FLAGS'] = ' '.join([*QUICK_TO_COMPILE, given])
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    folder = tempfile.mkdtemp(prefix='gkd_jax_tests_')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+configure_jax()
 
 # Beside the project; what needs them skips where they are not.
 SHARED_DATA = ROOT.parent / 'shared' / 'data'
@@ -266,34 +293,8 @@ def train_sentencepiece(path, sentences, model_type='char', **settings) -> None:
   path.write_bytes(model.getvalue())
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compiled_programs(tmp_path_factory) -> pathlib.Path:
-  """Where processes that tests start keep what they compile: not at home."""
-  folder = os.environ.get('JAX_COMPILATION_CACHE_DIR')
-  folder = folder or str(tmp_path_factory.mktemp('compiled'))
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
-  return pathlib.Path(folder)
-
-
 @pytest.fixture(scope='session')
-def compile_once(compiled_programs) -> None:
-  """Programs are compiled once for all tests, those in other processes too.
-
-  Compiling takes most of the time of a tiny run.
-  """
-  import jax
-
-  settings = {
-    'jax_compilation_cache_dir': str(compiled_programs),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  for name, value in settings.items():
-    jax.config.update(name, value)
-    os.environ[name.upper()] = str(value)
-
-
-@pytest.fixture(scope='session')
-def train_letters(letters, compile_once) -> Callable[..., str]:
+def train_letters(letters) -> Callable[..., str]:
   """Runs train.train on the tiny task; returns what it said on stderr."""
   import optax
 
@@ -341,7 +342,7 @@ class Finished:
 
 
 @pytest.fixture(scope='session')
-def run_main(compile_once) -> Callable[..., Finished]:
+def run_main() -> Callable[..., Finished]:
   """Runs `python -m gkd_jax.main ARGUMENTS`, but in this process."""
   import gin
   from absl import flags

@@ -59,7 +59,7 @@ SMALL = gin_flags(
 
 
 @pytest.fixture(scope='module')
-def teacher(tmp_path_factory, compile_once):
+def teacher(tmp_path_factory):
   folder = tmp_path_factory.mktemp('teacher')
   conftest.save_model(folder, T5Config(384, 8, 2, 4, 8, 1, 1))
   return folder

@@ -654,9 +654,7 @@ def test_an_exported_student_measures_the_same(run, run_main, tmp_path):
     assert got[name] == want[name]
 
 
-def test_a_students_shape_can_be_that_of_its_checkpoint(
-  run_main, tmp_path, compile_once
-):
+def test_a_students_shape_can_be_that_of_its_checkpoint(run_main, tmp_path):
   config = T5Config(384, 8, 1, 4, 8, 1, 1)
   conftest.save_model(tmp_path / 'start', config)
   start = export(run_main, tmp_path / 'start', tmp_path / 'folder')
@@ -981,9 +979,7 @@ def test_what_a_library_refuses_while_the_parts_are_built_is_an_error_too(
   assert message.count('\n') == 1
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(
-  refused, tmp_path, compile_once
-):
+def test_a_teacher_of_another_vocabulary_is_refused(refused, tmp_path):
   config = T5Config(384, 8, 1, 4, 8, 1, 1)
   conftest.save_model(tmp_path / 'teacher', config, 'SentencePiece 384 ids')
 
@@ -998,9 +994,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(
   assert 'vocabulary: SentencePiece 384 ids in the checkpoint' in message
 
 
-def test_an_initial_checkpoint_of_another_size_is_refused(
-  refused, tmp_path, compile_once
-):
+def test_an_initial_checkpoint_of_another_size_is_refused(refused, tmp_path):
   config = T5Config(384, 8, 1, 4, 8, 1, 1)
   conftest.save_model(tmp_path / 'start', config)
 

@@ -71,13 +71,19 @@ def model_and_params(seed: int, version='1.1', **changes):
   return model, params(model, seed)
 
 
-# Tests compile for seconds what runs for milliseconds.
-jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+jit = jax.jit  # TODO: in use by branches
+
+# For what a test reads from the optimised program; see conftest.
+jit_as_users_do = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 3,
+    'xla_cpu_use_fusion_emitters': True,
+  },
 )
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def logits(model: T5, params, inputs, targets):
   """Teacher-forced logits [B, T, V]."""
   return model.apply({'params': params}, inputs, targets)
@@ -122,7 +128,10 @@ def on_simulated_devices(num_devices: int, module: str, function: str):
     f'from {module} import {function}\n'
     f'sys.stdout.buffer.write(pickle.dumps({function}()))'
   )
-  flags = f'--xla_force_host_platform_device_count={num_devices}'
+  flags = (
+    f'--xla_force_host_platform_device_count={num_devices} '
+    + os.environ['XLA_FLAGS']
+  )
   finished = subprocess.run(
     [sys.executable, '-c', code],
     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},

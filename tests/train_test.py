@@ -80,7 +80,7 @@ def names_of_compiled():
 
 
 @pytest.fixture(scope='module')
-def teacher(tmp_path_factory, compile_once):
+def teacher(tmp_path_factory):
   folder = tmp_path_factory.mktemp('teacher')
   conftest.save_model(folder, dataclasses.replace(STUDENT, dropout_rate=0.0))
   return folder
@@ -848,7 +848,7 @@ def test_what_is_said_of_a_teacher_that_is_not_there(refused, name, value):
   assert message == f'{name.upper()} is set, but no TEACHER_CHECKPOINT_PATH.'
 
 
-def test_a_teacher_with_another_vocabulary(refused, tmp_path, compile_once):
+def test_a_teacher_with_another_vocabulary(refused, tmp_path):
   conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
 
   message = refused(teacher_checkpoint_path=str(tmp_path / 'other'))
@@ -934,7 +934,7 @@ NLI = functools.partial(
 
 
 @pytest.fixture(scope='module')
-def judge(tmp_path_factory, compile_once):
+def judge(tmp_path_factory):
   """An entailment model of another shape than the student's."""
   folder = tmp_path_factory.mktemp('judge')
   conftest.save_model(folder, T5Config(260, 8, 1, 4, 8, 1, 1))
@@ -1088,9 +1088,7 @@ def test_a_limit_that_would_cut_an_output_that_is_to_be_judged(refused, judge):
   assert 'max_input_len is 12, but an output can be 7 tokens' in message
 
 
-def test_a_model_that_gives_rewards_with_another_vocabulary(
-  refused, tmp_path, compile_once
-):
+def test_a_model_that_gives_rewards_with_another_vocabulary(refused, tmp_path):
   conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
 
   message = refused(

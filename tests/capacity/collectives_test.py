@@ -260,7 +260,7 @@ def steps():
     params, teacher_params = map(t5.abstract_params, (student, teacher))
     state = step_lib.abstract_state(params, optimizer, mesh)
     rows = partitioning.batch_sharding(mesh)
-    compiled = tiny.jit(
+    compiled = jax.jit(
       train_step,
       out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     ).lower(

@@ -477,7 +477,7 @@ def test_what_cannot_be_compiled_is_refused(refused, arguments, parts):
 
 
 def test_a_teachers_shape_may_come_from_its_checkpoint(
-  what_is_compiled, run_main, tmp_path, compile_once
+  what_is_compiled, run_main, tmp_path
 ):
   conftest.save_model(tmp_path / 'teacher', TEACHER)
 

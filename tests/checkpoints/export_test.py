@@ -17,7 +17,7 @@ HUGGING_FACE = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
 
 
 @pytest.fixture(scope='module')
-def run_dir(tmp_path_factory, compile_once):
+def run_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
   conftest.save_model(folder, CONFIG)
   return folder

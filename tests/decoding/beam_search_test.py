@@ -56,7 +56,7 @@ class History:
 
     rows = jnp.repeat(jnp.arange(batch_size), config.num_beams)
     history = jnp.zeros((rows.size, self.max_decode_len), jnp.int32)
-    found = tiny.jit(
+    found = jax.jit(
       lambda: beam_search.beam_search(
         decode_step,
         (jnp.int32(0), history, rows),
@@ -176,7 +176,7 @@ def chain(log_p_TV, config, counter=None):
       jax.debug.callback(lambda: counter.append(1))
     return decode_step_of(log_p_TV)(step, tokens)
 
-  found = tiny.jit(
+  found = jax.jit(
     lambda: beam_search.beam_search(
       decode_step,
       jnp.int32(0),
@@ -289,7 +289,7 @@ def test_scores_are_those_of_the_full_forward_pass():
   width, max_decode_len = 3, 6
   apply = functools.partial(model.apply, {'params': params})
 
-  @tiny.jit
+  @jax.jit
   def search(inputs):
     inputs = jnp.repeat(inputs, width, axis=0)
     encoded = apply(inputs, method='encode')

@@ -544,7 +544,7 @@ def sample_scripted(script_BT, config, **settings):
 
 @functools.cache
 def compiled():
-  return tiny.jit(
+  return jax.jit(
     functools.partial(
       sample_scripted,
       config=sampler.SamplerConfig(calculator=True),
@@ -632,7 +632,7 @@ def test_a_piece_with_the_equals_sign_in_it_is_replaced_whole():
   script = script_of('48/2===a\n', length=9)
   script[:, 4:6] = 259
 
-  @tiny.jit
+  @jax.jit
   def write(script_BT):
     return sampler.sample(
       lambda step, _: (
@@ -693,7 +693,7 @@ def test_the_host_is_asked_only_for_rows_that_begin_a_number_after_equals():
     length=14,
   )
 
-  rollout = tiny.jit(
+  rollout = jax.jit(
     functools.partial(
       sample_scripted,
       config=sampler.SamplerConfig(calculator=True),
@@ -711,7 +711,7 @@ def test_forced_tokens_have_log_probability_0():
     # The others have 1e-9 each: no draw is certain, all are as good as that.
     return 20.0 * jax.nn.one_hot(script_BT[:, step], 259), step + 1
 
-  rollout = tiny.jit(
+  rollout = jax.jit(
     lambda: sampler.sample(
       decode_step,
       jnp.int32(0),
@@ -760,7 +760,7 @@ def test_the_host_sees_the_end_of_a_long_text():
   lines += ['1' * 39 + ' ' + '+1' * 55 + '=99\n']
   script = script_of(*lines, length=160)
 
-  rollout = tiny.jit(
+  rollout = jax.jit(
     functools.partial(
       sample_scripted,
       config=sampler.SamplerConfig(calculator=True),
@@ -806,7 +806,7 @@ def test_rows_may_be_spread_over_devices():
 
 
 @pytest.fixture(scope='module')
-def miscalculator(tmp_path_factory, compile_once):
+def miscalculator(tmp_path_factory):
   """A run's folder; its model knows four problems of arithmetic_cot by heart.
 
   But for their results: after `=` it was taught to write 7, which begins none.
@@ -852,7 +852,7 @@ def miscalculator(tmp_path_factory, compile_once):
   )
   config = T5Config(264, 32, 2, 16, 64, 1, 1)
   model, optimizer = T5(config), optax.adam(3e-3)
-  train_step = tiny.jit(
+  train_step = jax.jit(
     step_lib.make_train_step(
       student=model,
       teacher=None,

@@ -33,7 +33,7 @@ def draw(logits_TVV, config, *, seed=0, row_ids=None, max_decode_len=T):
   if row_ids is None:
     row_ids = np.arange(NUM_ROWS)
 
-  @tiny.jit
+  @jax.jit
   def sample(rng, row_ids_B):
     return sampler.sample(
       lambda step, token_B: (logits_TVV[step, token_B], step + 1),
@@ -56,7 +56,7 @@ def scripted(script_TB):
     del token_B
     return jnp.where(jax.nn.one_hot(script[step], 12) > 0, 0.0, -1e9), step + 1
 
-  return tiny.jit(
+  return jax.jit(
     lambda: sampler.sample(
       decode_step,
       jnp.int32(0),
@@ -205,7 +205,7 @@ def test_loop_ends_with_the_last_row():
     jax.debug.callback(lambda s: steps.append(int(s)), step)
     return jnp.where(jax.nn.one_hot(script[step], 12) > 0, 0.0, -1e9), step + 1
 
-  tiny.jit(
+  jax.jit(
     lambda: sampler.sample(
       decode_step,
       jnp.int32(0),
@@ -237,7 +237,7 @@ def test_pad_and_unused_ids_are_never_drawn(config):
   logits_BV = jax.random.normal(jax.random.key(0), (64, 32_128))
   logits_BV = logits_BV.at[:, 0].set(1e4).at[:, 32_100:].set(1e4)
 
-  rollout = tiny.jit(
+  rollout = jax.jit(
     lambda: sampler.sample(
       lambda cache, token_B: (
         mask_unused_ids(logits_BV, tiny.special_ids(32_100)),
@@ -273,7 +273,7 @@ def test_only_ids_of_positive_probability_are_drawn(uniform, num_ids):
   # Rounding: the sum of a row differs from 1 in its last digits.
   p = np.float32(p / p.sum(axis=1, keepdims=True))
 
-  drawn = tiny.jit(sampler._draw)(np.full(20, uniform, np.float32), p)
+  drawn = jax.jit(sampler._draw)(np.full(20, uniform, np.float32), p)
 
   assert (p[np.arange(20), drawn] > 0).all()
   if uniform == 0.0:
@@ -290,7 +290,7 @@ def test_draw_inverts_the_cumulative_distribution_exactly(vocab_size):
   uniform = rng.integers(0, 2**23, 400)
   uniform[::4] = 8 * cuts[::4, rng.integers(0, vocab_size - 1)]  # on a border
 
-  got = tiny.jit(sampler._draw)(
+  got = jax.jit(sampler._draw)(
     jnp.float32(uniform / 2**23), jnp.float32(counts / 2**20)
   )
 
@@ -307,7 +307,7 @@ def test_draw_is_accurate_for_a_large_vocabulary():
   p = np.float32(p / p.sum(axis=1, keepdims=True))
   uniform = np.float32(rng.random(100))
 
-  got = np.asarray(tiny.jit(sampler._draw)(uniform, p))
+  got = np.asarray(jax.jit(sampler._draw)(uniform, p))
 
   cumulative = np.cumsum(np.float64(p), axis=1)
   through = cumulative[np.arange(100), got]
@@ -371,7 +371,7 @@ def tokens_on_one_and_on_all_devices():
   """Runs in a process of its own, see `tiny.on_simulated_devices`."""
   model, params = tiny.model_and_params(0)
   inputs = tiny.tokens(1, list(itertools.islice(itertools.cycle([7, 4]), 8)), 7)
-  rollout = tiny.jit(
+  rollout = jax.jit(
     functools.partial(
       rollout_lib.rollout,
       model,

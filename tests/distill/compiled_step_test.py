@@ -34,7 +34,7 @@ BATCH = Batch(
 
 
 def jitted_step(policy):
-  return jax.jit(
+  return tiny.jit_as_users_do(
     step_lib.make_train_step(
       student=STUDENT,
       teacher=TEACHER,
@@ -192,7 +192,7 @@ def loss_memory(length: int) -> int:
   )
   hidden = tuple(np.ones((B, length, D), np.float32) for D in (16, 24))
   compiled = (
-    jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    tiny.jit_as_users_do(jax.value_and_grad(loss, argnums=(0, 1)))
     .lower(heads, hidden, np.ones((B, length), np.int32), np.ones((B, length)))
     .compile()
   )

@@ -96,7 +96,7 @@ def test_teacher_writes_and_no_batch_is_read(policy):
 
 def written_with_many_keys(policy, num_keys, **writers):
   keys = jax.random.split(jax.random.key(0), num_keys)
-  written = tiny.jit(
+  written = jax.jit(
     jax.vmap(lambda rng: write(policy, rng, tiny.batch(), **writers))
   )(keys)
   return jax.tree.map(np.asarray, written)
@@ -190,9 +190,7 @@ def test_mixture_refuses_an_unknown_unit(fraction):
     policies.mixture(fraction, per='token')
 
 
-@functools.partial(
-  tiny.jit, static_argnames=('model', 'config', 'with_encoded')
-)
+@functools.partial(jax.jit, static_argnames=('model', 'config', 'with_encoded'))
 def rollout(model, params, inputs, config, with_encoded=False):
   encoded = None
   if with_encoded:
@@ -269,7 +267,7 @@ def test_rollout_has_no_gradient():
   model, params = tiny.model_and_params(0)
 
   # Fails to differentiate its loop, too, if a parameter's gradient gets there.
-  gradient = tiny.jit(
+  gradient = jax.jit(
     jax.grad(
       lambda p: rollout.__wrapped__(
         model, p, INPUTS, sampler.ANCESTRAL, with_encoded=True

@@ -407,7 +407,7 @@ def entailment_model():
 def entailment_scores(reward):
   model, params = entailment_model()
   return np.asarray(
-    tiny.jit(
+    jax.jit(
       functools.partial(
         rewards.score, reward.make_score(VOCABULARY, tiny.IDS, model)
       )
@@ -620,7 +620,7 @@ def test_a_model_that_gives_rewards_may_be_any_t5():
   params = tiny.params(model, 0)
   score = ENTAILMENT().make_score(VOCABULARY, tiny.IDS, model)
 
-  got = tiny.jit(functools.partial(rewards.score, score))(
+  got = jax.jit(functools.partial(rewards.score, score))(
     batch(['a'], ['a b']), outputs('a'), params
   )
 

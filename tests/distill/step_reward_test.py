@@ -175,7 +175,7 @@ def one_token_state(step=0):
   return state._replace(step=jnp.int32(step))
 
 
-@functools.partial(tiny.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def expected_with_one_token(objective):
   batch = one_token_batch(2)
 
@@ -271,11 +271,11 @@ def all_log_probs(params, x):
 @functools.cache
 def probabilities():
   return np.stack(
-    [np.exp(tiny.jit(all_log_probs)(STUDENT_PARAMS, x)) for x in INPUTS]
+    [np.exp(jax.jit(all_log_probs)(STUDENT_PARAMS, x)) for x in INPUTS]
   )
 
 
-@functools.partial(tiny.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def expected_with_t5(objective, probability_of):
   def loss_sums(outputs):
     function = step_lib.make_loss_sums(
@@ -294,7 +294,7 @@ def expected_with_t5(objective, probability_of):
   return expected_gradient(loss_sums, STUDENT_PARAMS, OUTPUTS, probability_of)
 
 
-@tiny.jit
+@jax.jit
 def exact_gradient(alpha):
   """Of Eq. 5 for the two inputs, summed over all outputs, left to JAX."""
   tokens, weights = OUTPUTS
@@ -383,7 +383,7 @@ def make_step(objective, **changes):
 def run(objective, batch=None, **changes):
   """One compiled step: its gradient, its metrics."""
   state = step_lib.init_state(STUDENT_PARAMS, optax.sgd(1.0))
-  state, metrics = tiny.jit(make_step(objective, **changes))(
+  state, metrics = jax.jit(make_step(objective, **changes))(
     state,
     TEACHER_PARAMS,
     dataset_of(6) if batch is None else batch,
@@ -400,7 +400,7 @@ def rows(*which):
 def reinforce(outputs, coefficients_B):
   """The gradient of -sum coefficients * log Q(y), plainly."""
   inputs = dataset_of(len(outputs.tokens)).encoder_input_tokens
-  return tiny.jit(
+  return jax.jit(
     jax.grad(
       lambda params: (
         -(log_probs(params, inputs, *outputs) * coefficients_B).sum()
@@ -569,11 +569,11 @@ def _batch_of(outputs):
 def test_with_weight_0_the_reward_is_measured_and_nothing_is_learnt_from_it():
   # Nothing of it is differentiated, so dropout may be on.
   settings = {'student': OneToken(dropout_rate=0.1)}
-  step = tiny.jit(one_token_step(Objective(JSD, reward_weight=0.0), **settings))
+  step = jax.jit(one_token_step(Objective(JSD, reward_weight=0.0), **settings))
 
   state, metrics = step(one_token_state(), one_token_batch(50))
 
-  plain_step = tiny.jit(one_token_step(Objective(JSD), reward=None, **settings))
+  plain_step = jax.jit(one_token_step(Objective(JSD), reward=None, **settings))
   want_state, want = plain_step(one_token_state(), one_token_batch(50))
   np.testing.assert_array_equal(
     state.params['logits'], want_state.params['logits']
@@ -593,9 +593,9 @@ def test_the_parameters_of_the_reward_get_no_gradient():
   def loss(params):
     return step(one_token_state(), one_token_batch(6), params)[1]['loss']
 
-  value, gradient = tiny.jit(jax.value_and_grad(loss))({'scale': 2.0})
+  value, gradient = jax.jit(jax.value_and_grad(loss))({'scale': 2.0})
   assert gradient['scale'] == 0.0
-  assert value != tiny.jit(loss)({'scale': 3.0})
+  assert value != jax.jit(loss)({'scale': 3.0})
 
 
 # ---------------------------------------------------------- outputs of others
@@ -609,7 +609,7 @@ def test_a_batch_that_the_student_did_not_write_is_not_judged():
     return [1.0] * len(outputs)
 
   vocabulary = types.SimpleNamespace(decode=lambda ids: str(ids), unk_id=2)
-  step = tiny.jit(
+  step = jax.jit(
     one_token_step(
       eq_5(0.5),
       reward=rewards.python_function(reward).make_score(vocabulary, IDS, None),
@@ -681,7 +681,7 @@ def test_a_reward_that_is_learnt_raises_itself():
     jnp.asarray(tokens), jnp.asarray(tokens), jnp.ones(tokens.shape)
   )
   optimizer = optax.adam(1e-2)
-  train_step = tiny.jit(
+  train_step = jax.jit(
     step_lib.make_train_step(
       **settings_of(
         student=model,
@@ -738,7 +738,7 @@ def steps_on_one_and_on_all_devices():
       batch, outputs, params
     )
 
-  step = tiny.jit(make_step(eq_5(0.5), reward=both))
+  step = jax.jit(make_step(eq_5(0.5), reward=both))
 
   def run(place, batch):
     state = step_lib.init_state(place(STUDENT, STUDENT_PARAMS), optax.sgd(1.0))

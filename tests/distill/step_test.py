@@ -71,7 +71,7 @@ class Recorder:
   def __init__(self, policy, **changes):
     self._written = []
     policy = recording(policy, self._written)
-    self._step = tiny.jit(
+    self._step = jax.jit(
       lambda seed, *arguments: make_step(policy, seed=seed, **changes)(
         *arguments
       )
@@ -238,7 +238,7 @@ def test_microbatches_change_nothing():
   whole = recorder(student)()
 
   for num_microbatches in (2, 4):
-    step = tiny.jit(make_step(student(), num_microbatches=num_microbatches))
+    step = jax.jit(make_step(student(), num_microbatches=num_microbatches))
     state, metrics = step(start(), TEACHER_PARAMS, tiny.batch())
 
     gradient = jax.tree.map(jnp.subtract, STUDENT_PARAMS, state.params)
@@ -251,7 +251,7 @@ def test_outputs_are_written_once_for_all_microbatches():
   written = []
   step = make_step(recording(student(), written), num_microbatches=4)
 
-  tiny.jit(step)(start(), TEACHER_PARAMS, tiny.batch())
+  jax.jit(step)(start(), TEACHER_PARAMS, tiny.batch())
 
   (outputs,) = (w.outputs for w in written)
   assert outputs.tokens.shape == tiny.batch().decoder_target_tokens.shape
@@ -259,7 +259,7 @@ def test_outputs_are_written_once_for_all_microbatches():
 
 def test_microbatches_of_a_mixture_agree_on_who_writes():
   whole, halves = (
-    tiny.jit(
+    jax.jit(
       make_step(
         mixture(0.5),
         # Halves of a batch differ in their numbers of tokens.
@@ -408,7 +408,7 @@ def test_draws_depend_on_the_seed():
 
 def test_each_writer_draws_in_its_own_way():
   def greedy(model, params):
-    return tiny.jit(
+    return jax.jit(
       lambda: (
         rollout_lib.rollout(
           model,
@@ -451,7 +451,7 @@ class Training:
       self.num_traces += 1
       return step(*arguments)
 
-    self.step = tiny.jit(counted, donate_argnums=0)
+    self.step = jax.jit(counted, donate_argnums=0)
 
   def start(self):
     copy = jax.tree.map(jnp.copy, STUDENT_PARAMS)
@@ -506,7 +506,7 @@ def test_state_is_updated_in_place_and_the_teacher_is_left_alone(training):
 
 def test_grad_norm_is_taken_before_clipping_and_param_norm_after_the_update():
   clipping = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
-  step = tiny.jit(make_step(dataset(), optimizer=clipping))
+  step = jax.jit(make_step(dataset(), optimizer=clipping))
 
   state, metrics = step(start(optimizer=clipping), TEACHER_PARAMS, tiny.batch())
 
@@ -527,7 +527,7 @@ def test_grad_norm_is_taken_before_clipping_and_param_norm_after_the_update():
 def test_likelihood_of_the_dataset_needs_no_teacher():
   sft = Objective(divergence_weight=0.0, likelihood_weight=1.0)
 
-  step = tiny.jit(make_step(dataset(), teacher=None, objective=sft))
+  step = jax.jit(make_step(dataset(), teacher=None, objective=sft))
   _, metrics = step(start(), None, tiny.batch())
 
   _, nll = reference_terms(STUDENT_PARAMS, tiny.batch().outputs)

@@ -31,12 +31,12 @@ GREEDY = {'greedy': sampler.GREEDY}
 
 
 @pytest.fixture(scope='module')
-def student_params(compile_once):
+def student_params():
   return tiny.params(STUDENT, seed=0)
 
 
 @pytest.fixture(scope='module')
-def teacher_params(compile_once):
+def teacher_params():
   return tiny.params(TEACHER, seed=1)
 
 
@@ -149,7 +149,7 @@ def test_without_a_teacher_there_are_task_metrics_alone(config, student_params):
 
 
 def test_what_a_metric_says_beside_numbers_is_noted_with_the_results(
-  config, tmp_path, capsys, compile_once
+  config, tmp_path, capsys
 ):
   conftest.save_model(tmp_path / 'model', STUDENT.config)
 
@@ -462,7 +462,7 @@ def test_the_mean_reward_is_that_of_what_was_written(
   assert {*judged.names()} == values.keys() == {'greedy/error', 'greedy/reward'}
 
 
-def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path, compile_once):
+def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path):
   conftest.save_model(tmp_path / 'student', STUDENT.config)
   conftest.save_model(tmp_path / 'judge', TEACHER.config)
 
@@ -480,7 +480,7 @@ def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path, compile_once):
 
 
 def test_a_limit_that_would_cut_an_output_is_told_before_one_is_written(
-  config, tmp_path, compile_once, monkeypatch
+  config, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(evaluate, 'Evaluation', None)
   conftest.save_model(tmp_path / 'student', STUDENT.config)

@@ -24,7 +24,7 @@ FILE = 'predictions_test.jsonl'
 
 
 @pytest.fixture(scope='module')
-def model_dir(tmp_path_factory, compile_once):
+def model_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('model')
   conftest.save_model(folder, T5Config(264, 12, 2, 4, 10, 1, 1))
   return folder
@@ -409,9 +409,7 @@ def test_a_mixture_of_tasks_is_refused(sample, dataset, tmp_path):
     sample(str(tmp_path / 'out'), dataset=mixed)
 
 
-def test_a_checkpoint_of_another_vocabulary_is_refused(
-  dataset, tmp_path, compile_once
-):
+def test_a_checkpoint_of_another_vocabulary_is_refused(dataset, tmp_path):
   config = T5Config(264, 12, 2, 4, 10, 1, 1)
   conftest.save_model(tmp_path / 'model', config, 'SentencePiece 264 ids')
 

@@ -27,12 +27,12 @@ from tests.letter_models import (
 
 
 @pytest.fixture(scope='module')
-def student_params(compile_once):
+def student_params():
   return tiny.params(STUDENT, seed=0)
 
 
 @pytest.fixture(scope='module')
-def teacher_params(compile_once):
+def teacher_params():
   return tiny.params(TEACHER, seed=1)
 
 
@@ -139,7 +139,7 @@ def draws(dataset, student_params):
 def test_the_first_draw_is_that_of_the_seed_itself(
   draws, examples, student_params
 ):
-  rollout = tiny.jit(
+  rollout = jax.jit(
     functools.partial(
       rollout_lib.rollout,
       STUDENT,

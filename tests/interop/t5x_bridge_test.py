@@ -170,7 +170,7 @@ def test_loss_and_gradient_are_those_of_our_own_step(divergence, reduction):
 def loss_metrics(policy, rng, seed=0):
   model = t5x_bridge.GKDModel(t5x_model(), policy, GKD, 'unread')
   with model.with_teacher(T5(TEACHER), tiny.params(T5(TEACHER), 1)):
-    _, metrics = tiny.jit(model.loss_fn)(
+    _, metrics = jax.jit(model.loss_fn)(
       tiny.params(T5(STUDENT), seed), batch(), rng
     )
   return {n: m.compute() for n, m in metrics.items() if 'timing' not in n}
@@ -215,7 +215,7 @@ def test_dropout_is_on_in_training_alone():
 
   with noisy.with_teacher(T5(TEACHER), tiny.params(T5(TEACHER), 1)):
     losses = [
-      float(tiny.jit(noisy.loss_fn)(params, batch(), rng)[0])
+      float(jax.jit(noisy.loss_fn)(params, batch(), rng)[0])
       for rng in (jax.random.PRNGKey(0), jax.random.PRNGKey(1), None)
     ]
 

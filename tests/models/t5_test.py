@@ -151,7 +151,7 @@ def test_initial_weights_have_t5x_standard_deviations():
     vocab_size=128, emb_dim=64, num_heads=4, head_dim=25, mlp_dim=144
   )
 
-  params = tiny.jit(lambda: t5.init_params(T5(config), jax.random.key(0)))()
+  params = jax.jit(lambda: t5.init_params(T5(config), jax.random.key(0)))()
 
   D, H, K, F = 64, 4, 25, 144
   want = {
@@ -233,7 +233,7 @@ def test_padding_of_inputs_changes_nothing():
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@functools.partial(tiny.jit, static_argnames=('model', 'max_decode_len'))
+@functools.partial(jax.jit, static_argnames=('model', 'max_decode_len'))
 def start_cache(model, params, inputs, max_decode_len):
   variables = {'params': params}
   encoded = model.apply(variables, inputs, method='encode')
@@ -256,7 +256,7 @@ def test_cached_decoding_equals_the_full_forward_pass(changes):
   cache = start_cache(model, params, inputs, max_decode_len=12)
   num_traces = 0
 
-  @tiny.jit
+  @jax.jit
   def decode_step(cache, tokens):
     nonlocal num_traces
     num_traces += 1
@@ -333,7 +333,7 @@ def test_dropout_changes_with_its_rng_and_with_nothing_else():
   inputs = tiny.tokens(1, [7, 5], 7)
   targets = tiny.tokens(2, [6, 6], 6)
 
-  @tiny.jit
+  @jax.jit
   def logits(seed):
     return model.apply(
       {'params': params},
@@ -361,7 +361,7 @@ def test_dropout_drops_the_same_features_at_all_positions(stack):
   inputs, targets = tiny.tokens(1, [7, 7], 7), tiny.tokens(2, [6, 6], 6)
   keywords = {'deterministic': False, 'rngs': {'dropout': jax.random.key(0)}}
 
-  @tiny.jit
+  @jax.jit
   def hidden_states(params):
     apply = functools.partial(model.apply, {'params': params})
     encoded = apply(inputs, method='encode', **keywords)
@@ -395,7 +395,7 @@ def test_layers_in_a_loop_change_neither_values_nor_gradients(changes):
     return jnp.mean(jnp.square(logits))
 
   def value_and_grad(model):
-    return tiny.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
+    return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
 
   def num_products(model):
     program = jax.make_jaxpr(lambda p: loss(model, p))(params)
@@ -429,7 +429,7 @@ def test_stacked_layers_give_what_each_layer_gives(stacked):
     return model.apply({'params': params}, inputs, targets)
 
   np.testing.assert_array_equal(
-    tiny.jit(logits)(stacked_params), tiny.jit(logits)(params)
+    jax.jit(logits)(stacked_params), jax.jit(logits)(params)
   )
 
 
@@ -457,7 +457,7 @@ def test_a_program_keeps_no_second_copy_of_stacked_layers(stacked):
     def encode(params):
       return model.apply({'params': params}, inputs, method='encode')
 
-    compiled = jax.jit(encode).lower(params).compile()
+    compiled = tiny.jit_as_users_do(encode).lower(params).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   layer = stacked_params['encoder']['layers']
@@ -480,12 +480,12 @@ def test_rows_in_parts_give_what_they_give_together(scan_layers, changes):
     encoded = apply(inputs, method='encode')
     return encoded, apply(encoded, inputs, targets, method='decode')
 
-  parts = tiny.jit(functools.partial(encoded_and_hidden, num_parts=3))()
+  parts = jax.jit(functools.partial(encoded_and_hidden, num_parts=3))()
   # Equal up to how XLA multiplies fewer rows.
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
     parts,
-    tiny.jit(encoded_and_hidden)(),
+    jax.jit(encoded_and_hidden)(),
   )
 
 
@@ -523,7 +523,7 @@ def test_remat_changes_neither_values_nor_gradients():
     return jnp.mean(jnp.square(logits))
 
   def value_and_grad(model):
-    return tiny.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
+    return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
 
   def num_checkpoints(model):
     return str(jax.make_jaxpr(lambda p: loss(model, p))(params)).count('remat2')

@@ -84,7 +84,8 @@ class Processes:
             env={
               **os.environ,
               'JAX_PLATFORMS': 'cpu',
-              'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+              'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
+              + os.environ['XLA_FLAGS'],
             },
             stdout=file,
             stderr=file,

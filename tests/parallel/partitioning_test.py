@@ -361,7 +361,7 @@ def steps_on_each_mesh():
     state = step_lib.init_state(jax.tree.map(jnp.copy, params), optimizer)
     state, placed_params = jax.device_put((state, teacher_params), lies)
     parts = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state)
-    state, metrics = tiny.jit(
+    state, metrics = jax.jit(
       train_step, donate_argnums=0, out_shardings=(lies[0], None)
     )(state, placed_params, partitioning.put_whole_batch(batch, mesh))
     jax.effects_barrier()

@@ -591,9 +591,7 @@ final_eval/datasets.DatasetConfig.num_examples = 4
 
 
 @pytest.mark.slow
-def test_a_student_learns_from_its_teachers_outputs_in_a_sweep(
-  tmp_path, compile_once
-):
+def test_a_student_learns_from_its_teachers_outputs_in_a_sweep(tmp_path):
   """Teacher, outputs, SeqKD: printed and pasted, then run; real processes."""
   little = tmp_path / 'little.gin'
   little.write_text(LITTLE)

@@ -116,7 +116,7 @@ def test_logits_are_those_of_transformers(name):
 
 
 @each
-def test_greedy_outputs_are_those_of_transformers(name, compile_once):
+def test_greedy_outputs_are_those_of_transformers(name):
   want = expected(name)
 
   written = write(*load(FIXTURES / name), sampler.GREEDY, want['inputs'], 12)
@@ -125,9 +125,7 @@ def test_greedy_outputs_are_those_of_transformers(name, compile_once):
 
 
 @each
-def test_beam_outputs_are_those_of_transformers_or_more_probable(
-  name, compile_once
-):
+def test_beam_outputs_are_those_of_transformers_or_more_probable(name):
   # transformers lets a hypothesis end only if that is among the num_beams best
   # continuations; T5X and we look at twice as many, and may find a better one.
   model, params = load(FIXTURES / name)
