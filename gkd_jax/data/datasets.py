@@ -9,7 +9,8 @@ need not wait for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,17 +125,30 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
 def check_not_empty(config: DatasetConfig) -> None:
   """Raises ValueError if the split has no examples. Reads one."""
-  ds = get_task(config).get_dataset(
-    sequence_length=dict(config.task_feature_lengths),
-    split=config.split,
-    shuffle=False,
-    use_cached=config.use_cached,
-  )
-  if not list(ds.take(1)):
+  if _is_empty(
+    get_task(config).name,
+    config.split,
+    tuple(config.task_feature_lengths.items()),
+    config.use_cached,
+  ):
     raise ValueError(
       f'Split {config.split!r} of task {config.mixture_or_task_name!r} is '
       'empty.'
     )
+
+
+@functools.lru_cache
+def _is_empty(
+  name: str, split: str, lengths: Sequence[tuple[str, int]], use_cached: bool
+) -> bool:
+  """Whether a split of a registered task is empty; reads it once a process."""
+  ds = seqio.get_mixture_or_task(name).get_dataset(
+    sequence_length=dict(lengths),
+    split=split,
+    shuffle=False,
+    use_cached=use_cached,
+  )
+  return not list(ds.take(1))
 
 
 def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:

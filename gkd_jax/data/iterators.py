@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import tempfile
@@ -193,34 +194,16 @@ class EvalDataset:
     task = datasets.get_task(config)
     self.batch_size = config.batch_size
     self._name = config.mixture_or_task_name
-    self._evaluator = seqio.Evaluator(
+    self._evaluator, self._indices, self._rows = _read_split(
       task.name,
-      feature_converter=seqio.EncDecFeatureConverter(pack=False),
-      eval_split=config.split,
-      use_cached=config.use_cached,
-      sequence_length=dict(config.task_feature_lengths),
-      num_examples=config.num_examples,
-      logger_cls=(),
+      self._name,
+      config.split,
+      tuple(config.task_feature_lengths.items()),
+      config.num_examples,
+      config.use_cached,
     )
-    if not self._evaluator.eval_tasks:
-      raise ValueError(
-        f'Task {self._name!r} has no metric_fns: there is nothing to evaluate.'
-      )
-    if len(self._evaluator.eval_tasks) > 1:
-      raise ValueError(
-        f'{self._name!r} is a mixture of several tasks; evaluate them one by '
-        'one.'
-      )
     self._task = self._evaluator.eval_tasks[0]
     self.vocabulary = task.output_features['targets'].vocabulary
-    rows = list(
-      self._evaluator.cached_model_datasets[self._task.name].as_numpy_iterator()
-    )
-    # (row number, features) pairs; the numbers are seqio's.
-    self._indices = [int(i) for i, _ in rows]
-    self._rows = _to_batch(
-      {k: np.stack([f[k] for _, f in rows]) for k in rows[0][1]}
-    )
 
   def __len__(self) -> int:
     """The number of examples."""
@@ -320,6 +303,53 @@ class EvalDataset:
         strict=True,
       )
     ]
+
+
+@functools.lru_cache(maxsize=4)
+def _read_split(
+  registered_name: str,
+  name: str,
+  split: str,
+  lengths: Sequence[tuple[str, int]],
+  num_examples: int | None,
+  use_cached: bool,
+) -> tuple[seqio.Evaluator, Sequence[int], Batch]:
+  """Reads a split once for all runs of this process.
+
+  A task has another registered name if its vocabulary, arguments or predictions
+  differ: see `seqio_tasks`.
+
+  Returns:
+    The evaluator, seqio's number of each row, and the rows [N, ...].
+
+  Raises:
+    ValueError: see `EvalDataset`.
+  """
+  evaluator = seqio.Evaluator(
+    registered_name,
+    feature_converter=seqio.EncDecFeatureConverter(pack=False),
+    eval_split=split,
+    use_cached=use_cached,
+    sequence_length=dict(lengths),
+    num_examples=num_examples,
+    logger_cls=(),
+  )
+  if not evaluator.eval_tasks:
+    raise ValueError(
+      f'Task {name!r} has no metric_fns: there is nothing to evaluate.'
+    )
+  if len(evaluator.eval_tasks) > 1:
+    raise ValueError(
+      f'{name!r} is a mixture of several tasks; evaluate them one by one.'
+    )
+  dataset = evaluator.cached_model_datasets[evaluator.eval_tasks[0].name]
+  # (row number, features) pairs; the numbers are seqio's.
+  rows = list(dataset.as_numpy_iterator())
+  return (
+    evaluator,
+    [int(i) for i, _ in rows],
+    _to_batch({k: np.stack([f[k] for _, f in rows]) for k in rows[0][1]}),
+  )
 
 
 class InferenceDataset:

@@ -90,6 +90,38 @@ def make_write(
   if not is_beam and decoding.calculator and vocabulary is not None:
     calculator = Calculator(vocabulary, ids)
 
+  write = _write_program(
+    model, decoding, num_outputs, max_decode_len, ids, mesh, calculator
+  )
+  first = jax.random.key(seed)
+  keys = [first, *(jax.random.fold_in(first, i) for i in range(1, num_outputs))]
+
+  def place_and_write(params, row_ids_B, inputs):
+    row_ids_B, inputs = partitioning.put_whole_batch((row_ids_B, inputs), mesh)
+    if is_beam:
+      return np.asarray(write(params, inputs))
+    drawn = [write(params, key, row_ids_B, inputs) for key in keys]
+    return np.stack(jax.device_get(drawn), axis=1)
+
+  return place_and_write
+
+
+@functools.lru_cache(maxsize=16)
+def _write_program(
+  model: T5,
+  decoding: Decoding,
+  num_outputs: int,
+  max_decode_len: int,
+  ids: SpecialIds,
+  mesh: Mesh,
+  calculator: Calculator | None,
+) -> Callable[..., jax.Array]:
+  """Returns the jitted function of `make_write`, one for all runs of a process.
+
+  It maps (params, inputs) of a beam, and (params, key, row numbers, inputs)
+  else.
+  """
+
   def sample(params, key, row_ids_B, inputs):
     return rollout_lib.rollout(
       model,
@@ -125,20 +157,10 @@ def make_write(
       ids=ids,
     ).tokens[:, :num_outputs]
 
-  write = jax.jit(
-    beam if is_beam else sample, out_shardings=partitioning.everywhere(mesh)
+  return jax.jit(
+    beam if isinstance(decoding, beam_search.BeamConfig) else sample,
+    out_shardings=partitioning.everywhere(mesh),
   )
-  first = jax.random.key(seed)
-  keys = [first, *(jax.random.fold_in(first, i) for i in range(1, num_outputs))]
-
-  def place_and_write(params, row_ids_B, inputs):
-    row_ids_B, inputs = partitioning.put_whole_batch((row_ids_B, inputs), mesh)
-    if is_beam:
-      return np.asarray(write(params, inputs))
-    drawn = [write(params, key, row_ids_B, inputs) for key in keys]
-    return np.stack(jax.device_get(drawn), axis=1)
-
-  return place_and_write
 
 
 def make_score(
@@ -218,6 +240,7 @@ def make_score(
   return score
 
 
+@functools.lru_cache(maxsize=16)
 def make_disagreement(
   student: T5, teacher: T5, *, ids: SpecialIds, mesh: Mesh
 ) -> Callable[..., dict[str, np.ndarray]]:

@@ -128,9 +128,11 @@ def measured(result: pathlib.Path) -> list[str]:
     return []
   values = json.loads(result.read_text())
   settings = runs_lib.read_settings(config.read_text())
+  first = next((name for name in values if name.startswith('greedy/')), None)
+  main = settings.get('BEST_METRIC') or first
   words = []
-  if (best := settings.get('BEST_METRIC')) in values:
-    words.append(f'{tables.head(best)} {values[best]:.2f}')
+  if main in values:
+    words.append(f'{tables.head(main)} {values[main]:.2f}')
   if sections.KL in values:
     words.append(f'KL(student‖teacher) {values[sections.KL]:.4f}')
   return words

@@ -76,13 +76,14 @@ def test_a_line_that_is_being_written_is_not_read(folder):
   assert progress.steps(folder) == (600, 1000)
 
 
-def test_a_finished_run_is_shown_by_its_main_metric_and_kl(tmp_path):
+@pytest.mark.parametrize('best', ['greedy/wer', None])
+def test_a_finished_run_is_shown_by_its_main_metric_and_kl(tmp_path, best):
   values = {
     'greedy/wer': 61.234,
     'greedy/per': 20.0,
     'on_student_outputs/reverse_kl': 0.3355,
   }
-  folder = run_folders.write(tmp_path / 'run', values)
+  folder = run_folders.write(tmp_path / 'run', values, BEST_METRIC=best)
 
   assert progress.measured(folder / 'eval_test.json') == [
     'WER % 61.23',

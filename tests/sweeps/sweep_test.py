@@ -573,7 +573,7 @@ def test_commands_that_need_nothing_else_are_printed(run, tmp_path, capsys):
 
 LITTLE = """from __gin__ import dynamic_registration
 
-from gkd_jax import data
+from gkd_jax.data import datasets
 
 EMB_DIM = 8
 NUM_HEADS = 1
