@@ -364,6 +364,28 @@ def test_num_examples_takes_the_first(letters):
   ]
 
 
+def test_runs_of_one_process_read_a_split_once(letters, monkeypatch):
+  read = []
+  evaluator = seqio.Evaluator
+
+  def recorded(name, **settings):
+    read.append(settings['num_examples'])
+    return evaluator(name, **settings)
+
+  monkeypatch.setattr(seqio, 'Evaluator', recorded)
+  for num_examples in (3, 3, 2):
+    config = datasets.DatasetConfig(
+      letters,
+      {'inputs': 9, 'targets': 9},  # of no other test
+      batch_size=4,
+      split='validation',
+      num_examples=num_examples,
+    )
+    assert len(iterators.EvalDataset(config)) == num_examples
+
+  assert read == [3, 2]
+
+
 def test_any_of_several_references_is_right():
   config = datasets.DatasetConfig(
     'cmudict_g2p',

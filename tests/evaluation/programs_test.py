@@ -56,6 +56,16 @@ def examples(dataset):
   return Batch(*(np.concatenate(c)[: len(dataset)] for c in columns))
 
 
+def test_evaluations_of_one_model_share_their_programs():
+  make_write(sampler.GREEDY)
+  before = programs._write_program.cache_info()
+
+  make_write(sampler.GREEDY)
+
+  after = programs._write_program.cache_info()
+  assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
 @pytest.fixture(scope='module')
 def greedy(dataset, student_params):
   return write_all(dataset, write_one(sampler.GREEDY), student_params)
