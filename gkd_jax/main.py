@@ -295,8 +295,11 @@ def _run_again(arguments: Sequence[str]) -> None:
   """Runs main with other arguments, as a new process would."""
   import gin
 
+  from gkd_jax.data import vocabularies
+
   global _START
   _START = time.monotonic()
+  vocabularies.import_libraries.cache_clear()  # the seconds are the first run's
   gin.clear_config()
   flags.FLAGS.unparse_flags()
   sys.argv[1:] = arguments
