@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -21,7 +22,8 @@ from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, iterators, predictions, vocabularies
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import objectives, policies, rewards
+from gkd_jax.distill import methods, rewards, rules
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.evaluation import evaluate, programs
 from gkd_jax.models.t5 import (
@@ -43,8 +45,7 @@ def train(
   model_dir: str,
   student: T5Config,
   train_dataset: datasets.DatasetConfig,
-  policy: policies.Policy,
-  objective: objectives.Objective,
+  method: methods.Method,
   optimizer: Callable[..., optax.GradientTransformation],
   learning_rate: optax.Schedule,
   total_steps: int,
@@ -56,9 +57,6 @@ def train(
   max_grad_norm: float | None = None,
   num_microbatches: int = 1,
   num_data_shards: int | None = None,
-  student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
-  teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
-  reward: rewards.Reward | None = None,
   reward_model: T5Config | None = None,
   reward_checkpoint_path: str | None = None,
   reward_dtype: str | None = None,
@@ -86,8 +84,7 @@ def train(
     model_dir: the run's folder; made if it is not there.
     student: shape of the model that learns.
     train_dataset: what it learns on.
-    policy: who writes the outputs; see `policies`.
-    objective: what is minimised; see `objectives`.
+    method: policy, teacher, divergence and credit; see `methods`.
     optimizer: called with learning_rate=...; e.g. optax.adafactor.
     learning_rate: schedule, step -> rate.
     total_steps: of this run, from 0.
@@ -96,7 +93,7 @@ def train(
       `pretrained.open_checkpoint`); None: from random ones.
     teacher: shape that the teacher's checkpoint must have; None: any.
     teacher_checkpoint_path: the teacher, as its checkpoint describes it.
-      Without a need for one in policy and objective it only serves evaluation.
+      Without a need for one in the method it only serves evaluation.
     teacher_dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
     max_grad_norm: gradients of a larger global norm are scaled down to it.
     num_microbatches: parts a batch is worked through in, to save memory; see
@@ -104,10 +101,6 @@ def train(
     num_data_shards: that the data is dealt to, which decides its order; None:
       as many as hosts that have rows of their own. A run that is to go on with
       another number of hosts names one that both divide.
-    student_sampler: how the student's training outputs are drawn.
-    teacher_sampler: how the teacher's are.
-    reward: how good the student's outputs are, where the objective has a weight
-      for it.
     reward_model: shape that the reward's checkpoint must have; None: any.
     reward_checkpoint_path: the model that says so, if the reward has one; of
       the task's vocabulary.
@@ -155,15 +148,12 @@ def train(
     student_rules=student_rules,
     student=student,
     train_dataset=train_dataset,
-    policy=policy,
-    objective=objective,
+    method=method,
     optimizer=optimizer,
     learning_rate=learning_rate,
     seed=seed,
     max_grad_norm=max_grad_norm,
     num_microbatches=num_microbatches,
-    student_sampler=student_sampler,
-    teacher_sampler=teacher_sampler,
     max_decode_len=max_decode_len,
   )
   if plan.needs_teacher and teacher_checkpoint_path is None:
@@ -175,18 +165,11 @@ def train(
   for name, value in (('TEACHER', teacher), ('TEACHER_DTYPE', teacher_dtype)):
     if value is not None and teacher_checkpoint_path is None:
       raise ValueError(f'{name} is set, but no TEACHER_CHECKPOINT_PATH.')
-  step_lib.check_reward(
-    policy,
-    objective,
-    student_sampler,
-    has_reward=reward is not None,
-    dropout_rate=student.dropout_rate,
-  )
+  reward = method.reward
   if reward_model is not None and reward_checkpoint_path is None:
     raise ValueError('REWARD_MODEL is set, but no REWARD_CHECKPOINT_PATH.')
   rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
   pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
-  _check_reward_baseline(objective, train_dataset.batch_size, num_microbatches)
   for name, value, least in (
     ('TRAIN_STEPS', total_steps, 1),
     ('RANDOM_SEED', seed, 0),
@@ -296,12 +279,10 @@ def train(
       f'Student: {pretrained.architecture(student)}, {count_params(params):,} '
       'float32 parameters, from random initialisation'
     )
-  train_step = plan.make_train_step(
-    teacher=teacher_model, ids=ids, reward=score
-  )
-  judge = None
+  train_step = plan.make_train_step(teacher=teacher_model, ids=ids, score=score)
+  mean_reward = None
   if reward is not None:
-    judge = programs.make_judge(
+    mean_reward = programs.make_mean_reward(
       reward, score, reward_params, ids=ids, mesh=device_mesh
     )
 
@@ -316,7 +297,8 @@ def train(
       decodings or {'greedy': sampler.GREEDY},
       seed=seed,
       mesh=device_mesh,
-      judge=judge,
+      mean_reward=mean_reward,
+      divergence=method.objective.divergence,
       before_batch=signals.check,
     )
 
@@ -343,7 +325,13 @@ def train(
     pretrained.keep_side_files(folders, run_dir)
     del sources  # they may hold what was read
     state = jax.jit(
-      lambda p: step_lib.init_state(p, plan.optimizer),
+      functools.partial(
+        state_lib.init_state,
+        optimizer=plan.optimizer,
+        method=method,
+        batch=abstract_batch(train_dataset, device_mesh),
+        seed=seed,
+      ),
       out_shardings=_shardings(plan.state),
     )(params)
     del params  # the state owns them now, and will be donated
@@ -365,7 +353,7 @@ def train(
       state, train_seconds = _loop(
         train_step,
         state,
-        (teacher_params, reward_params),
+        state_lib.Frozen(teacher_params, reward_params),
         iterator,
         raise_failure=reward.raise_failure if reward else lambda: None,
         signals=signals,
@@ -429,7 +417,7 @@ class Plan(NamedTuple):
 
   student: T5
   optimizer: optax.GradientTransformation
-  state: step_lib.TrainState
+  state: state_lib.TrainState
   make_train_step: Callable[..., step_lib.TrainStep]
   needs_teacher: bool
 
@@ -440,15 +428,12 @@ def make_plan(
   student_rules: partitioning.AxisRules,
   student: T5Config,
   train_dataset: datasets.DatasetConfig,
-  policy: policies.Policy,
-  objective: objectives.Objective,
+  method: methods.Method,
   optimizer: Callable[..., optax.GradientTransformation],
   learning_rate: optax.Schedule,
   seed: int,
   max_grad_norm: float | None,
   num_microbatches: int,
-  student_sampler: sampler.SamplerConfig,
-  teacher_sampler: sampler.SamplerConfig,
   max_decode_len: int | None,
 ) -> Plan:
   """Checks settings against each other, and builds what needs nothing else.
@@ -458,10 +443,12 @@ def make_plan(
   Raises:
     ValueError: they do not fit together.
   """
-  if not isinstance(policy, policies.Policy):
-    raise ValueError(
-      f'POLICY must be a policy, such as @policies.student(), got {policy!r}.'
+  rules.check(
+    rules.Setup(
+      method, student.dropout_rate, train_dataset.batch_size, num_microbatches
     )
+  )
+  rules.check_divergence(method, student.vocab_size)
   target_len = train_dataset.task_feature_lengths['targets']
   if max_decode_len not in (None, target_len):
     raise ValueError(
@@ -492,19 +479,22 @@ def make_plan(
   return Plan(
     student=model,
     optimizer=tx,
-    state=step_lib.abstract_state(abstract_params(model), tx, mesh),
+    state=state_lib.abstract_state(
+      abstract_params(model),
+      tx,
+      mesh,
+      method,
+      batch=abstract_batch(train_dataset, mesh),
+    ),
     make_train_step=functools.partial(
       step_lib.make_train_step,
       student=model,
-      policy=policy,
-      objective=objective,
+      method=method,
       optimizer=tx,
-      student_sampler=student_sampler,
-      teacher_sampler=teacher_sampler,
       seed=seed,
       num_microbatches=num_microbatches,
     ),
-    needs_teacher=policy.needs_teacher or objective.needs_teacher,
+    needs_teacher=method.needs_teacher_checkpoint,
   )
 
 
@@ -529,12 +519,28 @@ def _load(
   return stack_layers(params) if model.config.scan_layers else params
 
 
+def abstract_batch(
+  dataset: datasets.DatasetConfig, mesh: jax.sharding.Mesh
+) -> Batch:
+  """Returns shapes, dtypes and shardings of a global batch."""
+  sharding = partitioning.batch_sharding(mesh)
+
+  def rows(feature, dtype):
+    shape = (dataset.batch_size, dataset.task_feature_lengths[feature])
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  return Batch(
+    encoder_input_tokens=rows('inputs', jnp.int32),
+    decoder_target_tokens=rows('targets', jnp.int32),
+    decoder_loss_weights=rows('targets', jnp.float32),
+  )
+
+
 def compile_step(
   train_step: step_lib.TrainStep,
-  state: step_lib.TrainState,
-  teacher_params: step_lib.Params,
+  state: state_lib.TrainState,
+  frozen: state_lib.Frozen,
   batch: Batch,
-  reward_params: step_lib.Params = None,
 ) -> jax.stages.Compiled:
   """Compiles a step for the devices that its arguments lie on.
 
@@ -544,7 +550,7 @@ def compile_step(
   jitted = jax.jit(
     train_step, donate_argnums=0, out_shardings=(_shardings(state), None)
   )
-  return jitted.lower(state, teacher_params, batch, reward_params).compile()
+  return jitted.lower(state, frozen, batch).compile()
 
 
 def _shardings(tree: Any) -> Any:
@@ -554,7 +560,7 @@ def _shardings(tree: Any) -> Any:
 def _loop(
   train_step,
   state,
-  constants,
+  frozen,
   iterator,
   *,
   raise_failure,
@@ -578,11 +584,10 @@ def _loop(
 
   The device is never waited for but to read the metrics of the step before
   the one it works on. `train_seconds` counts neither compilation nor
-  evaluation. `constants` are the parameters of teacher and reward, and
-  `raise_failure` that of the reward. `say_started` is called after the first
-  step. `to_evaluate`: the evaluation of the given state was interrupted.
+  evaluation. `raise_failure` is that of the reward. `say_started` is called
+  after the first step. `to_evaluate`: the evaluation of the given state was
+  interrupted.
   """
-  teacher_params, reward_params = constants
   first_step = int(state.step)
 
   def evaluate_now(step):
@@ -600,9 +605,7 @@ def _loop(
 
   batch = put_batch(next(iterator))
   start = time.monotonic()
-  compiled = compile_step(
-    train_step, state, teacher_params, batch, reward_params
-  )
+  compiled = compile_step(train_step, state, frozen, batch)
   console.log(f'Compiled the step in {time.monotonic() - start:.1f} s.')
 
   log = _Log(
@@ -621,9 +624,7 @@ def _loop(
     for step in range(first_step + 1, total_steps + 1):
       if batch is None:
         batch = put_batch(next(iterator))
-      state, step_metrics = compiled(
-        state, teacher_params, batch, reward_params
-      )
+      state, step_metrics = compiled(state, frozen, batch)
       log.dispatched(step, step_metrics, batch)
       batch = None
       last = step == total_steps
@@ -842,22 +843,6 @@ def _check_not_trained_on(
         f'split {split!r}, on which this run is evaluated. Let the teacher '
         'write for the training split: INFER_SPLIT.'
       )
-
-
-def _check_reward_baseline(
-  objective: objectives.Objective, batch_size: int, num_microbatches: int
-) -> None:
-  rows = batch_size // num_microbatches
-  if (
-    objective.learns_from_reward
-    and objective.reward_baseline == 'batch_mean'
-    and rows < 2
-  ):
-    raise ValueError(
-      "REWARD_BASELINE = 'batch_mean' is the mean reward of the other outputs, "
-      f'but BATCH_SIZE {batch_size} in {num_microbatches} NUM_MICROBATCHES '
-      "leaves one. Use 'self_critical' or 'none', or larger microbatches."
-    )
 
 
 def _check_rates(learning_rate: optax.Schedule, total_steps: int) -> None:

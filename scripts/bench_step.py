@@ -215,8 +215,10 @@ def _measure_ours(work: dict) -> dict:
   from gkd_jax.batch import MASKED_LOGIT, Batch
   from gkd_jax.decoding import rollout as rollout_lib
   from gkd_jax.decoding import sampler
-  from gkd_jax.distill import divergences, objectives, policies
+  from gkd_jax.distill import chunked_sums, divergences, objectives, policies
+  from gkd_jax.distill import state as state_lib
   from gkd_jax.distill import step as step_lib
+  from gkd_jax.distill.methods import Method
   from gkd_jax.models import t5
 
   class Endless(t5.T5):
@@ -252,23 +254,19 @@ def _measure_ours(work: dict) -> dict:
   teacher_params = jax.tree.map(
     lambda x: x.astype(work['dtype']), init(teacher, 1)
   )
-  state = step_lib.init_state(init(student, 2), optimizer)
+  state = state_lib.init_state(init(student, 2), optimizer)
   train_step = step_lib.make_train_step(
     student=student,
     teacher=teacher,
-    policy=policies.student(),
-    objective=objective,
+    method=Method(policy=policies.student(), objective=objective),
     optimizer=optimizer,
-    student_sampler=sampler.ANCESTRAL,
-    teacher_sampler=sampler.ANCESTRAL,
     ids=ids,
     seed=0,
   )
+  frozen = state_lib.Frozen(teacher_params)
   start = time.perf_counter()
   compiled = (
-    jax.jit(train_step, donate_argnums=0)
-    .lower(state, teacher_params, batch)
-    .compile()
+    jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch).compile()
   )
   compile_seconds = time.perf_counter() - start
 
@@ -284,9 +282,7 @@ def _measure_ours(work: dict) -> dict:
         args = (*results[:carried], *args[carried:])
     return seconds, results
 
-  steps, (state, metrics) = run(
-    compiled, state, teacher_params, batch, carried=1
-  )
+  steps, (state, metrics) = run(compiled, state, frozen, batch, carried=1)
   assert metrics['target_tokens'] == targets.size, metrics
   assert metrics['on_policy'] == metrics['truncated'] == 1.0, metrics
   assert jnp.isfinite(metrics['loss'])
@@ -313,7 +309,7 @@ def _measure_ours(work: dict) -> dict:
     weights, _ = objectives.coefficients(
       jnp.ones(tokens.shape, jnp.float32), 'sequence'
     )
-    return objectives.weighted_sums(
+    return chunked_sums.weighted_sums(
       objective.terms(ids),
       step_lib.unembed(student),
       step_lib.unembed(teacher),

@@ -146,7 +146,7 @@ def save_model(
   import optax
 
   from gkd_jax.checkpoints import checkpoint
-  from gkd_jax.distill import step as step_lib
+  from gkd_jax.distill import state as state_lib
   from gkd_jax.models.t5 import T5, init_params
 
   class NoData:
@@ -157,7 +157,7 @@ def save_model(
   checkpoints = checkpoint.Checkpoints(
     run_dir, checkpoint.ModelDescription(config, vocabulary)
   )
-  state = step_lib.init_state(params, optax.sgd(1.0))
+  state = state_lib.init_state(params, optax.sgd(1.0))
   checkpoints.save(state, NoData(), train_seconds=0.0)
   checkpoints.close()
 
@@ -302,6 +302,7 @@ def train_letters(letters) -> Callable[..., str]:
   from gkd_jax.data import datasets
   from gkd_jax.distill import objectives, policies
   from gkd_jax.models.t5 import T5Config
+  from tests import tiny
 
   def dataset(split, **changes):
     return datasets.DatasetConfig(
@@ -325,7 +326,7 @@ def train_letters(letters) -> Callable[..., str]:
     }
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-      train.train(**(settings | changes))
+      train.train(**tiny.with_method(settings | changes))
     return said.getvalue()
 
   run.dataset = dataset

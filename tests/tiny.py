@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models and batches: quick to compile, and no two sizes alike."""
 
+import dataclasses
 import functools
 import os
 import pickle
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax.batch import Batch, SpecialIds
+from gkd_jax.distill.methods import Method
 from gkd_jax.models.t5 import T5, T5Config, init_params
 
 VOCAB_SIZE = 24
@@ -24,6 +26,14 @@ def special_ids(num_ids: int = NUM_IDS) -> SpecialIds:
 
 
 IDS = special_ids()
+
+
+def with_method(settings: dict) -> dict:
+  """Returns settings of a run or a step, those of the method in a Method."""
+  names = {field.name for field in dataclasses.fields(Method)} - {'teacher'}
+  parts = {k: v for k, v in settings.items() if k in names}
+  rest = {k: v for k, v in settings.items() if k not in names}
+  return {'method': Method(**parts), **rest}
 
 
 def config(version='1.1', **changes) -> T5Config:

@@ -23,7 +23,14 @@ import pytest
 from gkd_jax.checkpoints import checkpoint
 from gkd_jax.data import iterators
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, objectives, policies, rewards
+from gkd_jax.distill import (
+  credit,
+  divergences,
+  entailment,
+  objectives,
+  policies,
+  rewards,
+)
 from gkd_jax.evaluation import evaluate, infer
 from gkd_jax.models.t5 import T5Config, param_shapes
 from gkd_jax.runtime import metrics as metrics_lib
@@ -922,14 +929,14 @@ def learning_from(reward, **changes):
   settings = {
     'student': dataclasses.replace(STUDENT, dropout_rate=0.0),
     'policy': policies.student(),
-    'objective': objectives.Objective(divergence_weight=0.0, reward_weight=1.0),
-    'reward': reward,
+    'objective': objectives.Objective(divergence_weight=0.0),
+    'credit': credit.reinforce(reward, 1.0),
   }
   return settings | changes
 
 
 NLI = functools.partial(
-  rewards.entailment, premise='p:', hypothesis=' h:', entailed='1'
+  entailment.entailment, premise='p:', hypothesis=' h:', entailed='1'
 )
 
 
@@ -1029,7 +1036,6 @@ def test_a_reward_is_the_mean_over_the_steps_that_have_one(
   settings = learning_from(
     rewards.rouge_l(),
     policy=policies.mixture(0.5),
-    objective=objectives.Objective(divergence_weight=0.0, reward_weight=1.0),
     total_steps=8,
   )
 
@@ -1052,24 +1058,15 @@ def test_a_reward_is_the_mean_over_the_steps_that_have_one(
 @pytest.mark.parametrize(
   ('changes', 'text'),
   [
-    ({'reward': NLI()}, 'set REWARD_CHECKPOINT_PATH to a run'),
+    (learning_from(NLI()), 'set REWARD_CHECKPOINT_PATH to a run'),
     ({'reward_checkpoint_path': 'x'}, 'no model is asked for a reward'),
     ({'reward_dtype': 'bfloat16'}, 'but no REWARD_CHECKPOINT_PATH'),
-    ({'num_microbatches': 8}, "'batch_mean'.*BATCH_SIZE 8 in 8 NUM_MICRO"),
-    ({'reward': rewards.exact_match('')}, 'exact_match.marker is'),
+    ({'num_microbatches': 8}, 'BATCH_SIZE 8 in 8 NUM_MICROBATCHES leaves 1'),
+    (learning_from(rewards.exact_match('')), 'exact_match.marker is'),
     (
-      {'reward': rewards.Reward(lambda v, m: lambda b, y, p: y.weights)},
+      learning_from(rewards.Reward(lambda v, i, m: lambda b, y, p: y.weights)),
       r'shape \(8,\), but gives \(8, 7\)',
     ),
-    (
-      {
-        'objective': objectives.Objective(
-          divergence_weight=0.0, likelihood_weight=1.0
-        )
-      },
-      'REWARD_WEIGHT is None',
-    ),
-    ({'reward': None}, 'there is no REWARD'),
     ({'policy': policies.dataset()}, 'STUDENT_DATA_FRACTION is 0.0'),
     ({'student': STUDENT}, 'DROPOUT_RATE is 0.1'),
   ],

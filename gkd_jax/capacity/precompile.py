@@ -25,17 +25,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 
 from gkd_jax import train
-from gkd_jax.batch import Batch
 from gkd_jax.capacity import collectives, costs, roofline
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets
-from gkd_jax.decoding import sampler
-from gkd_jax.distill import objectives, policies, rewards
+from gkd_jax.distill import methods
+from gkd_jax.distill.state import Frozen
 from gkd_jax.models.t5 import (
   T5Config,
   abstract_params,
@@ -58,8 +56,7 @@ def precompile(
   output: str | None = None,
   student: T5Config,
   train_dataset: datasets.DatasetConfig,
-  policy: policies.Policy,
-  objective: objectives.Objective,
+  method: methods.Method,
   optimizer: Callable[..., optax.GradientTransformation],
   learning_rate: optax.Schedule,
   seed: int,
@@ -68,9 +65,6 @@ def precompile(
   teacher_dtype: str | None = None,
   max_grad_norm: float | None = None,
   num_microbatches: int = 1,
-  student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
-  teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
-  reward: rewards.Reward | None = None,
   reward_model: T5Config | None = None,
   reward_checkpoint_path: str | None = None,
   reward_dtype: str | None = None,
@@ -108,15 +102,12 @@ def precompile(
     student_rules=student_rules,
     student=student,
     train_dataset=train_dataset,
-    policy=policy,
-    objective=objective,
+    method=method,
     optimizer=optimizer,
     learning_rate=learning_rate,
     seed=seed,
     max_grad_norm=max_grad_norm,
     num_microbatches=num_microbatches,
-    student_sampler=student_sampler,
-    teacher_sampler=teacher_sampler,
     max_decode_len=max_decode_len,
   )
   pretrained.check_dtype('TEACHER_DTYPE', teacher_dtype)
@@ -144,6 +135,7 @@ def precompile(
     min(model.vocab_size for model in (student, teacher) if model)
   )
   score = reward_params = None
+  reward = method.reward
   if reward is not None:
     judge = None
     if reward.needs_model:
@@ -155,7 +147,7 @@ def precompile(
       judge = train.like_student(reward_model, student, placement)
       reward_params = _constants(judge, reward_dtype)
     score = reward.make_score(_WordVocabulary(), ids, judge)
-  batch = abstract_batch(train_dataset, device_mesh)
+  batch = train.abstract_batch(train_dataset, device_mesh)
   lengths = {
     'batch_size': train_dataset.batch_size,
     'input_length': train_dataset.task_feature_lengths['inputs'],
@@ -177,11 +169,10 @@ def precompile(
   compiled, refusal = _compile(
     _available(topology),
     sum(given.values()),
-    plan.make_train_step(teacher=teacher_model, ids=ids, reward=score),
+    plan.make_train_step(teacher=teacher_model, ids=ids, score=score),
     plan.state,
-    teacher_params,
+    Frozen(teacher_params, reward_params),
     batch,
-    reward_params,
   )
   compile_seconds = time.monotonic() - start
   report = {
@@ -221,9 +212,9 @@ def precompile(
       ),
       topology,
       lengths['target_length'],
-      samples=policy.student_data_fraction > 0.0,
+      samples=method.policy.student_data_fraction > 0.0,
     ),
-    'not_counted': _not_counted(policy, reward),
+    'not_counted': _not_counted(method.policy, reward),
     'versions': _versions(),
   }
   if output is not None:
@@ -295,23 +286,6 @@ def _simulated_devices(number: int) -> Sequence[jax.Device]:
       'already.'
     )
   return devices[:number]
-
-
-def abstract_batch(
-  dataset: datasets.DatasetConfig, mesh: jax.sharding.Mesh
-) -> Batch:
-  """Returns shapes, dtypes and shardings of a global batch."""
-  sharding = partitioning.batch_sharding(mesh)
-
-  def rows(feature, dtype):
-    shape = (dataset.batch_size, dataset.task_feature_lengths[feature])
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-  return Batch(
-    encoder_input_tokens=rows('inputs', jnp.int32),
-    decoder_target_tokens=rows('targets', jnp.int32),
-    decoder_loss_weights=rows('targets', jnp.float32),
-  )
 
 
 class _WordVocabulary:

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from gkd_jax.distill.step import TrainState
+from gkd_jax.distill.state import TrainState
 from gkd_jax.models.t5 import T5Config, named_params
 from gkd_jax.parallel import hosts
 from gkd_jax.runtime import console, files

@@ -6,6 +6,11 @@ P is the teacher, Q the student, always. A divergence maps logits `[..., V]` to
 belong to `objectives`. To add one, write a function with this signature and
 name it in a gin file.
 
+A divergence that carries state, has parameters of its own or reads more of a
+token than the logits is a `Divergence`. Such arrays reach it as arguments: the
+sum over tokens has a gradient of its own (see `chunked_sums`), so a divergence
+must not close over arrays of the step.
+
 Logits may be masked by a large negative number or by -inf: such an id has
 probability 0, and value and gradient stay finite. Where one model masks an id
 that the other uses, the KL that is infinite there is a number near 1e9 times
@@ -15,10 +20,93 @@ Source: Agarwal et al. (2024), arXiv:2306.13649, section 2 and Eq. 1; total
 variation as in f-distill, Wen et al. (2023), arXiv:2307.15190.
 """
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import MASKED_LOGIT
+
+# Arrays of each token that a divergence may read; see `chunked_sums`.
+PER_TOKEN = ('tokens', 'author', 'log_probs')
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+  """A divergence with all that it reads, carries and learns.
+
+  Attributes:
+    function: (*, teacher_logits, student_logits, ...) -> [...], with a keyword
+      for each name of `reads`, and `carried` and `heads` where there are any.
+    name: under which it is evaluated and reported; None: that of the function.
+    reads: names out of PER_TOKEN: [...] arrays of the tokens of y, of their
+      authors, and of their log-probabilities when they were drawn.
+    init: () -> initial state; None: it has no state.
+    update: (carried, {name: mean of this step, as in its metrics}) -> carried.
+    init_heads: key -> parameters that are learnt beside the student's.
+  """
+
+  function: Callable[..., jax.Array]
+  name: str | None = None
+  reads: tuple[str, ...] = ()
+  init: Callable[[], Any] | None = None
+  update: Callable[[Any, dict[str, jax.Array]], Any] | None = None
+  init_heads: Callable[[jax.Array], Any] | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, 'reads', tuple(self.reads))
+    if unknown := {*self.reads} - {*PER_TOKEN}:
+      raise ValueError(
+        f'Divergence.reads may have {PER_TOKEN}, got {sorted(unknown)}.'
+      )
+    if (self.init is None) != (self.update is None):
+      raise ValueError('Divergence.init and Divergence.update belong together.')
+
+  @property
+  def reported_name(self) -> str:
+    return self.name or name_of(self.function)
+
+  @property
+  def needs_logits_alone(self) -> bool:
+    """Whether it can be evaluated outside a train step."""
+    return not (self.reads or self.init or self.init_heads)
+
+  @property
+  def keywords(self) -> tuple[str, ...]:
+    """The keywords that the function is called with."""
+    names = ['teacher_logits', 'student_logits', *self.reads]
+    if self.init is not None:
+      names.append('carried')
+    if self.init_heads is not None:
+      names.append('heads')
+    return tuple(names)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+  """Returns the name that a divergence is reported under: 'jsd_0.9'.
+
+  The function's own, with the settings that functools.partial has bound. One
+  with the attribute `names_itself` returns its name when it is called with None
+  for both logits: gin binds settings where only the function sees them.
+  """
+  if getattr(inspect.unwrap(_unbound(function)), 'names_itself', False):
+    return function(teacher_logits=None, student_logits=None)
+  settings = []
+  while isinstance(function, functools.partial):
+    settings = [*function.args, *function.keywords.values(), *settings]
+    function = function.func
+  name = getattr(function, '__name__', type(function).__name__)
+  return '_'.join([name, *map(str, settings)])
+
+
+def _unbound(function):
+  while isinstance(function, functools.partial):
+    function = function.func
+  return function
 
 
 def forward_kl(
@@ -72,8 +160,8 @@ def generalized_jsd(
   Args:
     teacher_logits: [..., V] logits of P.
     student_logits: [..., V] logits of Q.
-    beta: weight of the teacher in M, strictly between 0 and 1. None, which gin
-      files have where it is not set, is refused like any other.
+    beta: weight of the teacher in M, strictly between 0 and 1. None, the value
+      of BETA where no gin file sets it, is refused like any other.
 
   Returns:
     [...] float32 nats, at most -(beta ln beta + (1 - beta) ln(1 - beta)).
@@ -83,6 +171,8 @@ def generalized_jsd(
 
   Source: Eq. 1 of arXiv:2306.13649; equals TRL's for 0 < beta < 1.
   """
+  if teacher_logits is None:
+    return f'jsd_{beta}'
   if not isinstance(beta, int | float) or not 0.0 < beta < 1.0:
     raise ValueError(
       f'generalized_jsd needs 0 < beta < 1, got beta={beta}. At beta=0 and '
@@ -93,6 +183,9 @@ def generalized_jsd(
   log_p, log_q = _log_probs(teacher_logits), _log_probs(student_logits)
   log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
   return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
+
+
+generalized_jsd.names_itself = True
 
 
 def total_variation(
@@ -122,3 +215,24 @@ def _log_probs(logits: jax.Array) -> jax.Array:
 
 def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
   return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+
+
+# Every evaluation measures these, under these names, in nats per token.
+REPORTED: dict[str, Callable[..., jax.Array]] = {
+  'forward_kl': forward_kl,
+  'reverse_kl': reverse_kl,
+  'jsd_0.5': functools.partial(generalized_jsd, beta=0.5),
+  'total_variation': total_variation,
+}
+
+
+def reported(own: Divergence | None = None) -> dict[str, Callable[..., Any]]:
+  """Returns {name: function} of what an evaluation measures.
+
+  Args:
+    own: the method's divergence. It is measured, too, under its own name, if
+      it needs nothing but the logits.
+  """
+  if own is None or not own.needs_logits_alone:
+    return REPORTED
+  return {own.reported_name: own.function} | REPORTED

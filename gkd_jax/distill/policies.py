@@ -1,32 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who writes the outputs y that student and teacher are compared on.
+"""Policies: who writes the outputs y that student and teacher are compared on.
 
-A policy is traced into the step. It returns data: no gradient flows through
-what it does. To add one, write a function that returns a `Policy` and name it
-in a gin file.
+A policy is traced into the step and called once, before the loss. It returns
+data: no gradient flows through it. To add one, write a function that returns a
+`Policy` and name it in a gin file.
 
 Source: Agarwal et al. (2024), arXiv:2306.13649, Algorithm 1.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import Batch, Outputs
+from gkd_jax.decoding import sampler
+
+# Values of `Rollouts.author`.
+DATASET, STUDENT, TEACHER = range(3)
 
 
-class Written(NamedTuple):
-  """Outputs, and which of them the student wrote."""
+class Rollouts(NamedTuple):
+  """The outputs of one step, and how they came about.
+
+  Attributes:
+    outputs: y, and the weight of each token in the loss.
+    author: [B, T] int8, who wrote each token: DATASET, STUDENT or TEACHER.
+    log_probs: [B, T] float32 nats, log-probability of each token under the
+      distribution it was drawn from; 0 where it was not drawn.
+    batch: the examples that the outputs were written for; None: the step's
+      batch. Both models, and a reward, read these inputs and targets.
+    carried: the policy's state after this step, if it has one.
+  """
 
   outputs: Outputs
-  by_student: jax.Array  # [B] bool
+  author: jax.Array
+  log_probs: jax.Array
+  batch: Batch | None = None
+  carried: Any = ()
+
+  @property
+  def by_student_B(self) -> jax.Array:
+    """[B] bool: rows that the student wrote from beginning to end."""
+    return jnp.all(self.author == STUDENT, axis=1)
+
+  @property
+  def student_share_B(self) -> jax.Array:
+    """[B] float32: share of a row's weighted tokens that the student wrote."""
+    counts_BT = self.outputs.weights != 0.0
+    by_student_B = jnp.sum(
+      counts_BT & (self.author == STUDENT), axis=1, dtype=jnp.float32
+    )
+    length_B = jnp.sum(counts_BT, axis=1, dtype=jnp.float32)
+    return by_student_B / jnp.maximum(length_B, 1.0)
 
 
-Sample = Callable[[], Outputs]
-Write = Callable[[jax.Array, Batch, jax.Array, Sample, Sample], Written]
+Sample = Callable[[], sampler.Rollout]
+
+
+class Draw(NamedTuple):
+  """What a policy may use to write. What it does not use is not compiled.
+
+  Attributes:
+    rng: key of this step's policy.
+    batch: the step's examples, with the dataset's own outputs.
+    row_ids_B: [B] int32 number of each row in the global batch.
+    sample_student: () -> one output for each input, drawn from the student.
+    sample_teacher: () -> likewise, from the teacher.
+    carried: the policy's state; () if it has none.
+  """
+
+  rng: jax.Array
+  batch: Batch
+  row_ids_B: jax.Array
+  sample_student: Sample
+  sample_teacher: Sample
+  carried: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,46 +85,63 @@ class Policy:
   """One way to obtain outputs.
 
   Attributes:
-    write: (rng, batch, row_ids [B], sample_student, sample_teacher) -> Written.
-      What it does not call or read is not compiled.
+    write: Draw -> Rollouts.
     student_data_fraction: expected share of outputs that the student writes,
       lambda in the paper.
-    needs_teacher: whether the teacher may be asked to write.
+    needs_teacher: whether `write` may call `sample_teacher`.
+    init: shapes of a batch -> initial state of the policy, which `write` reads
+      in `Draw.carried` and returns, updated, in `Rollouts.carried`; None: the
+      policy has no state.
   """
 
-  write: Write
+  write: Callable[[Draw], Rollouts]
   student_data_fraction: float
   needs_teacher: bool = False
+  init: Callable[[Batch], Any] | None = None
+
+
+def rollouts(
+  outputs: Outputs, author: int | jax.Array, log_probs: jax.Array | None = None
+) -> Rollouts:
+  """Returns rollouts of outputs with known authors.
+
+  Args:
+    outputs: [B, T].
+    author: one for all, [B] one a row, or [B, T] one a token.
+    log_probs: [B, T] of the draw; None: nothing was drawn.
+  """
+  shape = outputs.tokens.shape
+  author = jnp.asarray(author, jnp.int8)
+  if author.ndim == 1:
+    author = author[:, None]
+  if log_probs is None:
+    log_probs = jnp.zeros(shape, jnp.float32)
+  return Rollouts(outputs, jnp.broadcast_to(author, shape), log_probs)
+
+
+def drawn_by(author: int, drawn: sampler.Rollout) -> Rollouts:
+  """Returns the rollouts of one author's samples."""
+  outputs = Outputs(drawn.tokens, drawn.weights)
+  return rollouts(outputs, author, drawn.log_probs)
 
 
 def dataset() -> Policy:
-  """The dataset wrote the outputs: supervised distillation, lambda = 0."""
-
-  def write(rng, batch, row_ids_B, sample_student, sample_teacher):
-    del rng, sample_student, sample_teacher
-    return Written(batch.outputs, jnp.zeros(row_ids_B.shape, bool))
-
-  return Policy(write, 0.0)
+  """The dataset's own outputs: supervised distillation, lambda = 0."""
+  return Policy(lambda draw: rollouts(draw.batch.outputs, DATASET), 0.0)
 
 
 def student() -> Policy:
-  """The student writes them, with its current weights: lambda = 1."""
-
-  def write(rng, batch, row_ids_B, sample_student, sample_teacher):
-    del rng, batch, sample_teacher
-    return Written(sample_student(), jnp.ones(row_ids_B.shape, bool))
-
-  return Policy(write, 1.0)
+  """Outputs drawn from the student's current weights: lambda = 1."""
+  return Policy(lambda draw: drawn_by(STUDENT, draw.sample_student()), 1.0)
 
 
 def teacher() -> Policy:
-  """The teacher writes them, during training."""
-
-  def write(rng, batch, row_ids_B, sample_student, sample_teacher):
-    del rng, batch, sample_student
-    return Written(sample_teacher(), jnp.zeros(row_ids_B.shape, bool))
-
-  return Policy(write, 0.0, needs_teacher=True)
+  """Outputs drawn from the teacher, during training."""
+  return Policy(
+    lambda draw: drawn_by(TEACHER, draw.sample_teacher()),
+    0.0,
+    needs_teacher=True,
+  )
 
 
 def mixture(
@@ -81,14 +149,15 @@ def mixture(
   per: str = 'batch',
   otherwise: Callable[[], Policy] = dataset,
 ) -> Policy:
-  """The student with probability lambda, somebody else otherwise.
+  """The student with probability lambda, another policy otherwise.
 
   Args:
     student_data_fraction: lambda. At 0 and 1 nothing is drawn: the policy is
       then `otherwise` or `student` itself.
     per: 'batch', one draw a step as in Algorithm 1 (a step that does not sample
       does not pay for it), or 'sequence', one draw a row.
-    otherwise: `dataset` or `teacher`.
+    otherwise: `dataset`, `teacher`, or any other function that returns a
+      policy of the step's own batch.
 
   Raises:
     ValueError: lambda is outside [0, 1], or `per` is neither of the two.
@@ -107,35 +176,33 @@ def mixture(
   if student_data_fraction == 1.0:
     return student()
 
-  def write_batch(rng, batch, row_ids_B, *sample):
-    sampled = jax.random.uniform(rng) < student_data_fraction
-    arguments = (rng, batch, row_ids_B, *sample)
+  def by_student(draw):
+    return student().write(draw)._replace(carried=draw.carried)
+
+  def write_batch(draw):
+    sampled = jax.random.uniform(draw.rng) < student_data_fraction
     return jax.lax.cond(
-      sampled,
-      lambda: student().write(*arguments),
-      lambda: other.write(*arguments),
+      sampled, lambda: by_student(draw), lambda: other.write(draw)
     )
 
-  def write_sequence(rng, batch, row_ids_B, *sample):
+  def write_sequence(draw):
     sampled_B = (
-      jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(rng, row)))(
-        row_ids_B
-      )
+      jax.vmap(
+        lambda row: jax.random.uniform(jax.random.fold_in(draw.rng, row))
+      )(draw.row_ids_B)
       < student_data_fraction
     )
-    arguments = (rng, batch, row_ids_B, *sample)
-    ours, theirs = student().write(*arguments), other.write(*arguments)
-    return Written(
-      jax.tree.map(
-        lambda a, b: jnp.where(sampled_B[:, None], a, b),
-        ours.outputs,
-        theirs.outputs,
-      ),
-      sampled_B,
+    ours, theirs = by_student(draw), other.write(draw)
+    per_token = jax.tree.map(
+      lambda a, b: jnp.where(sampled_B[:, None], a, b),
+      (ours.outputs, ours.author, ours.log_probs),
+      (theirs.outputs, theirs.author, theirs.log_probs),
     )
+    return Rollouts(*per_token, carried=theirs.carried)
 
   return Policy(
     write_batch if per == 'batch' else write_sequence,
     student_data_fraction,
     other.needs_teacher,
+    other.init,
   )

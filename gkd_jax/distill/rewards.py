@@ -29,7 +29,7 @@ TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
 # Stands where there is no token, so that it equals none; _NEITHER likewise, in
 # what is compared with it.
-_NOTHING, _NEITHER = -1, -2
+NOTHING, _NEITHER = -1, -2
 
 # XLA's CPU client copies less than 100 KiB at once, and leaves more to threads
 # of its own. Where several CPU devices wait for each other none is left, and a
@@ -67,7 +67,7 @@ def check_model(
   if checkpoint_path is not None and not needs_model:
     raise ValueError(
       'REWARD_CHECKPOINT_PATH is set, but no model is asked for a reward. Set '
-      'it to None, or REWARD = @rewards.entailment().'
+      'it to None, or REWARD = @entailment.entailment().'
     )
   if dtype is not None and checkpoint_path is None:
     raise ValueError('REWARD_DTYPE is set, but no REWARD_CHECKPOINT_PATH.')
@@ -131,27 +131,6 @@ def check_score(
   )
 
 
-def leave_one_out_mean(rewards_B: jax.Array, counts_B: jax.Array) -> jax.Array:
-  """Returns, for each output, the mean reward of the others.
-
-  Leaving the own reward out makes the baseline independent of the output it is
-  subtracted from, hence the gradient unbiased. With it in, the gradient of B
-  outputs would be too small by the factor 1 - 1/B.
-
-  Args:
-    rewards_B: [B].
-    counts_B: [B] bool, which of them are averaged.
-
-  Returns:
-    [B]; 0 where there is no other.
-  """
-  others_B = jnp.sum(counts_B) - counts_B
-  sum_B = jnp.sum(jnp.where(counts_B, rewards_B, 0.0)) - jnp.where(
-    counts_B, rewards_B, 0.0
-  )
-  return jnp.where(others_B > 0, sum_B / jnp.maximum(others_B, 1), 0.0)
-
-
 def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
   """1 for an output that is the dataset's, token by token; 0 for any other.
 
@@ -169,7 +148,7 @@ def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
     del model
     marker_ids = None
     if marker is not None:
-      marker_ids = _token_ids(vocabulary, marker, ids, 'exact_match.marker')
+      marker_ids = token_ids(vocabulary, marker, ids, 'exact_match.marker')
 
     def score(batch, outputs, params):
       del params
@@ -187,7 +166,7 @@ def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
 
 
 def _tokens_or_nothing(outputs: Outputs) -> jax.Array:
-  return jnp.where(outputs.weights > 0.0, outputs.tokens, _NOTHING)
+  return jnp.where(outputs.weights > 0.0, outputs.tokens, NOTHING)
 
 
 def _after_last(
@@ -203,13 +182,13 @@ def _after_last(
   rest_BT = jnp.take_along_axis(
     tokens_BT, jnp.minimum(at_BT, length - 1), axis=1
   )
-  return jnp.where(at_BT < length, rest_BT, _NOTHING), last_B >= 0
+  return jnp.where(at_BT < length, rest_BT, NOTHING), last_B >= 0
 
 
 def _grams(tokens_BT: jax.Array, n: int) -> jax.Array:
   """Returns tokens t to t + n - 1 at position t: [B, T, n]."""
   length = tokens_BT.shape[1]
-  padded = jnp.pad(tokens_BT, ((0, 0), (0, n)), constant_values=_NOTHING)
+  padded = jnp.pad(tokens_BT, ((0, 0), (0, n)), constant_values=NOTHING)
   return jnp.stack([padded[:, k : k + length] for k in range(n)], axis=-1)
 
 
@@ -232,10 +211,10 @@ def rouge_n(n: int = 2) -> Reward:
 
   def score(batch, outputs, params, *, eos):
     del params
-    got_BT, want_BT = (_words(y, eos) for y in (outputs, batch.outputs))
+    got_BT, want_BT = (words(y, eos) for y in (outputs, batch.outputs))
     got_BTN, want_BTN = _grams(got_BT, n), _grams(want_BT, n)
     in_got_BT, in_want_BT = (
-      jnp.all(grams != _NOTHING, axis=-1) for grams in (got_BTN, want_BTN)
+      jnp.all(grams != NOTHING, axis=-1) for grams in (got_BTN, want_BTN)
     )
 
     def equal_BTT(a_BTN, b_BTN):
@@ -266,9 +245,9 @@ def rouge_l() -> Reward:
 
   def score(batch, outputs, params, *, eos):
     del params
-    got_BT, want_BT = (_words(y, eos) for y in (outputs, batch.outputs))
-    lengths = [(words != _NOTHING).sum(axis=1) for words in (got_BT, want_BT)]
-    want_BT = jnp.where(want_BT == _NOTHING, _NEITHER, want_BT)
+    got_BT, want_BT = (words(y, eos) for y in (outputs, batch.outputs))
+    lengths = [(x != NOTHING).sum(axis=1) for x in (got_BT, want_BT)]
+    want_BT = jnp.where(want_BT == NOTHING, _NEITHER, want_BT)
 
     def add_token(best_BT, token_B):
       # best[j]: of the tokens so far and the first j + 1 of the target. It is
@@ -286,185 +265,15 @@ def rouge_l() -> Reward:
   )
 
 
-def _words(outputs: Outputs, eos: int) -> jax.Array:
+def words(outputs: Outputs, eos: int) -> jax.Array:
   """Returns the tokens but EOS: [B, T]."""
   tokens_BT = _tokens_or_nothing(outputs)
-  return jnp.where(tokens_BT == eos, _NOTHING, tokens_BT)
+  return jnp.where(tokens_BT == eos, NOTHING, tokens_BT)
 
 
 def _f1(common_B, got_B, want_B) -> jax.Array:
   """2 PR / (P + R), where P = common / got and R = common / want."""
   return 2.0 * common_B / jnp.maximum(got_B + want_B, 1)
-
-
-def entailment(
-  task_prefix: str = '',
-  premise: str = 'premise: ',
-  hypothesis: str = ' hypothesis: ',
-  entailed: str | int = '1',
-  not_entailed: str | int = '0',
-  max_input_len: int | None = None,
-  log_probability: bool = False,
-) -> Reward:
-  """How surely the input entails the output, says a T5 trained to tell.
-
-  The model (REWARD_CHECKPOINT_PATH) shares the task's vocabulary. It reads
-  `premise: <input> hypothesis: <output>`, put together from tokens, and its
-  first token decides: the reward is the probability of `entailed` where only
-  `entailed` and `not_entailed` can be said. By default the two are between 0
-  and 1, as bounded as JSD is; logarithms punish what is surely not entailed
-  without bound. An output without any word is judged as all others are.
-
-  Args:
-    task_prefix: dropped from the start of inputs that begin with it, e.g.
-      'summarize: '.
-    premise: what the model expects before the input.
-    hypothesis: and before the output.
-    entailed: its answer if the input entails the output: text, of which the
-      first token counts, or an id.
-    not_entailed: likewise, if not.
-    max_input_len: tokens the model may read; the premise is cut at its end to
-      fit, the hypothesis never. None: as many as there can be.
-    log_probability: use the natural logarithm of the probability.
-
-  Source: Roit et al. (2023), arXiv:2306.00186; the texts are those of Honovich
-  et al. (2022), arXiv:2204.04991, in google/t5_xxl_true_nli_mixture.
-  """
-
-  def make_score(vocabulary, ids, model):
-    def encode(text, name):
-      return _token_ids(vocabulary, text, ids, f'entailment.{name}')
-
-    prefix_ids = encode(task_prefix, 'task_prefix') if task_prefix else []
-    premise_ids = encode(premise, 'premise')
-    hypothesis_ids = encode(hypothesis, 'hypothesis')
-    answers = [
-      _known_id(vocabulary, answer, f'entailment.{name}')
-      if isinstance(answer, int)
-      else encode(answer, name)[0]
-      for answer, name in (
-        (entailed, 'entailed'),
-        (not_entailed, 'not_entailed'),
-      )
-    ]
-    if answers[0] == answers[1]:
-      raise ValueError(
-        f'entailment.entailed {entailed!r} and .not_entailed {not_entailed!r} '
-        f'begin with the same token, {answers[0]}. Give the ids of tokens that '
-        'tell them apart.'
-      )
-
-    def score(batch, outputs, params):
-      inputs = premise_and_hypothesis(
-        batch.encoder_input_tokens,
-        outputs,
-        prefix_ids=prefix_ids,
-        premise_ids=premise_ids,
-        hypothesis_ids=hypothesis_ids,
-        max_input_len=max_input_len,
-        ids=ids,
-      )
-      variables = {'params': params}
-      hidden = model.apply(
-        variables,
-        model.apply(variables, inputs, method='encode'),
-        inputs,
-        # The first token depends on the start id alone.
-        jnp.full((inputs.shape[0], 1), ids.pad, jnp.int32),
-        method='decode',
-      )
-      logits_BV = model.apply(variables, hidden[:, 0], method='unembed')
-      margin_B = logits_BV[:, answers[0]] - logits_BV[:, answers[1]]
-      log_p_B = jax.nn.log_sigmoid(margin_B.astype(jnp.float32))
-      return log_p_B if log_probability else jnp.exp(log_p_B)
-
-    return score
-
-  return Reward(make_score, needs_model=True)
-
-
-def premise_and_hypothesis(
-  encoder_input_tokens: jax.Array,
-  outputs: Outputs,
-  *,
-  prefix_ids: Sequence[int],
-  premise_ids: Sequence[int],
-  hypothesis_ids: Sequence[int],
-  max_input_len: int | None,
-  ids: SpecialIds,
-) -> jax.Array:
-  """Puts the input of an entailment model together, from tokens.
-
-  Args:
-    encoder_input_tokens: [B, S] int32 the premise, with EOS and pad after it.
-    outputs: [B, T] the hypothesis, likewise.
-    prefix_ids: not part of the premise, where it begins with them.
-    premise_ids: go before the premise.
-    hypothesis_ids: go between the two.
-    max_input_len: L at most; the premise is cut to fit.
-    ids: of the model that reads it, and of the outputs.
-
-  Returns:
-    [B, L] int32: premise_ids, premise, hypothesis_ids, hypothesis, EOS, pad.
-
-  Raises:
-    ValueError: the longest hypothesis does not fit.
-  """
-  batch_size, input_len = encoder_input_tokens.shape
-  output_len = outputs.tokens.shape[1]
-  fixed_len = len(premise_ids) + len(hypothesis_ids) + 1  # EOS
-  total_len = fixed_len + input_len + output_len
-  if max_input_len is not None:
-    if max_input_len < fixed_len + output_len:
-      raise ValueError(
-        f'entailment.max_input_len is {max_input_len}, but an output can be '
-        f'{output_len} tokens long and is never cut, and {fixed_len} tokens '
-        f'surround it: at least {fixed_len + output_len} are needed.'
-      )
-    total_len = min(total_len, max_input_len)
-
-  is_word = (encoder_input_tokens != ids.pad) & (
-    encoder_input_tokens != ids.eos
-  )
-  premise_end_B = jnp.cumprod(is_word, axis=1).sum(axis=1)
-  premise_start_B = jnp.zeros(batch_size, jnp.int32)
-  if 0 < len(prefix_ids) <= input_len:
-    has_prefix_B = jnp.all(
-      encoder_input_tokens[:, : len(prefix_ids)] == jnp.asarray(prefix_ids),
-      axis=1,
-    )
-    premise_start_B = len(prefix_ids) * has_prefix_B
-  hypothesis_len_B = (_words(outputs, ids.eos) != _NOTHING).sum(axis=1)
-  premise_len_B = jnp.minimum(
-    premise_end_B - premise_start_B, total_len - fixed_len - hypothesis_len_B
-  )
-
-  def of_all_rows(tokens):
-    return jnp.broadcast_to(jnp.int32(tokens), (batch_size, len(tokens)))
-
-  # Each part is a stretch of one of these, put where the part before it ends.
-  parts = (
-    (of_all_rows(premise_ids), 0, len(premise_ids)),
-    (encoder_input_tokens, premise_start_B, premise_len_B),
-    (of_all_rows(hypothesis_ids), 0, len(hypothesis_ids)),
-    (outputs.tokens, 0, hypothesis_len_B),
-    (of_all_rows([ids.eos]), 0, 1),
-  )
-  at_BL = jnp.broadcast_to(jnp.arange(total_len), (batch_size, total_len))
-  joined_BL = jnp.full((batch_size, total_len), ids.pad, jnp.int32)
-  end_B1 = jnp.zeros((batch_size, 1), jnp.int32)
-  for tokens, start_B, length_B in parts:
-    start_B1, length_B1 = (
-      jnp.broadcast_to(jnp.asarray(x), (batch_size,))[:, None]
-      for x in (start_B, length_B)
-    )
-    offset_BL = at_BL - end_B1
-    here_BL = (offset_BL >= 0) & (offset_BL < length_B1)
-    source_BL = jnp.clip(start_B1 + offset_BL, 0, tokens.shape[1] - 1)
-    taken_BL = jnp.take_along_axis(tokens, source_BL, axis=1)
-    joined_BL = jnp.where(here_BL, taken_BL, joined_BL)
-    end_B1 += length_B1
-  return joined_BL
 
 
 def python_function(function: TextReward) -> Reward:
@@ -495,17 +304,17 @@ def python_function(function: TextReward) -> Reward:
 
     def texts(words_BT):
       return [
-        vocabulary.decode([int(word) for word in row if word != _NOTHING])
+        vocabulary.decode([int(word) for word in row if word != NOTHING])
         for row in words_BT
       ]
 
     def score(batch, outputs, params):
       del params
       inputs = batch.encoder_input_tokens
-      words = [
-        _words(Outputs(inputs, inputs != ids.pad), ids.eos),
-        _words(outputs, ids.eos),
-        _words(batch.outputs, ids.eos),
+      texts_BT = [
+        words(Outputs(inputs, inputs != ids.pad), ids.eos),
+        words(outputs, ids.eos),
+        words(batch.outputs, ids.eos),
       ]
       batch_size, input_len = inputs.shape
       output_len = outputs.tokens.shape[1]
@@ -525,7 +334,7 @@ def python_function(function: TextReward) -> Reward:
           failures.append(e)
           return np.full(batch_size, np.nan, np.float32)
 
-      rows = jnp.concatenate(words, axis=1)
+      rows = jnp.concatenate(texts_BT, axis=1)
       rows_a_piece = max(1, _CALLBACK_BYTES * batch_size // rows.nbytes)
       return jax.pure_callback(
         call,
@@ -538,7 +347,7 @@ def python_function(function: TextReward) -> Reward:
   return Reward(make_score, raise_failure=raise_failure)
 
 
-def _token_ids(
+def token_ids(
   vocabulary: Vocabulary,
   text: str | Sequence[int],
   ids: SpecialIds,
@@ -552,7 +361,7 @@ def _token_ids(
   if isinstance(text, str):
     tokens = vocabulary.encode(text)
   else:
-    tokens = [_known_id(vocabulary, token_id, setting) for token_id in text]
+    tokens = [known_id(vocabulary, token_id, setting) for token_id in text]
   if not tokens or {*ids.never_written, ids.eos, vocabulary.unk_id} & {*tokens}:
     raise ValueError(
       f"{setting} is {text!r}, in the task's vocabulary {tokens}: it must be "
@@ -561,7 +370,7 @@ def _token_ids(
   return tokens
 
 
-def _known_id(vocabulary: Vocabulary, token_id: int, setting: str) -> int:
+def known_id(vocabulary: Vocabulary, token_id: int, setting: str) -> int:
   """Returns an id; ValueError if the vocabulary does not have it."""
   # JAX would take the last id there is for one beyond it.
   if not 0 <= token_id < vocabulary.vocab_size:

@@ -22,7 +22,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import rewards
+from gkd_jax.distill import divergences, rewards
 from gkd_jax.evaluation import diversity, programs
 from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
@@ -37,7 +37,7 @@ def task_metrics(
   dataset: iterators.EvalDataset,
   *,
   self_bleu_tokenize: str = diversity.WORDS,
-  judge: programs.Judge | None = None,
+  mean_reward: programs.MeanReward | None = None,
 ) -> tuple[dict[str, float], dict[str, list[str]], dict[str, Any]]:
   """Lets a model write with each decoding, and applies the task's metrics.
 
@@ -46,7 +46,7 @@ def task_metrics(
     params: of the model.
     dataset: split with its metrics.
     self_bleu_tokenize: see `diversity.self_bleu`.
-    judge: adds the mean reward, as '<decoding>/reward'.
+    mean_reward: adds the mean reward, as '<decoding>/reward'.
 
   Returns:
     {'<decoding>/<metric>': value}, means over the outputs for an input, with
@@ -60,9 +60,9 @@ def task_metrics(
     drawn = [dataset.decode(tokens) for tokens in written]
     texts[decoding] = drawn[0]
     measured = [dataset.metrics_and_notes(tokens) for tokens in written]
-    if judge is not None:
+    if mean_reward is not None:
       for (numbers, _), tokens in zip(measured, written, strict=True):
-        numbers['reward'] = judge(dataset, tokens)
+        numbers['reward'] = mean_reward(dataset, tokens)
     for name in measured[0][0]:
       values[f'{decoding}/{name}'] = statistics.fmean(
         numbers[name] for numbers, _ in measured
@@ -96,7 +96,8 @@ class Evaluation:
     mesh: Mesh,
     num_samples: int = 1,
     self_bleu_tokenize: str = diversity.WORDS,
-    judge: programs.Judge | None = None,
+    mean_reward: programs.MeanReward | None = None,
+    divergence: divergences.Divergence | None = None,
     before_batch: Callable[[], None] = lambda: None,
   ):
     """Reads the split.
@@ -112,7 +113,8 @@ class Evaluation:
       num_samples: outputs that a decoding which samples draws for each input.
         Its metrics are means over them, and it gets a 'self_bleu'.
       self_bleu_tokenize: see `diversity.self_bleu`.
-      judge: adds the mean reward of what is written.
+      mean_reward: adds the mean reward of what is written.
+      divergence: the method's own, measured beside those that always are.
       before_batch: called before each one that is read, as to stop by raising
         an exception.
 
@@ -126,7 +128,7 @@ class Evaluation:
     self._dataset = iterators.EvalDataset(
       config, before_batch, pad_id=self._ids.pad
     )
-    self._judge = judge
+    self._mean_reward = mean_reward
     self._teacher_params = teacher_params
     shape = {
       'ids': self._ids,
@@ -153,9 +155,12 @@ class Evaluation:
       return {name: make(model, name) for name in decodings}
 
     self._student_writes = writes(student)
-    self._score = self._of_teacher = None
+    self._divergences = self._of_teacher = None
+    self._divergence_names = programs.divergence_names(divergence)
     if teacher is not None:
-      self._score = programs.make_score(student, teacher, **shape)
+      self._divergences = programs.make_divergences(
+        student, teacher, own=divergence, **shape
+      )
       self._teacher_writes = writes(teacher)
       self._disagreement = programs.make_disagreement(
         student, teacher, ids=self._ids, mesh=mesh
@@ -167,16 +172,20 @@ class Evaluation:
   def names(self) -> list[str]:
     """Returns the names of what a call measures, without a model's work."""
     metrics = self._dataset.metric_names()
-    if self._judge is not None:
+    if self._mean_reward is not None:
       metrics.append('reward')
     of_task = [
       f'{decoding}/{name}'
       for decoding, num in self._num_outputs.items()
       for name in (metrics if num == 1 else [*metrics, 'self_bleu'])
     ]
-    if self._score is None:
+    if self._divergences is None:
       return of_task
-    return [*of_task, *programs.SCORES, *(f'teacher/{n}' for n in of_task)]
+    return [
+      *of_task,
+      *self._divergence_names,
+      *(f'teacher/{n}' for n in of_task),
+    ]
 
   def __call__(
     self, params: programs.Params, *, with_teacher: bool = True
@@ -193,8 +202,8 @@ class Evaluation:
     """
     values, texts, self.notes = self._task_metrics(self._student_writes, params)
     teacher_texts = None
-    if self._score is not None:
-      values |= self._score(params, self._teacher_params, self._dataset)
+    if self._divergences is not None:
+      values |= self._divergences(params, self._teacher_params, self._dataset)
       if with_teacher:
         if self._of_teacher is None:
           self._of_teacher = self._task_metrics(
@@ -232,7 +241,7 @@ class Evaluation:
       tokens = tokens[: self._few, 0]
       texts = self._dataset.decode(tokens)
       new = [{'student': text} for text in texts]
-      if self._score is not None:
+      if self._divergences is not None:
         few = Batch(*(x[: self._few] for x in batch))
         by_teacher = self._teacher_texts(decoding, row_ids_B[: self._few], few)
         values = self._disagreement(params, self._teacher_params, few, tokens)
@@ -294,7 +303,7 @@ class Evaluation:
       params,
       self._dataset,
       self_bleu_tokenize=self._self_bleu_tokenize,
-      judge=self._judge,
+      mean_reward=self._mean_reward,
     )
 
 
@@ -431,7 +440,7 @@ def evaluate_checkpoint(
       teacher_checkpoint_path, setting='TEACHER_CHECKPOINT_PATH'
     )
     origin['teacher_checkpoint'] = str(folder)
-  judge = None
+  mean_reward = None
   if reward is not None:
     reward_model = reward_params = None
     if reward_checkpoint_path is not None:
@@ -447,7 +456,7 @@ def evaluate_checkpoint(
       batch_size=dataset.batch_size,
       lengths=dataset.task_feature_lengths,
     )
-    judge = programs.make_judge(
+    mean_reward = programs.make_mean_reward(
       reward, score, reward_params, ids=ids, mesh=mesh
     )
   evaluation = Evaluation(
@@ -460,7 +469,7 @@ def evaluate_checkpoint(
     mesh=mesh,
     num_samples=num_samples,
     self_bleu_tokenize=self_bleu_tokenize,
-    judge=judge,
+    mean_reward=mean_reward,
   )
   values, table = evaluation(params)
   write_samples(output_dir, dataset.split, evaluation.samples(params))

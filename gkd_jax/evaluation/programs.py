@@ -19,7 +19,7 @@ from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding.calculator import Calculator
-from gkd_jax.distill import divergences, objectives, rewards
+from gkd_jax.distill import chunked_sums, divergences, objectives, rewards
 from gkd_jax.distill import step as step_lib
 from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
@@ -27,20 +27,18 @@ from gkd_jax.parallel import partitioning
 Params = Any
 Decoding = sampler.SamplerConfig | beam_search.BeamConfig
 # (dataset, tokens [N, T] written for it) -> mean reward
-Judge = Callable[[iterators.EvalDataset, np.ndarray], float]
+MeanReward = Callable[[iterators.EvalDataset, np.ndarray], float]
 
-# Reported under these names, in nats per token, reduced as in Eq. 2.
-_DIVERGENCES = {
-  'forward_kl': divergences.forward_kl,
-  'reverse_kl': divergences.reverse_kl,
-  'jsd_0.5': functools.partial(divergences.generalized_jsd, beta=0.5),
-  'total_variation': divergences.total_variation,
-}
-_SCORED_ON = ('on_dataset_outputs', 'on_student_outputs')
-# What `make_score`'s function returns.
-SCORES = tuple(
-  f'{on}/{name}' for on in _SCORED_ON for name in ('nll', *_DIVERGENCES)
-)
+_MEASURED_ON = ('on_dataset_outputs', 'on_student_outputs')
+
+
+def divergence_names(own: divergences.Divergence | None = None) -> list[str]:
+  """Returns the names of what `make_divergences`'s function returns."""
+  return [
+    f'{on}/{name}'
+    for on in _MEASURED_ON
+    for name in ('nll', *divergences.reported(own))
+  ]
 
 
 def make_write(
@@ -163,15 +161,23 @@ def _write_program(
   )
 
 
-def make_score(
-  student: T5, teacher: T5, *, ids: SpecialIds, seed: int, mesh: Mesh
+def make_divergences(
+  student: T5,
+  teacher: T5,
+  *,
+  own: divergences.Divergence | None = None,
+  ids: SpecialIds,
+  seed: int,
+  mesh: Mesh,
 ) -> Callable[[Params, Params, iterators.EvalDataset], dict[str, float]]:
   """Returns (student params, teacher params, dataset) -> divergences.
 
   Their names are `on_dataset_outputs/<divergence>` and
   `on_student_outputs/<divergence>`; the latter are drawn at temperature 1. In
-  nats per token: the mean over each output, then over outputs (Eq. 2).
+  nats per token: the mean over each output, then over outputs (Eq. 2). `own` is
+  the method's divergence, measured beside the others under its own name.
   """
+  measured = divergences.reported(own)
 
   def terms(student_logits, teacher_logits, tokens):
     student_logits, teacher_logits = objectives.comparable_logits(
@@ -183,13 +189,13 @@ def make_score(
         name: divergence(
           teacher_logits=teacher_logits, student_logits=student_logits
         )
-        for name, divergence in _DIVERGENCES.items()
+        for name, divergence in measured.items()
       },
     }
 
   def sums_on(student_params, teacher_params, inputs, outputs):
     weights_BT, count = objectives.coefficients(outputs.weights, 'sequence')
-    sums = objectives.weighted_sums(
+    sums = chunked_sums.weighted_sums(
       terms,
       step_lib.unembed(student),
       step_lib.unembed(teacher),
@@ -204,7 +210,7 @@ def make_score(
     return {'count': count, **sums}
 
   @jax.jit
-  def score_batch(student_params, teacher_params, row_ids_B, batch):
+  def measure_batch(student_params, teacher_params, row_ids_B, batch):
     inputs = batch.encoder_input_tokens
     drawn = rollout_lib.rollout(
       student,
@@ -221,14 +227,14 @@ def make_score(
     drawn = Outputs(drawn.tokens, drawn.weights * is_example_B)
     return {
       on: sums_on(student_params, teacher_params, inputs, outputs)
-      for on, outputs in zip(_SCORED_ON, (batch.outputs, drawn), strict=True)
+      for on, outputs in zip(_MEASURED_ON, (batch.outputs, drawn), strict=True)
     }
 
-  def score(student_params, teacher_params, dataset):
+  def measure(student_params, teacher_params, dataset):
     totals = None
     for row_ids_B, batch in dataset.batches():
       row_ids_B, batch = partitioning.put_whole_batch((row_ids_B, batch), mesh)
-      sums = score_batch(student_params, teacher_params, row_ids_B, batch)
+      sums = measure_batch(student_params, teacher_params, row_ids_B, batch)
       totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     return {
       f'{on}/{name}': float(total / sums['count'])
@@ -237,7 +243,7 @@ def make_score(
       if name != 'count'
     }
 
-  return score
+  return measure
 
 
 @functools.lru_cache(maxsize=16)
@@ -302,14 +308,14 @@ def make_disagreement(
   return place_and_compare
 
 
-def make_judge(
+def make_mean_reward(
   reward: rewards.Reward,
   score: rewards.Score,
   params: Params,
   *,
   ids: SpecialIds,
   mesh: Mesh,
-) -> Judge:
+) -> MeanReward:
   """Returns (dataset, tokens [N, T]) -> mean reward, compiled once.
 
   Args:
@@ -327,7 +333,7 @@ def make_judge(
     rewards_B = rewards.score(score, batch, Outputs(tokens, weights), params)
     return jnp.sum(rewards_B, where=is_example_B)
 
-  def judge(dataset, tokens):
+  def mean_reward(dataset, tokens):
     total = 0.0
     for row_ids_B, batch in dataset.batches():
       # A reward may refuse what is no example: the last one fills the batch up.
@@ -340,4 +346,4 @@ def make_judge(
       reward.raise_failure()
     return total / len(dataset)
 
-  return judge
+  return mean_reward

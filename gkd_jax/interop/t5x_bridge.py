@@ -30,9 +30,10 @@ from t5x.examples.t5 import network
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import vocabularies
-from gkd_jax.decoding import sampler
-from gkd_jax.distill import objectives, policies
+from gkd_jax.distill import policies
 from gkd_jax.distill import step as step_lib
+from gkd_jax.distill.methods import Method
+from gkd_jax.distill.state import Frozen
 from gkd_jax.models.t5 import T5, T5Config
 
 Params = Any
@@ -50,24 +51,18 @@ class GKDModel(models.EncoderDecoderModel):
   def __init__(
     self,
     model: models.EncoderDecoderModel,
-    policy: policies.Policy,
-    objective: objectives.Objective,
+    method: Method,
     teacher_checkpoint_path: str | None = None,
-    student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
-    teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL,
   ):
     """Takes over what a T5X run already has.
 
     Args:
       model: of that run, with T5X's network of examples/t5; its own loss, with
         z_loss and label smoothing, is not used.
-      policy: who writes the outputs.
-      objective: what is minimised on them. The loss is a mean, by its
-        `reduction`; T5X adds up the gradients of microbatches.
+      method: policy, teacher and divergence, without state. The loss is a mean,
+        by its `reduction`; T5X adds up the gradients of microbatches.
       teacher_checkpoint_path: see `pretrained.open_checkpoint`; read when the
         trainer is made. Only a method that needs no teacher has None.
-      student_sampler: how the student's outputs are drawn.
-      teacher_sampler: how the teacher's are.
 
     Raises:
       ValueError: these do not fit together.
@@ -80,21 +75,17 @@ class GKDModel(models.EncoderDecoderModel):
       decode_fn=model.decode_fn,
       feature_converter_cls=model.FEATURE_CONVERTER_CLS,
     )
-    step_lib.check_objective(policy, objective)
-    if objective.reward_weight is not None:
+    if method.credit is not None:
       raise ValueError(
-        f"Objective.reward_weight is {objective.reward_weight}, but in T5X's "
-        'trainer there is no REWARD. Train with gkd_jax.main, or leave it None.'
+        "Method.credit is set, but T5X's trainer has no reward. Train with "
+        'gkd_jax.main, or leave it None.'
       )
-    needs_teacher = policy.needs_teacher or objective.needs_teacher
-    if needs_teacher and teacher_checkpoint_path is None:
+    if method.needs_teacher_checkpoint and teacher_checkpoint_path is None:
       raise ValueError(
         'This method needs a teacher: set TEACHER_CHECKPOINT_PATH.'
       )
     self._model = model
-    self._policy = policy
-    self._objective = objective
-    self._samplers = (student_sampler, teacher_sampler)
+    self._method = method
     self._teacher_checkpoint_path = teacher_checkpoint_path
     self._student = T5(student_config(model.module))
     self._ids = self._student.config.special_ids(
@@ -156,37 +147,32 @@ class GKDModel(models.EncoderDecoderModel):
         'GKDModel has no teacher yet: T5X must train with train_script.train.'
         'trainer_cls = @t5x_bridge.trainer, see gin/t5x/gkd.gin.'
       )
-    student, policy = self._student, self._policy
+    student, method = self._student, self._method
     if dropout_rng is None:
       student = T5(dataclasses.replace(student.config, dropout_rate=0.0))
-      policy = policies.dataset()
+      method = dataclasses.replace(method, policy=policies.dataset())
       seed = 0
     else:
       # Of our generator: T5X may have chosen one that draws differently on
       # another mesh.
       seed = jax.random.bits(dropout_rng, (), jnp.uint32)
     teacher, teacher_params = self._teacher
-    student_sampler, teacher_sampler = self._samplers
-    loss_sums = step_lib.make_loss_sums(
-      student=student,
-      teacher=teacher,
-      policy=policy,
-      objective=self._objective,
-      student_sampler=student_sampler,
-      teacher_sampler=teacher_sampler,
-      ids=self._ids,
+    batch_loss = step_lib.make_batch_loss(
+      student=student, teacher=teacher, method=method, ids=self._ids
     )
     inputs = batch['encoder_input_tokens']
-    loss, sums = loss_sums(
+    loss, sums = batch_loss(
       flax.core.unfreeze(params),
-      teacher_params,
+      Frozen(teacher_params),
       Batch(
         inputs,
         batch['decoder_target_tokens'],
         batch['decoder_loss_weights'].astype(jnp.float32),
       ),
       jnp.arange(inputs.shape[0]),
-      jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3),
+      step_lib.Rngs(
+        *jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3)
+      ),
     )
     loss /= jnp.maximum(sums['count'], 1.0)
     return loss, _metrics(sums, batch['decoder_target_tokens'].size)

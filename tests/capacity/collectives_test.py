@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax.capacity import collectives
-from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, objectives, policies
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
+from gkd_jax.distill.methods import Method
 from gkd_jax.models import t5
 from gkd_jax.parallel import partitioning
 from tests import tiny
@@ -248,24 +249,24 @@ def steps():
     train_step = step_lib.make_train_step(
       student=student,
       teacher=teacher,
-      policy=policies.student(),
-      objective=objectives.Objective(divergences.forward_kl, chunk_tokens=16),
+      method=Method(
+        policy=policies.student(),
+        objective=objectives.Objective(divergences.forward_kl, chunk_tokens=16),
+      ),
       optimizer=optimizer,
-      student_sampler=sampler.ANCESTRAL,
-      teacher_sampler=sampler.ANCESTRAL,
       ids=tiny.IDS,
       seed=0,
       num_microbatches=num_microbatches,
     )
     params, teacher_params = map(t5.abstract_params, (student, teacher))
-    state = step_lib.abstract_state(params, optimizer, mesh)
+    state = state_lib.abstract_state(params, optimizer, mesh)
     rows = partitioning.batch_sharding(mesh)
     compiled = jax.jit(
       train_step,
       out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     ).lower(
       state,
-      teacher_params,
+      state_lib.Frozen(teacher_params),
       jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
       ),

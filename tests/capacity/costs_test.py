@@ -10,9 +10,10 @@ from jax import extend
 
 from gkd_jax.batch import Batch
 from gkd_jax.capacity import costs
-from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, objectives, policies
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
+from gkd_jax.distill.methods import Method
 from gkd_jax.models import t5
 from gkd_jax.models.t5 import T5
 from tests import tiny
@@ -90,21 +91,24 @@ def test_step_has_the_products_that_are_in_the_program(student, cost):
   train_step = step_lib.make_train_step(
     student=student,
     teacher=teacher,
-    policy=policies.dataset(),
-    objective=objectives.Objective(divergences.forward_kl),
+    method=Method(
+      policy=policies.dataset(),
+      objective=objectives.Objective(divergences.forward_kl),
+    ),
     optimizer=optimizer,
-    student_sampler=sampler.ANCESTRAL,
-    teacher_sampler=sampler.ANCESTRAL,
     ids=tiny.IDS,
     seed=0,
   )
   state = jax.eval_shape(
-    lambda p: step_lib.init_state(p, optimizer), shapes(student)
+    lambda p: state_lib.init_state(p, optimizer), shapes(student)
   )
   weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
 
   got = flops(
-    train_step, state, shapes(teacher), Batch(INPUTS, TARGETS, weights)
+    train_step,
+    state,
+    state_lib.Frozen(shapes(teacher)),
+    Batch(INPUTS, TARGETS, weights),
   )
 
   without_sampling = [

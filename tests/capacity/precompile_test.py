@@ -19,10 +19,16 @@ from gkd_jax import train
 from gkd_jax.capacity import costs, precompile, roofline
 from gkd_jax.data import datasets
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, objectives, policies, rewards
+from gkd_jax.distill import (
+  credit,
+  divergences,
+  entailment,
+  objectives,
+  policies,
+)
 from gkd_jax.models import t5
 from gkd_jax.models.t5 import T5Config
-from tests import conftest
+from tests import conftest, tiny
 
 STUDENT = T5Config(259, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
 LARGER_STUDENT = dataclasses.replace(STUDENT, vocab_size=264)
@@ -112,7 +118,10 @@ def test_the_program_is_the_one_that_train_runs(
     teacher_checkpoint_path=str(tmp_path / 'teacher'),
   )
   precompiled, *abstract = what_is_compiled(
-    precompile.precompile, **settings, **FOR_CPU, teacher=TEACHER
+    precompile.precompile,
+    **tiny.with_method(settings),
+    **FOR_CPU,
+    teacher=TEACHER,
   )
 
   def describe(x):
@@ -132,23 +141,23 @@ def test_a_rewards_model_is_compiled_in(what_is_compiled):
     'student': dataclasses.replace(STUDENT, dropout_rate=0.0),
     'policy': policies.student(),
     'student_sampler': sampler.ANCESTRAL,
-    'objective': dataclasses.replace(
-      SETTINGS['objective'], reward_weight=0.5, reward_baseline='self_critical'
+    'credit': credit.reinforce(
+      entailment.entailment(task_prefix='summarize: '), 0.5, 'self_critical'
     ),
   }
 
   step, *arguments = what_is_compiled(
     precompile.precompile,
-    **settings,
+    **tiny.with_method(settings),
     **FOR_CPU,
     teacher=TEACHER,
-    reward=rewards.entailment(task_prefix='summarize: '),
     reward_model=judge,
     reward_dtype='bfloat16',
   )
 
-  assert t5.count_params(arguments[-1]) == num_params(judge)
-  assert {x.dtype.name for x in jax.tree.leaves(arguments[-1])} == {'bfloat16'}
+  of_reward = arguments[1].reward
+  assert t5.count_params(of_reward) == num_params(judge)
+  assert {x.dtype.name for x in jax.tree.leaves(of_reward)} == {'bfloat16'}
   _, metrics = jax.eval_shape(step, *arguments)
   assert {'divergence', 'reward', 'reward_baseline'} <= metrics.keys()
 
@@ -171,12 +180,14 @@ def test_its_settings_are_those_of_train():
 def report(tmp_path_factory):
   output = tmp_path_factory.mktemp('report') / 'new' / 'report.json'
   returned = precompile.precompile(
-    **{
-      **SETTINGS,
-      'student': LARGER_STUDENT,
-      'policy': policies.dataset(),
-      'num_microbatches': 1,
-    },
+    **tiny.with_method(
+      {
+        **SETTINGS,
+        'student': LARGER_STUDENT,
+        'policy': policies.dataset(),
+        'num_microbatches': 1,
+      }
+    ),
     **FOR_CPU,
     teacher=TEACHER,
     teacher_dtype='bfloat16',
@@ -227,13 +238,15 @@ def test_it_says_what_was_compiled(report):
 def test_a_teacher_for_evaluation_alone_takes_its_room_too():
   alone, beside = (
     precompile.precompile(
-      **{
-        **SETTINGS,
-        'policy': policies.dataset(),
-        'objective': objectives.Objective(
-          divergence_weight=0.0, likelihood_weight=1.0
-        ),
-      },
+      **tiny.with_method(
+        {
+          **SETTINGS,
+          'policy': policies.dataset(),
+          'objective': objectives.Objective(
+            divergence_weight=0.0, likelihood_weight=1.0
+          ),
+        }
+      ),
       **FOR_CPU,
       teacher=teacher,
     )['memory']
@@ -570,12 +583,14 @@ def test_a_step_is_compiled_for_a_slice_and_fits(run_main, tmp_path):
 )
 def test_a_student_larger_than_the_chips_does_not_fit(width, refusal):
   report = precompile.precompile(
-    **SETTINGS
-    | {
-      'student': T5Config(259, width, 1, 4, width, 1, 1),
-      'policy': policies.dataset(),
-      'num_microbatches': 1,
-    },
+    **tiny.with_method(
+      SETTINGS
+      | {
+        'student': T5Config(259, width, 1, 4, width, 1, 1),
+        'policy': policies.dataset(),
+        'num_microbatches': 1,
+      }
+    ),
     train_dataset=DATASET,
     teacher=TEACHER,
     topology='v5e:2x2',

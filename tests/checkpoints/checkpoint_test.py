@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from gkd_jax.checkpoints import checkpoint
-from gkd_jax.distill.step import TrainState
+from gkd_jax.distill.state import TrainState
 from gkd_jax.models.t5 import T5
 from gkd_jax.runtime import files
 from tests import tiny

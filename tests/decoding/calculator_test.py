@@ -817,7 +817,9 @@ def miscalculator(tmp_path_factory):
   from gkd_jax.checkpoints import checkpoint
   from gkd_jax.data import datasets, iterators
   from gkd_jax.distill import objectives, policies
+  from gkd_jax.distill import state as state_lib
   from gkd_jax.distill import step as step_lib
+  from gkd_jax.distill.methods import Method
   from gkd_jax.models.t5 import T5, T5Config
 
   dataset = iterators.EvalDataset(
@@ -856,20 +858,20 @@ def miscalculator(tmp_path_factory):
     step_lib.make_train_step(
       student=model,
       teacher=None,
-      policy=policies.dataset(),
-      objective=objectives.Objective(
-        divergence_weight=0.0, likelihood_weight=1.0
+      method=Method(
+        policy=policies.dataset(),
+        objective=objectives.Objective(
+          divergence_weight=0.0, likelihood_weight=1.0
+        ),
       ),
       optimizer=optimizer,
-      student_sampler=sampler.ANCESTRAL,
-      teacher_sampler=sampler.ANCESTRAL,
       ids=tiny.special_ids(259),
       seed=0,
     )
   )
-  state = step_lib.init_state(tiny.params(model, 0), optimizer)
+  state = state_lib.init_state(tiny.params(model, 0), optimizer)
   for _ in range(500):
-    state, _ = train_step(state, None, batch)
+    state, _ = train_step(state, state_lib.Frozen(), batch)
 
   class NoData:
     def save(self, directory):

@@ -12,9 +12,10 @@ import optax
 import pytest
 
 from gkd_jax.batch import Batch
-from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, objectives, policies
+from gkd_jax.distill import chunked_sums, divergences, policies
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
+from gkd_jax.distill.methods import Method
 from gkd_jax.distill.objectives import Objective
 from tests import tiny
 
@@ -38,14 +39,14 @@ def jitted_step(policy):
     step_lib.make_train_step(
       student=STUDENT,
       teacher=TEACHER,
-      policy=policy,
-      objective=Objective(
-        functools.partial(divergences.generalized_jsd, beta=0.5),
-        chunk_tokens=CHUNK_TOKENS,
+      method=Method(
+        policy=policy,
+        objective=Objective(
+          functools.partial(divergences.generalized_jsd, beta=0.5),
+          chunk_tokens=CHUNK_TOKENS,
+        ),
       ),
       optimizer=OPTIMIZER,
-      student_sampler=sampler.ANCESTRAL,
-      teacher_sampler=sampler.ANCESTRAL,
       ids=tiny.special_ids(V),
       seed=0,
     ),
@@ -55,13 +56,15 @@ def jitted_step(policy):
 
 def start():
   # Donated: a copy, each time.
-  return jax.tree.map(jnp.array, step_lib.init_state(STUDENT_PARAMS, OPTIMIZER))
+  return jax.tree.map(
+    jnp.array, state_lib.init_state(STUDENT_PARAMS, OPTIMIZER)
+  )
 
 
 @pytest.fixture(scope='module')
 def compiled():
   step = jitted_step(policies.student())
-  return step.lower(start(), TEACHER_PARAMS, BATCH).compile()
+  return step.lower(start(), state_lib.Frozen(TEACHER_PARAMS), BATCH).compile()
 
 
 @pytest.fixture(scope='module')
@@ -158,7 +161,7 @@ def test_one_compilation_serves_all_steps_and_draws():
   state, seen = start(), set()
 
   for _ in range(8):
-    state, metrics = step(state, TEACHER_PARAMS, BATCH)
+    state, metrics = step(state, state_lib.Frozen(TEACHER_PARAMS), BATCH)
     seen.add(float(metrics['on_policy']))
 
   assert seen == {0.0, 1.0}
@@ -173,7 +176,7 @@ def loss_memory(length: int) -> int:
   )
 
   def loss(heads, hidden, tokens, weights):
-    return objectives.weighted_sums(
+    return chunked_sums.weighted_sums(
       objective.terms(tiny.special_ids(V)),
       step_lib.unembed(STUDENT),
       step_lib.unembed(TEACHER),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gkd_jax.batch import Batch, Outputs, shift_right
-from gkd_jax.distill import divergences, objectives
+from gkd_jax.distill import chunked_sums, divergences, objectives
 from tests import references, tiny
 
 
@@ -139,7 +139,7 @@ def log_of(*probs):
 
 
 def sums_of(objective, arrays, unembed=untied_unembed):
-  return objectives.weighted_sums(
+  return chunked_sums.weighted_sums(
     objective.terms(IDS), unembed, unembed, objective.chunk_tokens, *arrays
   )
 
@@ -280,7 +280,7 @@ def test_likelihood_alone_needs_no_teacher():
   arrays = example()._replace(teacher_head=None, teacher_hidden=None)
 
   sums = compiled(
-    lambda arrays: objectives.weighted_sums(
+    lambda arrays: chunked_sums.weighted_sums(
       objective.terms(IDS), untied_unembed, None, 6, *arrays
     )
   )(arrays)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.batch import Outputs, mask_unused_ids
+from gkd_jax.batch import mask_unused_ids
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import policies
@@ -18,7 +18,9 @@ STUDENT, TEACHER = 100, 200
 
 def outputs_of(writer, batch_size=4, length=6):
   shape = (batch_size, length)
-  return Outputs(jnp.full(shape, writer, jnp.int32), jnp.ones(shape))
+  return sampler.Rollout(
+    jnp.full(shape, writer, jnp.int32), jnp.ones(shape), jnp.full(shape, -0.5)
+  )
 
 
 def may_not_write():
@@ -30,7 +32,9 @@ def may_not_write():
 def write(
   policy, rng, batch=None, *, student=may_not_write, teacher=may_not_write
 ):
-  return policy.write(rng, batch, jnp.arange(4), student, teacher)
+  return policy.write(
+    policies.Draw(rng, batch, jnp.arange(4), student, teacher)
+  )
 
 
 def student_writes():
@@ -57,7 +61,7 @@ def test_at_lambda_0_the_dataset_writes_and_nobody_samples(policy):
 
   assert written.outputs.tokens is batch.decoder_target_tokens
   assert written.outputs.weights is batch.decoder_loss_weights
-  assert not written.by_student.any()
+  assert not written.by_student_B.any()
   assert policy.student_data_fraction == 0.0
   assert not policy.needs_teacher
 
@@ -75,7 +79,7 @@ def test_at_lambda_1_the_student_writes_and_no_batch_is_read(policy):
   written = write(policy, jax.random.key(0), batch=None, student=student_writes)
 
   assert (written.outputs.tokens == STUDENT).all()
-  assert written.by_student.all()
+  assert written.by_student_B.all()
   assert policy.student_data_fraction == 1.0
   assert not policy.needs_teacher
 
@@ -89,7 +93,7 @@ def test_teacher_writes_and_no_batch_is_read(policy):
   written = write(policy, jax.random.key(0), batch=None, teacher=teacher_writes)
 
   assert (written.outputs.tokens == TEACHER).all()
-  assert not written.by_student.any()
+  assert not written.by_student_B.any()
   assert policy.student_data_fraction == 0.0
   assert policy.needs_teacher
 
@@ -108,8 +112,8 @@ def test_mixture_per_batch_draws_once_for_all_rows(fraction):
 
   written = written_with_many_keys(policy, 10_000, student=student_writes)
 
-  sampled = written.by_student[:, 0]
-  assert (written.by_student == sampled[:, None]).all()
+  sampled = written.author[:, 0, 0] == policies.STUDENT
+  assert ((written.author == policies.STUDENT) == sampled[:, None, None]).all()
   dataset = np.asarray(tiny.batch().decoder_target_tokens)
   np.testing.assert_array_equal(written.outputs.tokens[sampled], STUDENT)
   assert (written.outputs.tokens[~sampled] == dataset).all()
@@ -124,7 +128,7 @@ def test_mixture_per_sequence_draws_for_each_row():
 
   written = written_with_many_keys(policy, 10_000, student=student_writes)
 
-  sampled = written.by_student
+  sampled = written.author[:, :, 0] == policies.STUDENT
   batch = tiny.batch()
   np.testing.assert_array_equal(
     written.outputs.tokens,
@@ -147,12 +151,14 @@ def test_a_row_is_sampled_or_not_whatever_the_other_rows_are():
     lengths = [4] * len(row_ids)
     outputs = outputs_of(STUDENT, len(row_ids))
     return policy.write(
-      jax.random.key(0),
-      tiny.batch(input_lengths=lengths, target_lengths=lengths),
-      jnp.asarray(row_ids),
-      lambda: outputs,
-      may_not_write,
-    ).by_student
+      policies.Draw(
+        jax.random.key(0),
+        tiny.batch(input_lengths=lengths, target_lengths=lengths),
+        jnp.asarray(row_ids),
+        lambda: outputs,
+        may_not_write,
+      )
+    ).by_student_B
 
   everywhere = by_student(np.arange(64))
   part = np.array([50, 3, 17])
@@ -171,10 +177,12 @@ def test_teacher_may_write_what_the_student_does_not(per):
   np.testing.assert_array_equal(
     written.outputs.tokens,
     np.broadcast_to(
-      np.where(written.by_student[..., None], STUDENT, TEACHER), (100, 4, 6)
+      np.where(written.author == policies.STUDENT, STUDENT, TEACHER),
+      (100, 4, 6),
     ),
   )
-  assert 0 < written.by_student.mean() < 1
+  assert 0 < (written.author == policies.STUDENT).mean() < 1
+  assert {*written.author.flat} == {policies.STUDENT, policies.TEACHER}
   assert policy.needs_teacher
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gkd_jax.batch import Batch, Outputs
-from gkd_jax.distill import rewards
+from gkd_jax.distill import credit, entailment, rewards
 from gkd_jax.models.t5 import T5
 from tests import conftest, tiny
 
@@ -304,7 +304,7 @@ def test_rouge_n_refuses_what_is_no_n(n):
 
 def nli_inputs(inputs, *texts, max_input_len=None):
   """The texts that an entailment model gets, and their common length."""
-  joined = rewards.premise_and_hypothesis(
+  joined = entailment.premise_and_hypothesis(
     outputs(*inputs).tokens,
     outputs(*texts),
     prefix_ids=VOCABULARY.encode('summarize:'),
@@ -373,7 +373,7 @@ def test_the_parts_joined_are_the_tokens_of_the_joined_text():
     return jnp.int32([ids + [0] * (length - len(ids))])
 
   written = padded(summary, 20)
-  got = rewards.premise_and_hypothesis(
+  got = entailment.premise_and_hypothesis(
     padded(f'summarize: {document}', 30),
     Outputs(written, jnp.float32(written != 0)),
     prefix_ids=vocabulary.encode('summarize: '),
@@ -386,11 +386,11 @@ def test_the_parts_joined_are_the_tokens_of_the_joined_text():
   want = vocabulary.encode(f'premise: {document} hypothesis: {summary}')
   assert [int(t) for t in got if t != 0] == [*want, 1]
   # '1' is one token; '0' is two, of which the first is not that of '1'.
-  rewards.entailment().make_score(vocabulary, tiny.IDS, None)
+  entailment.entailment().make_score(vocabulary, tiny.IDS, None)
 
 
 ENTAILMENT = functools.partial(
-  rewards.entailment,
+  entailment.entailment,
   task_prefix='summarize:',
   premise='premise:',
   hypothesis='hypothesis:',
@@ -599,7 +599,7 @@ def test_a_reward_is_a_float32_constant():
 
 
 def test_leave_one_out_mean_is_that_of_the_others_that_count():
-  got = rewards.leave_one_out_mean(
+  got = credit.leave_one_out_mean(
     jnp.float32([1.0, 2.0, 30.0, 6.0]), jnp.array([True, True, False, True])
   )
 
@@ -608,7 +608,7 @@ def test_leave_one_out_mean_is_that_of_the_others_that_count():
 
 
 def test_leave_one_out_mean_is_0_where_there_is_no_other():
-  got = rewards.leave_one_out_mean(
+  got = credit.leave_one_out_mean(
     jnp.float32([5.0, 7.0]), jnp.array([True, False])
   )
 

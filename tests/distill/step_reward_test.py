@@ -5,6 +5,7 @@ import collections
 import functools
 import itertools
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,37 +14,60 @@ import optax
 import pytest
 
 from gkd_jax.batch import Batch, Outputs, mask_unused_ids
-from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, objectives, policies, rewards
+from gkd_jax.distill import credit as credit_lib
+from gkd_jax.distill import divergences, entailment, policies, rewards
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.objectives import Objective
+from gkd_jax.distill.state import Frozen
 from tests import references, tiny
 
 BETA = 0.9
 JSD = functools.partial(divergences.generalized_jsd, beta=BETA)
 NUM_IDS = 4  # EOS and two words; the rest fills the embedding up
 IDS = tiny.special_ids(NUM_IDS)
-each_baseline = pytest.mark.parametrize('baseline', objectives.REWARD_BASELINES)
+each_baseline = pytest.mark.parametrize('baseline', credit_lib.BASELINES)
 
 
-def eq_5(alpha, **settings):
+class Aim(NamedTuple):
+  """What is minimised: hashable, and settings of a Method."""
+
+  objective: Objective
+  credit: credit_lib.Credit | None = None
+
+
+# Stands for any reward: a step gets the function that scores.
+ANY_REWARD = rewards.Reward(lambda vocabulary, ids, model: None)
+
+
+def of_reward(
+  weight=1.0, baseline='batch_mean', normalization='sequence', **settings
+):
+  """A reward alone."""
+  return Aim(
+    Objective(divergence_weight=0.0, **settings),
+    credit_lib.reinforce(ANY_REWARD, weight, baseline, normalization),
+  )
+
+
+def eq_5(alpha, baseline='batch_mean'):
   """The paper's Eq. 5, to be minimised."""
-  return Objective(
-    JSD,
-    divergence_weight=alpha,
-    reward_weight=objectives.reward_share(alpha),
-    **settings,
+  weight = credit_lib.reward_share(alpha)
+  return Aim(
+    Objective(JSD, divergence_weight=alpha),
+    credit_lib.reinforce(ANY_REWARD, weight, baseline),
   )
 
 
 def writes(outputs, by_student=None):
   """A policy in which these outputs were written."""
 
-  def write(rng, batch, row_ids_B, sample_student, sample_teacher):
-    del rng, batch, sample_student, sample_teacher
-    if by_student is None:
-      return policies.Written(outputs, jnp.ones(row_ids_B.shape, bool))
-    return policies.Written(outputs, by_student)
+  def write(draw):
+    del draw
+    author = policies.STUDENT
+    if by_student is not None:
+      author = jnp.where(by_student, author, policies.DATASET)
+    return policies.rollouts(outputs, author)
 
   fraction = 1.0 if by_student is None else 0.5
   return policies.Policy(write, fraction)
@@ -51,12 +75,7 @@ def writes(outputs, by_student=None):
 
 def settings_of(**settings):
   """What a step and its loss are made from; the student writes for itself."""
-  return {
-    'policy': policies.student(),
-    'student_sampler': sampler.ANCESTRAL,
-    'teacher_sampler': sampler.ANCESTRAL,
-    'ids': IDS,
-  } | settings
+  return tiny.with_method({'policy': policies.student(), 'ids': IDS} | settings)
 
 
 def all_outputs(length):
@@ -154,44 +173,44 @@ def one_token_batch(num_rows):
   return Batch(tokens, tokens, jnp.ones((num_rows, 1)))
 
 
-def one_token_step(objective, **changes):
+def one_token_step(aim, **changes):
   """A step of a batch: (state, batch, parameters of the reward) -> ..."""
   settings = {
     'student': OneToken(),
     'teacher': OneToken(),
-    'objective': objective,
-    'reward': reward_of_first_id,
+    **aim._asdict(),
+    'score': reward_of_first_id,
     'optimizer': optax.sgd(1.0),
     'seed': 0,
   }
   step = step_lib.make_train_step(**settings_of(**settings | changes))
   return lambda state, batch, params=None: step(
-    state, one_token(P), batch, params
+    state, Frozen(one_token(P), params), batch
   )
 
 
 def one_token_state(step=0):
-  state = step_lib.init_state(one_token(Q), optax.sgd(1.0))
+  state = state_lib.init_state(one_token(Q), optax.sgd(1.0))
   return state._replace(step=jnp.int32(step))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def expected_with_one_token(objective):
+def expected_with_one_token(aim):
   batch = one_token_batch(2)
 
   def loss_sums(outputs):
-    function = step_lib.make_loss_sums(
+    function = step_lib.make_batch_loss(
       **settings_of(
         student=OneToken(),
         teacher=OneToken(),
-        objective=objective,
-        reward=reward_of_first_id,
+        **aim._asdict(),
+        score=reward_of_first_id,
         policy=writes(outputs),
       )
     )
-    keys = tuple(jax.random.split(jax.random.key(0), 3))
+    keys = step_lib.Rngs(*jax.random.split(jax.random.key(0), 3))
     return lambda params: function(
-      params, one_token(P), batch, jnp.arange(2), keys
+      params, Frozen(one_token(P)), batch, jnp.arange(2), keys
     )
 
   return expected_gradient(
@@ -213,9 +232,9 @@ def expected_with_one_token(objective):
   ],
 )
 def test_loss_and_gradient_of_one_token_are_those_known(alpha, want, baseline):
-  objective = eq_5(alpha, reward_baseline=baseline)
+  aim = eq_5(alpha, baseline=baseline)
 
-  gradient, loss = expected_with_one_token(objective)
+  gradient, loss = expected_with_one_token(aim)
 
   of_reward = np.array([0.06, -0.12, 0.06])
   of_jsd = np.array([-0.026094472912, -0.011894230706, 0.037988703618])
@@ -234,7 +253,7 @@ OUTPUTS = all_outputs(LENGTH)
 STUDENT, STUDENT_PARAMS = tiny.model_and_params(0, vocab_size=6)
 TEACHER, TEACHER_PARAMS = tiny.model_and_params(1, '1.0', vocab_size=6)
 INPUTS = jnp.int32([[2, 3, 1], [3, 1, 0]])
-KEYS = tuple(jax.random.split(jax.random.key(0), 3))
+KEYS = step_lib.Rngs(*jax.random.split(jax.random.key(0), 3))
 
 
 def dataset_of(num_rows):
@@ -276,19 +295,19 @@ def probabilities():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def expected_with_t5(objective, probability_of):
+def expected_with_t5(aim, probability_of):
   def loss_sums(outputs):
-    function = step_lib.make_loss_sums(
+    function = step_lib.make_batch_loss(
       **settings_of(
         student=STUDENT,
         teacher=TEACHER,
-        objective=objective,
-        reward=reward_of_tokens,
+        **aim._asdict(),
+        score=reward_of_tokens,
         policy=writes(outputs),
       )
     )
     return lambda params: function(
-      params, TEACHER_PARAMS, dataset_of(2), jnp.arange(2), KEYS
+      params, Frozen(TEACHER_PARAMS), dataset_of(2), jnp.arange(2), KEYS
     )
 
   return expected_gradient(loss_sums, STUDENT_PARAMS, OUTPUTS, probability_of)
@@ -350,9 +369,9 @@ def test_the_outputs_enumerated_are_all_there_are():
 
 @each_baseline
 def test_expected_gradient_is_that_of_eq_5(baseline):
-  objective = eq_5(0.3, reward_baseline=baseline)
+  aim = eq_5(0.3, baseline=baseline)
 
-  gradient, loss = expected_with_t5(objective, probabilities())
+  gradient, loss = expected_with_t5(aim, probabilities())
 
   want_gradient, want_loss = exact_gradient(0.3)
   # Sums of 225 gradients of norm 1, weighted by chances: float32 rounding.
@@ -368,24 +387,24 @@ def test_both_parts_of_the_expectation_above_matter():
 # ------------------------------------------------- what each output contributes
 
 
-def make_step(objective, **changes):
+def make_step(aim, **changes):
   settings = {
     'student': STUDENT,
     'teacher': TEACHER,
-    'objective': objective,
-    'reward': reward_of_tokens,
+    **aim._asdict(),
+    'score': reward_of_tokens,
     'optimizer': optax.sgd(1.0),  # the parameters' change is the gradient
     'seed': 0,
   }
   return step_lib.make_train_step(**settings_of(**settings | changes))
 
 
-def run(objective, batch=None, **changes):
+def run(aim, batch=None, **changes):
   """One compiled step: its gradient, its metrics."""
-  state = step_lib.init_state(STUDENT_PARAMS, optax.sgd(1.0))
-  state, metrics = jax.jit(make_step(objective, **changes))(
+  state = state_lib.init_state(STUDENT_PARAMS, optax.sgd(1.0))
+  state, metrics = jax.jit(make_step(aim, **changes))(
     state,
-    TEACHER_PARAMS,
+    Frozen(TEACHER_PARAMS),
     dataset_of(6) if batch is None else batch,
   )
   gradient = jax.tree.map(jnp.subtract, STUDENT_PARAMS, state.params)
@@ -433,15 +452,14 @@ def rewards_of(outputs):
 def test_an_output_counts_by_reduction_and_normalization(
   reduction, normalization, count, per_token
 ):
-  objective = Objective(
-    divergence_weight=0.0,
-    reward_weight=0.7,
-    reward_baseline='none',
-    reward_normalization=normalization,
+  aim = of_reward(
+    weight=0.7,
+    baseline='none',
+    normalization=normalization,
     reduction=reduction,
   )
 
-  gradient, metrics = run(objective, policy=writes(WRITTEN))
+  gradient, metrics = run(aim, policy=writes(WRITTEN))
 
   np.testing.assert_array_equal(WRITTEN.weights.sum(axis=1), LENGTHS)
   r = rewards_of(WRITTEN)
@@ -454,14 +472,13 @@ def test_an_output_counts_by_reduction_and_normalization(
 
 
 def test_chunks_of_tokens_change_nothing():
-  objective = Objective(
-    divergence_weight=0.0,
-    reward_weight=1.0,
-    reward_baseline='none',
+  aim = of_reward(
+    weight=1.0,
+    baseline='none',
     chunk_tokens=6,
   )
 
-  gradient, _ = run(objective, policy=writes(WRITTEN))
+  gradient, _ = run(aim, policy=writes(WRITTEN))
 
   want = reinforce(WRITTEN, rewards_of(WRITTEN) / 6)
   assert_trees_close(gradient, want, **CLOSE)
@@ -469,9 +486,11 @@ def test_chunks_of_tokens_change_nothing():
 
 def test_batch_mean_is_over_the_other_outputs_of_the_student():
   by_student = jnp.array([True, True, False, True, False, False])
-  objective = Objective(divergence_weight=0.0, reward_weight=1.0)
+  aim = of_reward(
+    weight=1.0,
+  )
 
-  gradient, metrics = run(objective, policy=writes(WRITTEN, by_student))
+  gradient, metrics = run(aim, policy=writes(WRITTEN, by_student))
 
   r = rewards_of(WRITTEN)
   baseline = np.zeros(6)
@@ -490,11 +509,9 @@ def test_batch_mean_is_over_the_other_outputs_of_the_student():
 
 
 def test_self_critical_takes_off_the_reward_of_the_greedy_output():
-  objective = Objective(
-    divergence_weight=0.0, reward_weight=1.0, reward_baseline='self_critical'
-  )
+  aim = of_reward(weight=1.0, baseline='self_critical')
 
-  gradient, metrics = run(objective, policy=writes(WRITTEN))
+  gradient, metrics = run(aim, policy=writes(WRITTEN))
 
   best = np.array([OUTPUTS[0][p.argmax()] for p in greedy_probabilities()])
   greedy = rewards_of(Outputs(jnp.resize(best, (6, LENGTH)), None))
@@ -522,26 +539,27 @@ def greedy_probabilities():
   ('baseline', 'reduction'), [('self_critical', 'sequence'), ('none', 'token')]
 )
 def test_microbatches_change_nothing(baseline, reduction):
-  objective = Objective(
-    divergence_weight=0.0,
-    reward_weight=1.0,
-    reward_baseline=baseline,
+  aim = of_reward(
+    weight=1.0,
+    baseline=baseline,
     reduction=reduction,
   )
 
-  got = run(objective, num_microbatches=3)
+  got = run(aim, num_microbatches=3)
 
-  want = run(objective)
+  want = run(aim)
   # The same numbers are added in another order.
   assert_trees_close(got, want, atol=3e-6, rtol=1e-5)
   assert want[1]['reward_advantage_rms'] > 0.1
 
 
 def test_batch_mean_is_over_a_microbatch():
-  objective = Objective(divergence_weight=0.0, reward_weight=1.0)
+  aim = of_reward(
+    weight=1.0,
+  )
 
   gradient, metrics = run(
-    objective,
+    aim,
     policy=_of_the_batch(),
     batch=_batch_of(WRITTEN),
     num_microbatches=3,
@@ -556,8 +574,8 @@ def test_batch_mean_is_over_a_microbatch():
 def _of_the_batch():
   """The dataset's outputs, taken for the student's."""
 
-  def write(rng, batch, row_ids_B, sample_student, sample_teacher):
-    return policies.Written(batch.outputs, jnp.ones(row_ids_B.shape, bool))
+  def write(draw):
+    return policies.rollouts(draw.batch.outputs, policies.STUDENT)
 
   return policies.Policy(write, 1.0)
 
@@ -569,11 +587,17 @@ def _batch_of(outputs):
 def test_with_weight_0_the_reward_is_measured_and_nothing_is_learnt_from_it():
   # Nothing of it is differentiated, so dropout may be on.
   settings = {'student': OneToken(dropout_rate=0.1)}
-  step = jax.jit(one_token_step(Objective(JSD, reward_weight=0.0), **settings))
+  step = jax.jit(
+    one_token_step(
+      Aim(Objective(JSD), credit_lib.reinforce(ANY_REWARD, 0.0)), **settings
+    )
+  )
 
   state, metrics = step(one_token_state(), one_token_batch(50))
 
-  plain_step = jax.jit(one_token_step(Objective(JSD), reward=None, **settings))
+  plain_step = jax.jit(
+    one_token_step(Aim(Objective(JSD)), score=None, **settings)
+  )
   want_state, want = plain_step(one_token_state(), one_token_batch(50))
   np.testing.assert_array_equal(
     state.params['logits'], want_state.params['logits']
@@ -588,7 +612,7 @@ def test_the_parameters_of_the_reward_get_no_gradient():
   def scaled(batch, outputs, params):
     return params['scale'] * reward_of_first_id(batch, outputs, None)
 
-  step = one_token_step(eq_5(0.5), reward=scaled)
+  step = one_token_step(eq_5(0.5), score=scaled)
 
   def loss(params):
     return step(one_token_state(), one_token_batch(6), params)[1]['loss']
@@ -612,7 +636,7 @@ def test_a_batch_that_the_student_did_not_write_is_not_judged():
   step = jax.jit(
     one_token_step(
       eq_5(0.5),
-      reward=rewards.python_function(reward).make_score(vocabulary, IDS, None),
+      score=rewards.python_function(reward).make_score(vocabulary, IDS, None),
       policy=policies.mixture(0.5),
     )
   )
@@ -657,13 +681,11 @@ class Spy:
 )
 def test_only_self_critical_writes_twice_and_all_encode_once(baseline, loops):
   traced = collections.Counter()
-  step = make_step(
-    eq_5(0.5, reward_baseline=baseline), student=Spy(STUDENT, traced)
-  )
+  step = make_step(eq_5(0.5, baseline=baseline), student=Spy(STUDENT, traced))
 
   program = jax.make_jaxpr(step)(
-    step_lib.init_state(STUDENT_PARAMS, optax.sgd(1.0)),
-    TEACHER_PARAMS,
+    state_lib.init_state(STUDENT_PARAMS, optax.sgd(1.0)),
+    Frozen(TEACHER_PARAMS),
     dataset_of(4),
   )
 
@@ -686,18 +708,18 @@ def test_a_reward_that_is_learnt_raises_itself():
       **settings_of(
         student=model,
         teacher=None,
-        objective=Objective(divergence_weight=0.0, reward_weight=1.0),
-        reward=rewards.rouge_n(1).make_score(None, IDS, None),
+        **of_reward()._asdict(),
+        score=rewards.rouge_n(1).make_score(None, IDS, None),
         ids=tiny.special_ids(num_ids),
       ),
       optimizer=optimizer,
       seed=0,
     )
   )
-  state, history = step_lib.init_state(params, optimizer), []
+  state, history = state_lib.init_state(params, optimizer), []
 
   for _ in range(120):
-    state, metrics = train_step(state, None, batch)
+    state, metrics = train_step(state, Frozen(), batch)
     history.append(float(metrics['reward']))
 
   first, last = np.mean(history[:10]), np.mean(history[-10:])
@@ -719,7 +741,7 @@ def steps_on_one_and_on_all_devices():
     return jax.device_put(params, placement.shardings(t5.logical_axes(t5)))
 
   def entails(batch, outputs, params):
-    score = rewards.entailment('', [2], [3, 2], 2, 3).make_score(
+    score = entailment.entailment('', [2], [3, 2], 2, 3).make_score(
       types.SimpleNamespace(
         unk_id=-1, vocab_size=tiny.NUM_IDS, encode=lambda text: []
       ),
@@ -738,12 +760,14 @@ def steps_on_one_and_on_all_devices():
       batch, outputs, params
     )
 
-  step = jax.jit(make_step(eq_5(0.5), reward=both))
+  step = jax.jit(make_step(eq_5(0.5), score=both))
 
   def run(place, batch):
-    state = step_lib.init_state(place(STUDENT, STUDENT_PARAMS), optax.sgd(1.0))
+    state = state_lib.init_state(place(STUDENT, STUDENT_PARAMS), optax.sgd(1.0))
     state, metrics = step(
-      state, place(TEACHER, TEACHER_PARAMS), batch, place(judge, judge_params)
+      state,
+      Frozen(place(TEACHER, TEACHER_PARAMS), place(judge, judge_params)),
+      batch,
     )
     return jax.device_get((state.params, metrics))
 
@@ -770,45 +794,31 @@ def test_a_2_by_2_mesh_gives_what_one_device_gives():
 @pytest.mark.parametrize(
   ('settings', 'text'),
   [
-    ({'objective': Objective(JSD)}, 'REWARD_WEIGHT is None. Set it'),
-    (
-      {'reward': None},
-      r'REWARD_WEIGHT is 0.5 and there is no REWARD. Name one, e.g. @rewards',
-    ),
-    ({'policy': policies.dataset()}, 'STUDENT_DATA_FRACTION is 0.0: it writes'),
-    ({'policy': policies.teacher()}, 'STUDENT_DATA_FRACTION is 0.0: it writes'),
-    (
-      {'policy': policies.dataset(), 'objective': eq_5(1.0)},
-      'STUDENT_DATA_FRACTION is 0.0: it writes',
-    ),
-    (
-      {'student_sampler': sampler.SamplerConfig(temperature=0.7)},
-      'temperature=0.7.*Set SAMPLING_TEMPERATURE = 1.0',
-    ),
-    ({'student_sampler': sampler.SamplerConfig(top_k=5)}, 'without top_k'),
-    ({'student_sampler': sampler.SamplerConfig(top_p=0.9)}, 'without top_k'),
-    (
-      {'student': OneToken(dropout_rate=0.1)},
-      'DROPOUT_RATE is 0.1.*set DROPOUT_RATE = 0.0',
-    ),
+    ({'reward': ANY_REWARD}, 'REWARD_WEIGHT is None. Set it'),
+    ({'weight': 0.5}, 'REWARD_WEIGHT is 0.5 and there is no REWARD. Name one'),
+    ({'reward': ANY_REWARD, 'weight': -1.0}, 'must not be negative: -1.0'),
+    ({'baseline': 'mean'}, "REWARD_BASELINE must be one of .* got 'mean'"),
+    ({'normalization': 'no'}, "REWARD_NORMALIZATION must be .* got 'no'"),
   ],
 )
-def test_what_would_be_another_gradient_is_refused(settings, text):
-  settings = {'objective': eq_5(0.5)} | settings
-
+def test_settings_without_a_meaning_are_refused(settings, text):
   with pytest.raises(ValueError, match=text):
-    make_step(**settings)
+    credit_lib.reinforce(**settings)
+
+
+def test_without_a_reward_there_is_no_credit():
+  assert credit_lib.reinforce() is None
 
 
 @pytest.mark.parametrize('alpha', [-0.1, 1.1, float('nan')])
 def test_alpha_is_a_share(alpha):
   with pytest.raises(ValueError, match=r'ALPHA must be in \[0, 1\], got'):
-    objectives.reward_share(alpha)
+    credit_lib.reward_share(alpha)
 
 
 def test_at_alpha_1_and_0_one_of_the_two_is_left():
-  assert eq_5(1.0).needs_teacher and not eq_5(1.0).learns_from_reward
-  assert eq_5(0.0).learns_from_reward and not eq_5(0.0).needs_teacher
+  assert eq_5(1.0).objective.needs_teacher and not eq_5(1.0).credit.learns
+  assert eq_5(0.0).credit.learns and not eq_5(0.0).objective.needs_teacher
 
 
 def test_the_reference_of_one_token_is_the_float64_one():

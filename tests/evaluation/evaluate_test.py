@@ -11,7 +11,7 @@ import pytest
 from gkd_jax.batch import Batch, Outputs
 from gkd_jax.data import datasets, iterators
 from gkd_jax.decoding import beam_search, sampler
-from gkd_jax.distill import rewards
+from gkd_jax.distill import entailment, rewards
 from gkd_jax.evaluation import diversity, evaluate, programs
 from gkd_jax.parallel import partitioning
 from tests import conftest, references, tiny
@@ -442,12 +442,12 @@ def test_the_mean_reward_is_that_of_what_was_written(
 ):
   reward = rewards.rouge_n(1)
   score = reward.make_score(None, IDS, None)
-  judge = programs.make_judge(
+  mean_reward = programs.make_mean_reward(
     reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
   )
 
   judged = evaluate.Evaluation(
-    config, STUDENT, None, None, GREEDY, judge=judge, **SETTINGS
+    config, STUDENT, None, None, GREEDY, mean_reward=mean_reward, **SETTINGS
   )
   values, _ = judged(student_params)
 
@@ -471,7 +471,7 @@ def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path):
     str(tmp_path / 'eval'),
     config,
     GREEDY,
-    reward=rewards.entailment(),
+    reward=entailment.entailment(),
     reward_checkpoint_path=str(tmp_path / 'judge'),
   )
 
@@ -492,7 +492,7 @@ def test_a_limit_that_would_cut_an_output_is_told_before_one_is_written(
       str(tmp_path / 'eval'),
       config,
       GREEDY,
-      reward=rewards.entailment(max_input_len=12),
+      reward=entailment.entailment(max_input_len=12),
       reward_checkpoint_path=str(tmp_path / 'judge'),
     )
 

@@ -174,7 +174,7 @@ def test_draws_for_one_input_differ(draws):
 
 @pytest.fixture(scope='module')
 def scores(dataset, student_params, teacher_params):
-  score = programs.make_score(STUDENT, TEACHER, ids=IDS, **SETTINGS)
+  score = programs.make_divergences(STUDENT, TEACHER, ids=IDS, **SETTINGS)
   return score(student_params, teacher_params, dataset)
 
 
@@ -272,11 +272,11 @@ def test_a_function_that_gives_rewards_sees_examples_alone(dataset, greedy):
 
   reward = rewards.python_function(by_length)
   score = reward.make_score(dataset.vocabulary, IDS, None)
-  judge = programs.make_judge(
+  mean_reward = programs.make_mean_reward(
     reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
   )
 
-  mean = judge(dataset, greedy)
+  mean = mean_reward(dataset, greedy)
 
   texts = [example['inputs'] for example in dataset.examples()]
   assert set(seen) == set(texts)
@@ -292,9 +292,9 @@ def test_a_function_that_fails_to_give_rewards_ends_an_evaluation(
 
   reward = rewards.python_function(fails)
   score = reward.make_score(dataset.vocabulary, IDS, None)
-  judge = programs.make_judge(
+  mean_reward = programs.make_mean_reward(
     reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
   )
 
   with pytest.raises(RuntimeError, match='fails failed: LookupError'):
-    judge(dataset, greedy)
+    mean_reward(dataset, greedy)

@@ -8,9 +8,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, objectives, policies
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
+from gkd_jax.distill.methods import Method
 from gkd_jax.models import t5
 from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
@@ -171,7 +172,7 @@ def test_gathered_parameters_are_whole_in_each_part_of_data():
 def shardings_of_state(optimizer, *dims):
   """{name: (shape of a device's part, shape)} of what an optimizer keeps."""
   t5 = T5(tiny.config(emb_dim=128, mlp_dim=256), placement_of(*dims))
-  state = step_lib.abstract_state(t5.abstract_params(t5), optimizer, FOUR)
+  state = state_lib.abstract_state(t5.abstract_params(t5), optimizer, FOUR)
   return {
     jax.tree_util.keystr(path): (x.sharding.shard_shape(x.shape), x.shape)
     for path, x in jax.tree_util.tree_leaves_with_path(state)
@@ -216,7 +217,7 @@ def test_what_a_device_holds_falls_as_the_mesh_grows():
   def bytes_on_a_device(data, over_model):
     mesh = jax.sharding.AbstractMesh((data, over_model), ('data', 'model'))
     t5 = T5(tiny.config(emb_dim=128, mlp_dim=256), placement_of(2, mesh=mesh))
-    state = step_lib.abstract_state(
+    state = state_lib.abstract_state(
       t5.abstract_params(t5), optax.adamw(1.0), mesh
     )
     return sum(
@@ -249,9 +250,9 @@ def test_an_abstract_state_is_what_is_made():
   t5 = T5(tiny.config(), partitioning.Placement(mesh))
   optimizer = optax.adafactor(1.0)
 
-  abstract = step_lib.abstract_state(t5.abstract_params(t5), optimizer, mesh)
+  abstract = state_lib.abstract_state(t5.abstract_params(t5), optimizer, mesh)
 
-  made = step_lib.init_state(tiny.params(t5, 0), optimizer)
+  made = state_lib.init_state(tiny.params(t5, 0), optimizer)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
     lambda x: (x.shape, x.dtype), made
   )
@@ -322,8 +323,8 @@ def steps_on_each_mesh():
   optimizer = optax.sgd(1.0)  # the parameters' change is the gradient
   written = []
 
-  def write(*arguments):
-    drawn = policies.student().write(*arguments)
+  def write(draw):
+    drawn = policies.student().write(draw)
     jax.debug.callback(
       lambda x: written.append(np.asarray(x)), drawn.outputs[0]
     )
@@ -342,28 +343,32 @@ def steps_on_each_mesh():
     train_step = step_lib.make_train_step(
       student=student,
       teacher=teacher,
-      policy=policies.Policy(write, 1.0),
-      objective=objectives.Objective(
-        functools.partial(divergences.generalized_jsd, beta=0.5)
+      method=Method(
+        policy=policies.Policy(write, 1.0),
+        objective=objectives.Objective(
+          functools.partial(divergences.generalized_jsd, beta=0.5)
+        ),
       ),
       optimizer=optimizer,
-      student_sampler=sampler.ANCESTRAL,
-      teacher_sampler=sampler.ANCESTRAL,
       ids=tiny.IDS,
       seed=0,
       num_microbatches=2,
     )
     abstract = (
-      step_lib.abstract_state(t5.abstract_params(student), optimizer, mesh),
+      state_lib.abstract_state(t5.abstract_params(student), optimizer, mesh),
       t5.abstract_params(teacher),
     )
     lies = jax.tree.map(lambda x: x.sharding, abstract)
-    state = step_lib.init_state(jax.tree.map(jnp.copy, params), optimizer)
+    state = state_lib.init_state(jax.tree.map(jnp.copy, params), optimizer)
     state, placed_params = jax.device_put((state, teacher_params), lies)
     parts = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state)
     state, metrics = jax.jit(
       train_step, donate_argnums=0, out_shardings=(lies[0], None)
-    )(state, placed_params, partitioning.put_whole_batch(batch, mesh))
+    )(
+      state,
+      state_lib.Frozen(placed_params),
+      partitioning.put_whole_batch(batch, mesh),
+    )
     jax.effects_barrier()
     return {
       'parts': parts.params['encoder']['layers_0']['mlp']['wi_0']['kernel'],

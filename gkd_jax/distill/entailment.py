@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reward by a model: how probable it is that the input entails the output.
+
+Source: Roit et al. (2023), arXiv:2306.00186.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.batch import Outputs, SpecialIds
+from gkd_jax.distill import rewards
+
+
+def entailment(
+  task_prefix: str = '',
+  premise: str = 'premise: ',
+  hypothesis: str = ' hypothesis: ',
+  entailed: str | int = '1',
+  not_entailed: str | int = '0',
+  max_input_len: int | None = None,
+  log_probability: bool = False,
+) -> rewards.Reward:
+  """How surely the input entails the output, says a T5 trained to tell.
+
+  The model (REWARD_CHECKPOINT_PATH) shares the task's vocabulary. It reads
+  `premise: <input> hypothesis: <output>`, put together from tokens, and its
+  first token decides: the reward is the probability of `entailed` where only
+  `entailed` and `not_entailed` can be said. By default the two are between 0
+  and 1, as bounded as JSD is; logarithms punish what is surely not entailed
+  without bound. An output without any word is judged as all others are.
+
+  Args:
+    task_prefix: dropped from the start of inputs that begin with it, e.g.
+      'summarize: '.
+    premise: what the model expects before the input.
+    hypothesis: and before the output.
+    entailed: its answer if the input entails the output: text, of which the
+      first token counts, or an id.
+    not_entailed: likewise, if not.
+    max_input_len: tokens the model may read; the premise is cut at its end to
+      fit, the hypothesis never. None: as many as there can be.
+    log_probability: use the natural logarithm of the probability.
+
+  Source: Roit et al. (2023), arXiv:2306.00186; the texts are those of Honovich
+  et al. (2022), arXiv:2204.04991, in google/t5_xxl_true_nli_mixture.
+  """
+
+  def make_score(vocabulary, ids, model):
+    def encode(text, name):
+      return rewards.token_ids(vocabulary, text, ids, f'entailment.{name}')
+
+    prefix_ids = encode(task_prefix, 'task_prefix') if task_prefix else []
+    premise_ids = encode(premise, 'premise')
+    hypothesis_ids = encode(hypothesis, 'hypothesis')
+    answers = [
+      rewards.known_id(vocabulary, answer, f'entailment.{name}')
+      if isinstance(answer, int)
+      else encode(answer, name)[0]
+      for answer, name in (
+        (entailed, 'entailed'),
+        (not_entailed, 'not_entailed'),
+      )
+    ]
+    if answers[0] == answers[1]:
+      raise ValueError(
+        f'entailment.entailed {entailed!r} and .not_entailed {not_entailed!r} '
+        f'begin with the same token, {answers[0]}. Give the ids of tokens that '
+        'tell them apart.'
+      )
+
+    def score(batch, outputs, params):
+      inputs = premise_and_hypothesis(
+        batch.encoder_input_tokens,
+        outputs,
+        prefix_ids=prefix_ids,
+        premise_ids=premise_ids,
+        hypothesis_ids=hypothesis_ids,
+        max_input_len=max_input_len,
+        ids=ids,
+      )
+      variables = {'params': params}
+      hidden = model.apply(
+        variables,
+        model.apply(variables, inputs, method='encode'),
+        inputs,
+        # The first token depends on the start id alone.
+        jnp.full((inputs.shape[0], 1), ids.pad, jnp.int32),
+        method='decode',
+      )
+      logits_BV = model.apply(variables, hidden[:, 0], method='unembed')
+      margin_B = logits_BV[:, answers[0]] - logits_BV[:, answers[1]]
+      log_p_B = jax.nn.log_sigmoid(margin_B.astype(jnp.float32))
+      return log_p_B if log_probability else jnp.exp(log_p_B)
+
+    return score
+
+  return rewards.Reward(make_score, needs_model=True)
+
+
+def premise_and_hypothesis(
+  encoder_input_tokens: jax.Array,
+  outputs: Outputs,
+  *,
+  prefix_ids: Sequence[int],
+  premise_ids: Sequence[int],
+  hypothesis_ids: Sequence[int],
+  max_input_len: int | None,
+  ids: SpecialIds,
+) -> jax.Array:
+  """Puts the input of an entailment model together, from tokens.
+
+  Args:
+    encoder_input_tokens: [B, S] int32 the premise, with EOS and pad after it.
+    outputs: [B, T] the hypothesis, likewise.
+    prefix_ids: not part of the premise, where it begins with them.
+    premise_ids: go before the premise.
+    hypothesis_ids: go between the two.
+    max_input_len: L at most; the premise is cut to fit.
+    ids: of the model that reads it, and of the outputs.
+
+  Returns:
+    [B, L] int32: premise_ids, premise, hypothesis_ids, hypothesis, EOS, pad.
+
+  Raises:
+    ValueError: the longest hypothesis does not fit.
+  """
+  batch_size, input_len = encoder_input_tokens.shape
+  output_len = outputs.tokens.shape[1]
+  fixed_len = len(premise_ids) + len(hypothesis_ids) + 1  # EOS
+  total_len = fixed_len + input_len + output_len
+  if max_input_len is not None:
+    if max_input_len < fixed_len + output_len:
+      raise ValueError(
+        f'entailment.max_input_len is {max_input_len}, but an output can be '
+        f'{output_len} tokens long and is never cut, and {fixed_len} tokens '
+        f'surround it: at least {fixed_len + output_len} are needed.'
+      )
+    total_len = min(total_len, max_input_len)
+
+  is_word = (encoder_input_tokens != ids.pad) & (
+    encoder_input_tokens != ids.eos
+  )
+  premise_end_B = jnp.cumprod(is_word, axis=1).sum(axis=1)
+  premise_start_B = jnp.zeros(batch_size, jnp.int32)
+  if 0 < len(prefix_ids) <= input_len:
+    has_prefix_B = jnp.all(
+      encoder_input_tokens[:, : len(prefix_ids)] == jnp.asarray(prefix_ids),
+      axis=1,
+    )
+    premise_start_B = len(prefix_ids) * has_prefix_B
+  hypothesis_len_B = (rewards.words(outputs, ids.eos) != rewards.NOTHING).sum(
+    axis=1
+  )
+  premise_len_B = jnp.minimum(
+    premise_end_B - premise_start_B, total_len - fixed_len - hypothesis_len_B
+  )
+
+  def of_all_rows(tokens):
+    return jnp.broadcast_to(jnp.int32(tokens), (batch_size, len(tokens)))
+
+  # Each part is a stretch of one of these, put where the part before it ends.
+  parts = (
+    (of_all_rows(premise_ids), 0, len(premise_ids)),
+    (encoder_input_tokens, premise_start_B, premise_len_B),
+    (of_all_rows(hypothesis_ids), 0, len(hypothesis_ids)),
+    (outputs.tokens, 0, hypothesis_len_B),
+    (of_all_rows([ids.eos]), 0, 1),
+  )
+  at_BL = jnp.broadcast_to(jnp.arange(total_len), (batch_size, total_len))
+  joined_BL = jnp.full((batch_size, total_len), ids.pad, jnp.int32)
+  end_B1 = jnp.zeros((batch_size, 1), jnp.int32)
+  for tokens, start_B, length_B in parts:
+    start_B1, length_B1 = (
+      jnp.broadcast_to(jnp.asarray(x), (batch_size,))[:, None]
+      for x in (start_B, length_B)
+    )
+    offset_BL = at_BL - end_B1
+    here_BL = (offset_BL >= 0) & (offset_BL < length_B1)
+    source_BL = jnp.clip(start_B1 + offset_BL, 0, tokens.shape[1] - 1)
+    taken_BL = jnp.take_along_axis(tokens, source_BL, axis=1)
+    joined_BL = jnp.where(here_BL, taken_BL, joined_BL)
+    end_B1 += length_B1
+  return joined_BL

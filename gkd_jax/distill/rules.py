@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules between the parts of a method, each a function named as the fact.
+
+A value alone is checked by the part that owns it.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.decoding import sampler
+from gkd_jax.distill.divergences import Divergence
+from gkd_jax.distill.methods import Method
+
+
+class Setup(NamedTuple):
+  """What the rules are about.
+
+  Attributes:
+    method: the four choices.
+    dropout_rate: of the student.
+    batch_size: outputs of a step; None: not known yet.
+    num_microbatches: that a batch is split into.
+  """
+
+  method: Method
+  dropout_rate: float
+  batch_size: int | None = None
+  num_microbatches: int = 1
+
+
+def check(setup: Setup) -> None:
+  """Raises ValueError if a rule is broken; reads no file, compiles nothing."""
+  for rule in RULES:
+    rule(setup)
+
+
+def something_is_minimised(setup: Setup) -> None:
+  """A weight is positive, or a credit is learnt from."""
+  objective, credit = setup.method.objective, setup.method.credit
+  learns = credit is not None and credit.learns
+  if not (objective.divergence_weight or objective.likelihood_weight or learns):
+    raise ValueError(
+      'This method has nothing to minimise: DIVERGENCE_WEIGHT and '
+      'LIKELIHOOD_WEIGHT are 0, and nothing is learnt from a reward.'
+    )
+
+
+def likelihood_is_not_of_the_students_outputs(setup: Setup) -> None:
+  """Likelihood is of outputs that others wrote."""
+  weight = setup.method.objective.likelihood_weight
+  fraction = setup.method.policy.student_data_fraction
+  if weight > 0.0 and fraction > 0.0:
+    raise ValueError(
+      f'LIKELIHOOD_WEIGHT is {weight} and STUDENT_DATA_FRACTION {fraction}: '
+      'maximising the likelihood of outputs that the student wrote would teach '
+      'it its own mistakes. Set LIKELIHOOD_WEIGHT = 0.0, or '
+      "STUDENT_DATA_FRACTION = 0.0 to learn from the dataset's outputs alone."
+    )
+
+
+def reward_is_of_the_students_outputs(setup: Setup) -> None:
+  """A reward needs outputs by the student."""
+  credit = setup.method.credit
+  judges_student = credit is not None and credit.judges_student
+  if judges_student and setup.method.policy.student_data_fraction == 0.0:
+    raise ValueError(
+      'A reward is given to what the student writes, but STUDENT_DATA_FRACTION '
+      'is 0.0: it writes nothing. Set STUDENT_DATA_FRACTION = 1.0, or REWARD = '
+      'None and REWARD_WEIGHT = None.'
+    )
+
+
+def reinforce_draws_ancestrally(setup: Setup) -> None:
+  """REINFORCE needs draws from the student's own distribution."""
+  credit, config = setup.method.credit, setup.method.student_sampler
+  if credit is None or not credit.differentiates_draw:
+    return
+  if config != sampler.ANCESTRAL:
+    raise ValueError(
+      'REINFORCE differentiates the distribution that outputs are drawn from, '
+      'so the student must write with its own, but its outputs are drawn by '
+      f'{config}. Set SAMPLING_TEMPERATURE = 1.0, without top_k and top_p.'
+    )
+
+
+def reinforce_trains_without_dropout(setup: Setup) -> None:
+  """REINFORCE differentiates the distribution that wrote."""
+  credit = setup.method.credit
+  if credit is None or not credit.differentiates_draw:
+    return
+  if setup.dropout_rate > 0.0:
+    raise ValueError(
+      f'DROPOUT_RATE is {setup.dropout_rate}: the student writes without '
+      'dropout, so REINFORCE with dropout would differentiate another '
+      'distribution than the one that wrote. To learn from a reward set '
+      'DROPOUT_RATE = 0.0.'
+    )
+
+
+def training_outputs_are_drawn_from_a_model(setup: Setup) -> None:
+  """No calculator writes in training."""
+  for name in ('student_sampler', 'teacher_sampler'):
+    if getattr(setup.method, name).calculator:
+      raise ValueError(
+        f'{name}.calculator is set, but what the calculator writes is not '
+        'drawn from the model: the student would be trained on outputs that '
+        "are neither its own nor the teacher's. Leave it unset there; "
+        'CALCULATOR = True is for evaluation.'
+      )
+
+
+def compared_outputs_are_in_one_microbatch(setup: Setup) -> None:
+  """A microbatch has the rows a credit compares."""
+  credit, batch_size = setup.method.credit, setup.batch_size
+  if credit is None or batch_size is None:
+    return
+  rows = batch_size // setup.num_microbatches
+  if rows < credit.min_rows:
+    raise ValueError(
+      f'The credit compares at least {credit.min_rows} outputs of a microbatch '
+      "(REWARD_BASELINE = 'batch_mean' is the mean reward of the other "
+      f'outputs), but BATCH_SIZE {batch_size} in {setup.num_microbatches} '
+      f'NUM_MICROBATCHES leaves {rows}. Use larger microbatches, or another '
+      "REWARD_BASELINE: 'self_critical' or 'none'."
+    )
+
+
+RULES = (
+  something_is_minimised,
+  likelihood_is_not_of_the_students_outputs,
+  reward_is_of_the_students_outputs,
+  reinforce_draws_ancestrally,
+  reinforce_trains_without_dropout,
+  training_outputs_are_drawn_from_a_model,
+  compared_outputs_are_in_one_microbatch,
+)
+
+
+def check_divergence(method: Method, vocab_size: int) -> None:
+  """Traces the divergence on logits of the size they will have.
+
+  What the function itself raises is not caught: its traceback shows where.
+
+  Args:
+    method: whose objective has it.
+    vocab_size: width of the logits that are compared.
+
+  Raises:
+    ValueError: it has another signature, or does not return a float a token.
+  """
+  if not method.objective.needs_teacher:
+    return
+  divergence = method.objective.divergence
+  check_signature(divergence)
+  shape = (1, 2)
+  logits = jax.ShapeDtypeStruct((*shape, vocab_size), jnp.float32)
+  dtypes = {'tokens': jnp.int32, 'author': jnp.int8, 'log_probs': jnp.float32}
+  keywords = {
+    name: jax.ShapeDtypeStruct(shape, dtypes[name]) for name in divergence.reads
+  }
+  keywords |= {'teacher_logits': logits, 'student_logits': logits}
+  if divergence.init is not None:
+    keywords['carried'] = jax.eval_shape(divergence.init)
+  if divergence.init_heads is not None:
+    keywords['heads'] = jax.eval_shape(
+      lambda: divergence.init_heads(jax.random.key(0))
+    )
+  value = jax.eval_shape(divergence.function, **keywords)
+  if getattr(value, 'shape', None) != shape or not jnp.issubdtype(
+    value.dtype, jnp.floating
+  ):
+    raise ValueError(
+      f'Objective.divergence {divergence.reported_name} must map logits '
+      f'[..., V] to [...] floats: of {logits.shape} it makes {value}.'
+    )
+
+
+def check_signature(divergence: Divergence) -> None:
+  """Raises ValueError unless a divergence can be called as it will be."""
+  try:
+    signature = inspect.signature(divergence.function)
+  except (TypeError, ValueError):
+    return  # not a Python function: its own error will do
+  try:
+    signature.bind(**dict.fromkeys(divergence.keywords))
+  except TypeError as e:
+    raise ValueError(
+      'Objective.divergence must be a function of '
+      f'{", ".join(divergence.keywords)}, such as @divergences.forward_kl: {e}.'
+    ) from e
