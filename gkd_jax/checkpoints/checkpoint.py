@@ -189,8 +189,10 @@ class Checkpoints:
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        opt_state=ocp.args.StandardSave(state.opt_state),
+        **{
+          name: ocp.args.StandardSave(part)
+          for name, part in _parts(state).items()
+        },
         data=_SaveIterator(data_iterator),
         description=ocp.args.JsonSave(
           {
@@ -243,8 +245,10 @@ class Checkpoints:
         restored = self._manager.restore(
           step,
           args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract_state.params),
-            opt_state=ocp.args.StandardRestore(abstract_state.opt_state),
+            **{
+              name: ocp.args.StandardRestore(part)
+              for name, part in _parts(abstract_state).items()
+            },
             data=_RestoreIterator(data_iterator),
             description=ocp.args.JsonRestore(),
           ),
@@ -257,10 +261,11 @@ class Checkpoints:
       _set_aside(self._folder, damaged)
       if damaged:
         self._manager.reload()
-      state = TrainState(
-        jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding),
-        restored.params,
-        restored.opt_state,
+      state = abstract_state._replace(
+        step=jax.device_put(
+          jax.numpy.int32(step), abstract_state.step.sharding
+        ),
+        **{name: getattr(restored, name) for name in _parts(abstract_state)},
       )
       return Saved(
         state,
@@ -275,6 +280,15 @@ class Checkpoints:
   def close(self) -> None:
     """Waits until all is written."""
     self._manager.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+  """Returns what is saved of a state, by name: its parts that have leaves."""
+  parts = state._asdict()
+  del parts['step']  # the checkpoint's name and description have it
+  return {
+    name: part for name, part in parts.items() if jax.tree.leaves(part)
+  } | {'params': state.params, 'opt_state': state.opt_state}
 
 
 Damaged = Sequence[tuple[epath.Path, Exception]]
