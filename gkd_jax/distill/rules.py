@@ -185,7 +185,8 @@ def check_signature(divergence: Divergence) -> None:
   except (TypeError, ValueError):
     return  # not a Python function: its own error will do
   try:
-    signature.bind(**dict.fromkeys(divergence.keywords))
+    # Partially: gin binds the other parameters where no signature shows it.
+    signature.bind_partial(**dict.fromkeys(divergence.keywords))
   except TypeError as e:
     raise ValueError(
       'Objective.divergence must be a function of '

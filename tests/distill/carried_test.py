@@ -104,7 +104,7 @@ def make_step(student=STUDENT, method=METHOD, num_microbatches=1):
 
 @functools.cache
 def compiled_step(num_microbatches=1):
-  return tiny.jit(make_step(num_microbatches=num_microbatches))
+  return jax.jit(make_step(num_microbatches=num_microbatches))
 
 
 def start(method=METHOD):
@@ -158,7 +158,7 @@ def test_the_divergence_is_scaled_by_its_running_mean():
     want = 0.9 * want + 0.1 * float(metrics['divergence'])
 
     assert float(state.carried.divergence) == pytest.approx(want, rel=1e-5)
-  assert want > 0.01
+  assert want > 1e-3
 
 
 def test_the_head_gets_the_gradient_of_the_loss():
@@ -305,7 +305,7 @@ def test_outputs_are_graded_on_the_inputs_they_bring(num_microbatches):
 
   def losses(policy, batches):
     method = Method(policy=policy, objective=likelihood)
-    step = tiny.jit(make_step(method=method, num_microbatches=num_microbatches))
+    step = jax.jit(make_step(method=method, num_microbatches=num_microbatches))
     state, metrics = start(method), []
     for batch in batches:
       state, of_step = step(state, state_lib.Frozen(), batch)
@@ -349,7 +349,7 @@ def test_a_credit_reads_log_probabilities_of_the_draw_and_of_both_models():
   )
 
   state = state_lib.init_state(PARAMS, OPTIMIZER)
-  _, metrics = tiny.jit(step)(state, state_lib.Frozen(teacher_params), BATCH)
+  _, metrics = jax.jit(step)(state, state_lib.Frozen(teacher_params), BATCH)
   jax.effects_barrier()
 
   weights = seen['tokens'].weights
@@ -393,7 +393,7 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   batch = partitioning.put_whole_batch(BATCH, mesh)
-  step = tiny.jit(
+  step = jax.jit(
     make_step(student, num_microbatches=2),
     donate_argnums=0,
     out_shardings=(shardings, None),
