@@ -206,11 +206,7 @@ def make_batch_loss(
   Raises:
     ValueError: see `make_train_step`; or a part has state.
   """
-  if _has_state(method):
-    raise ValueError(
-      'A policy, teacher or divergence with state or heads needs a '
-      '`TrainState`; train with gkd_jax.main.'
-    )
+  check_no_state(method)
   if not method.teacher.needs_checkpoint:
     teacher = student
   models = Models(student, teacher, method, ids, score)
@@ -594,12 +590,17 @@ def _means(sums, count, credit) -> Metrics:
   }
 
 
-def _has_state(method: Method) -> bool:
+def check_no_state(method: Method) -> None:
+  """Raises ValueError if a part has state or heads."""
   divergence = method.objective.divergence
   inits = [method.policy.init, method.teacher.init]
   if divergence is not None:
     inits += [divergence.init, divergence.init_heads]
-  return any(init is not None for init in inits)
+  if any(init is not None for init in inits):
+    raise ValueError(
+      'A policy, teacher or divergence with state or heads needs a '
+      '`TrainState`; train with gkd_jax.main.'
+    )
 
 
 def _next_carried(method, carried, policy_carried, params, means) -> Carried:

@@ -30,7 +30,7 @@ from t5x.examples.t5 import network
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import vocabularies
-from gkd_jax.distill import policies
+from gkd_jax.distill import policies, rules
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.state import Frozen
@@ -75,6 +75,9 @@ class GKDModel(models.EncoderDecoderModel):
       decode_fn=model.decode_fn,
       feature_converter_cls=model.FEATURE_CONVERTER_CLS,
     )
+    config = student_config(model.module)
+    rules.check(rules.Setup(method, config.dropout_rate))
+    step_lib.check_no_state(method)
     if method.credit is not None:
       raise ValueError(
         "Method.credit is set, but T5X's trainer has no reward. Train with "
@@ -87,7 +90,7 @@ class GKDModel(models.EncoderDecoderModel):
     self._model = model
     self._method = method
     self._teacher_checkpoint_path = teacher_checkpoint_path
-    self._student = T5(student_config(model.module))
+    self._student = T5(config)
     self._ids = self._student.config.special_ids(
       model.output_vocabulary.vocab_size
     )

@@ -19,9 +19,10 @@ from flax import core
 
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.formats import huggingface, t5x, tensors
-from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, objectives, policies
+from gkd_jax.distill import credit, divergences, objectives, policies, rewards
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
+from gkd_jax.distill.methods import Method
 from gkd_jax.models.t5 import T5, T5Config
 from tests import conftest, tiny
 from tests.checkpoints.formats.make_t5x_fixtures import flat
@@ -35,7 +36,7 @@ def imported(name):
 
 t5x_train = imported('t5x.train')
 t5x_trainer = imported('t5x.trainer')
-t5x_bridge = imported('gkd_jax.checkpoints.formats.t5x_bridge')
+t5x_bridge = imported('gkd_jax.interop.t5x_bridge')
 adafactor = imported('t5x.adafactor')
 models = imported('t5x.models')
 network = imported('t5x.examples.t5.network')
@@ -110,19 +111,16 @@ def our_step(policy, objective, params, teacher_params):
   train_step = step_lib.make_train_step(
     student=T5(STUDENT),
     teacher=T5(TEACHER),
-    policy=policy,
-    objective=objective,
+    method=Method(policy=policy, objective=objective),
     optimizer=optax.sgd(0.0),
-    student_sampler=sampler.ANCESTRAL,
-    teacher_sampler=sampler.ANCESTRAL,
     ids=tiny.special_ids(NUM_IDS),
     seed=0,
   )
-  state = step_lib.init_state(params, optax.sgd(0.0))
+  state = state_lib.init_state(params, optax.sgd(0.0))
   ours = batch()
   return jax.jit(train_step)(
     state,
-    teacher_params,
+    state_lib.Frozen(teacher_params),
     Batch(
       ours['encoder_input_tokens'],
       ours['decoder_target_tokens'],
@@ -147,7 +145,9 @@ def test_loss_and_gradient_are_those_of_our_own_step(divergence, reduction):
   params = tiny.params(T5(STUDENT), 0)
   teacher_params = tiny.params(T5(TEACHER), 1)
   model = t5x_bridge.GKDModel(
-    t5x_model(), policies.dataset(), objective, 'unread'
+    t5x_model(),
+    Method(policy=policies.dataset(), objective=objective),
+    'unread',
   )
 
   with model.with_teacher(T5(TEACHER), teacher_params):
@@ -168,7 +168,9 @@ def test_loss_and_gradient_are_those_of_our_own_step(divergence, reduction):
 
 
 def loss_metrics(policy, rng, seed=0):
-  model = t5x_bridge.GKDModel(t5x_model(), policy, GKD, 'unread')
+  model = t5x_bridge.GKDModel(
+    t5x_model(), Method(policy=policy, objective=GKD), 'unread'
+  )
   with model.with_teacher(T5(TEACHER), tiny.params(T5(TEACHER), 1)):
     _, metrics = jax.jit(model.loss_fn)(
       tiny.params(T5(STUDENT), seed), batch(), rng
@@ -209,7 +211,9 @@ def test_evaluation_is_on_the_outputs_of_the_dataset():
 
 def test_dropout_is_on_in_training_alone():
   noisy = t5x_bridge.GKDModel(
-    t5x_model(dropout_rate=0.5), policies.dataset(), GKD, 'unread'
+    t5x_model(dropout_rate=0.5),
+    Method(policy=policies.dataset(), objective=GKD),
+    'unread',
   )
   params = tiny.params(T5(STUDENT), 0)
 
@@ -227,14 +231,18 @@ def test_dropout_is_on_in_training_alone():
 
 
 def test_packed_batches_are_refused():
-  model = t5x_bridge.GKDModel(t5x_model(), policies.dataset(), GKD, 'unread')
+  model = t5x_bridge.GKDModel(
+    t5x_model(), Method(policy=policies.dataset(), objective=GKD), 'unread'
+  )
 
   with pytest.raises(ValueError, match='DatasetConfig.pack = False'):
     model.loss_fn({}, batch(with_segments=True), None)
 
 
 def test_a_trainer_that_knows_no_teacher_is_refused():
-  model = t5x_bridge.GKDModel(t5x_model(), policies.dataset(), GKD, 'unread')
+  model = t5x_bridge.GKDModel(
+    t5x_model(), Method(policy=policies.dataset(), objective=GKD), 'unread'
+  )
 
   with pytest.raises(ValueError, match='trainer_cls = @t5x_bridge.trainer'):
     model.loss_fn({}, batch(), None)
@@ -242,28 +250,53 @@ def test_a_trainer_that_knows_no_teacher_is_refused():
 
 def test_a_method_without_its_teacher_is_refused():
   with pytest.raises(ValueError, match='set TEACHER_CHECKPOINT_PATH'):
-    t5x_bridge.GKDModel(t5x_model(), policies.dataset(), GKD)
+    t5x_bridge.GKDModel(
+      t5x_model(), Method(policy=policies.dataset(), objective=GKD)
+    )
 
 
 def test_likelihood_of_what_the_student_writes_is_refused():
   objective = dataclasses.replace(GKD, likelihood_weight=1.0)
 
   with pytest.raises(ValueError, match='teach it its own mistakes'):
-    t5x_bridge.GKDModel(t5x_model(), policies.student(), objective, 'unread')
+    t5x_bridge.GKDModel(
+      t5x_model(),
+      Method(policy=policies.student(), objective=objective),
+      'unread',
+    )
 
 
 def test_a_reward_is_refused():
-  objective = dataclasses.replace(GKD, reward_weight=0.5)
+  reward = rewards.exact_match()
+  method = Method(
+    policy=policies.student(),
+    objective=GKD,
+    credit=credit.reinforce(reward, 0.5),
+  )
 
-  with pytest.raises(ValueError, match="reward_weight is 0.5, but in T5X's"):
-    t5x_bridge.GKDModel(t5x_model(), policies.student(), objective, 'unread')
+  with pytest.raises(ValueError, match="credit is set, but T5X's trainer"):
+    t5x_bridge.GKDModel(t5x_model(), method, 'unread')
+
+
+def test_state_is_refused():
+  method = Method(
+    policy=policies.Policy(
+      policies.dataset().write, 0.0, init=lambda batch: jnp.int32(0)
+    ),
+    objective=GKD,
+  )
+
+  with pytest.raises(ValueError, match='needs a `TrainState`'):
+    t5x_bridge.GKDModel(t5x_model(), method, 'unread')
 
 
 def test_another_network_is_refused():
   model = t5x_model(module=scalable_network)
 
   with pytest.raises(ValueError, match='scalable_t5.network.Transformer has o'):
-    t5x_bridge.GKDModel(model, policies.dataset(), GKD, 'unread')
+    t5x_bridge.GKDModel(
+      model, Method(policy=policies.dataset(), objective=GKD), 'unread'
+    )
 
 
 def test_the_trainer_is_for_our_model_alone():
@@ -293,7 +326,7 @@ def test_the_teacher_is_whatever_gkd_jax_reads(kind, teacher_path, tmp_path):
     conftest.save_model(tmp_path, TEACHER)
     teacher_path = str(tmp_path)
   model = t5x_bridge.GKDModel(
-    t5x_model(), policies.dataset(), GKD, teacher_path
+    t5x_model(), Method(policy=policies.dataset(), objective=GKD), teacher_path
   )
 
   teacher, loaded = model.load_teacher(partitioner().mesh)
@@ -308,7 +341,7 @@ def test_the_teacher_is_whatever_gkd_jax_reads(kind, teacher_path, tmp_path):
 
 def test_the_teacher_is_an_argument_of_the_step_and_no_constant(teacher_path):
   model = t5x_bridge.GKDModel(
-    t5x_model(), policies.dataset(), GKD, teacher_path
+    t5x_model(), Method(policy=policies.dataset(), objective=GKD), teacher_path
   )
   teacher, params = model.load_teacher(partitioner().mesh)
   with_teacher = t5x_bridge._WithTeacher(partitioner(), model, teacher, params)
@@ -342,8 +375,7 @@ def spread_over_four_devices():
     params = flat(tiny.params(T5(TEACHER), 1))
     model = t5x_bridge.GKDModel(
       t5x_model(),
-      policies.dataset(),
-      GKD,
+      Method(policy=policies.dataset(), objective=GKD),
       str(t5x.save(folder, TEACHER, params)),
     )
     teacher, params = model.load_teacher(spread.mesh)
@@ -456,7 +488,9 @@ def test_a_student_learns_from_its_teacher_in_t5x(
   policy, letters, teacher_path, student_path, tmp_path
 ):
   before = bytes_of(teacher_path)
-  model = t5x_bridge.GKDModel(t5x_model(), policy, GKD, teacher_path)
+  model = t5x_bridge.GKDModel(
+    t5x_model(), Method(policy=policy, objective=GKD), teacher_path
+  )
 
   state, logged = train(tmp_path, model, letters, student_path)
 
@@ -480,7 +514,7 @@ def test_microbatches_leave_the_metrics_as_they_are(
   letters, teacher_path, student_path, tmp_path
 ):
   model = t5x_bridge.GKDModel(
-    t5x_model(), policies.dataset(), GKD, teacher_path
+    t5x_model(), Method(policy=policies.dataset(), objective=GKD), teacher_path
   )
 
   def first_metrics(num_microbatches):
