@@ -352,6 +352,7 @@ def test_a_credit_reads_log_probabilities_of_the_draw_and_of_both_models():
   _, metrics = jax.jit(step)(state, state_lib.Frozen(teacher_params), BATCH)
   jax.effects_barrier()
 
+  seen = jax.device_get(seen)
   weights = seen['tokens'].weights
   now = jax.tree.map(lambda x: x * weights, seen['now'])
   # Cached and full forward pass differ by rounding.
@@ -428,7 +429,7 @@ def killed_and_whole():
 
 
 @pytest.fixture(scope='module')
-def of_8_devices(tmp_path_factory, compile_once):
+def of_8_devices(tmp_path_factory):
   folder = tmp_path_factory.mktemp('carried')
   os.environ['CARRIED_TEST_FOLDER'] = str(folder)
   code = (
