@@ -76,17 +76,17 @@ def shift_right(tokens_BT: jax.Array, start: int) -> jax.Array:
   return jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
-def split_rows(x: jax.Array, num_parts: int) -> jax.Array:
-  """Returns rows [B, ...] as [num_parts, B / num_parts, ...].
+def split_rows(x: jax.Array, num_microbatches: int) -> jax.Array:
+  """Returns rows [B, ...] as [num_microbatches, rows, ...].
 
-  Row i goes to part i % num_parts: a part has rows of every device.
+  Row i goes to microbatch i % num_microbatches: each has rows of every device.
   """
-  return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
+  return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
 
 
-def merge_rows(parts: jax.Array) -> jax.Array:
-  """Returns what `split_rows` was given."""
-  return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+def merge_rows(microbatches: jax.Array) -> jax.Array:
+  """Returns the argument of the `split_rows` that made the microbatches."""
+  return microbatches.swapaxes(0, 1).reshape(-1, *microbatches.shape[2:])
 
 
 def mask_unused_ids(logits: jax.Array, ids: SpecialIds) -> jax.Array:

@@ -26,13 +26,13 @@ from gkd_jax.distill import methods, rewards, rules
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.evaluation import evaluate, programs
-from gkd_jax.models.t5 import (
-  T5,
-  T5Config,
+from gkd_jax.models import registry
+from gkd_jax.models.interface import Model, ModelConfig
+from gkd_jax.models.layer_stack import stack_layers
+from gkd_jax.models.params import (
   abstract_params,
   count_params,
   init_params,
-  stack_layers,
 )
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import console, files, run_folder
@@ -43,7 +43,7 @@ from gkd_jax.runtime import signals as signals_lib
 def train(
   *,
   model_dir: str,
-  student: T5Config,
+  student: ModelConfig,
   train_dataset: datasets.DatasetConfig,
   method: methods.Method,
   optimizer: Callable[..., optax.GradientTransformation],
@@ -51,13 +51,13 @@ def train(
   total_steps: int,
   seed: int,
   initial_checkpoint_path: str | None = None,
-  teacher: T5Config | None = None,
+  teacher: ModelConfig | None = None,
   teacher_checkpoint_path: str | None = None,
   teacher_dtype: str | None = None,
   max_grad_norm: float | None = None,
   num_microbatches: int = 1,
   num_data_shards: int | None = None,
-  reward_model: T5Config | None = None,
+  reward_model: ModelConfig | None = None,
   reward_checkpoint_path: str | None = None,
   reward_dtype: str | None = None,
   max_decode_len: int | None = None,
@@ -276,7 +276,7 @@ def train(
       out_shardings=_shardings(plan.state.params),
     )()
     console.log(
-      f'Student: {pretrained.architecture(student)}, {count_params(params):,} '
+      f'Student: {registry.describe(student)}, {count_params(params):,} '
       'float32 parameters, from random initialisation'
     )
   train_step = plan.make_train_step(teacher=teacher_model, ids=ids, score=score)
@@ -415,7 +415,7 @@ class Plan(NamedTuple):
     needs_teacher: whether there is no step without a teacher.
   """
 
-  student: T5
+  student: Model
   optimizer: optax.GradientTransformation
   state: state_lib.TrainState
   make_train_step: Callable[..., step_lib.TrainStep]
@@ -426,7 +426,7 @@ def make_plan(
   *,
   mesh: jax.sharding.Mesh,
   student_rules: partitioning.AxisRules,
-  student: T5Config,
+  student: ModelConfig,
   train_dataset: datasets.DatasetConfig,
   method: methods.Method,
   optimizer: Callable[..., optax.GradientTransformation],
@@ -458,7 +458,9 @@ def make_plan(
       'set MAX_DECODE_LEN = None.'
     )
   _check_batch(train_dataset.batch_size, num_microbatches, mesh)
-  model = T5(student, partitioning.Placement(mesh, student_rules))
+  model = registry.make_model(
+    student, partitioning.Placement(mesh, student_rules)
+  )
   wanted = (
     'OPTIMIZER must make an optax optimizer of a learning rate, as '
     '@optax.adafactor does; it '
@@ -499,8 +501,8 @@ def make_plan(
 
 
 def like_student(
-  config: T5Config, student: T5Config, placement: partitioning.Placement
-) -> T5:
+  config: ModelConfig, student: ModelConfig, placement: partitioning.Placement
+) -> Model:
   """Returns a model that computes in the student's type of numbers.
 
   And is compiled as the student is.
@@ -508,11 +510,11 @@ def like_student(
   config = dataclasses.replace(
     config, dtype=student.dtype, scan_layers=student.scan_layers
   )
-  return T5(config, placement)
+  return registry.make_model(config, placement)
 
 
 def _load(
-  source: pretrained.Pretrained, model: T5, dtype: str | None
+  source: pretrained.Pretrained, model: Model, dtype: str | None
 ) -> step_lib.Params:
   """Loads what no step changes."""
   params = source.load(abstract_params(model), dtype)

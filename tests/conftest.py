@@ -147,7 +147,8 @@ def save_model(
 
   from gkd_jax.checkpoints import checkpoint
   from gkd_jax.distill import state as state_lib
-  from gkd_jax.models.t5 import T5, init_params
+  from gkd_jax.models.params import init_params
+  from gkd_jax.models.t5 import T5
 
   class NoData:
     def save(self, directory):

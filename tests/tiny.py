@@ -14,7 +14,8 @@ import numpy as np
 
 from gkd_jax.batch import Batch, SpecialIds
 from gkd_jax.distill.methods import Method
-from gkd_jax.models.t5 import T5, T5Config, init_params
+from gkd_jax.models.params import init_params
+from gkd_jax.models.t5 import T5, T5Config
 
 VOCAB_SIZE = 24
 NUM_IDS = 19  # of the tokenizer, so to speak; the rest fills the embedding up

@@ -32,7 +32,8 @@ from gkd_jax.distill import (
   rewards,
 )
 from gkd_jax.evaluation import evaluate, infer
-from gkd_jax.models.t5 import T5Config, param_shapes
+from gkd_jax.models.params import param_shapes
+from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.runtime import metrics as metrics_lib
 from gkd_jax.runtime.signals import Interrupted
 from tests import conftest
@@ -974,7 +975,7 @@ def test_a_model_that_gives_rewards_is_read_and_neither_trained_nor_saved(
   assert all('train/reward_baseline' in line for line in lines)
   assert tree_of(judge) == before
   saved = checkpoint.saved_shapes(checkpoint.find(tmp_path / 'run'))
-  assert saved == param_shapes(STUDENT)
+  assert saved == param_shapes(T5(STUDENT))
 
 
 def shorter_is_better(inputs, outputs, targets):

@@ -10,7 +10,7 @@ used twice in a row stays in a cache. So both are floors.
 
 from typing import NamedTuple
 
-from gkd_jax.models.t5 import T5Config
+from gkd_jax.models.interface import ModelConfig
 
 
 class Cost(NamedTuple):
@@ -37,8 +37,8 @@ class Cost(NamedTuple):
 
 
 def of_step(
-  student: T5Config,
-  teacher: T5Config | None,
+  student: ModelConfig,
+  teacher: ModelConfig | None,
   *,
   batch_size: int,
   input_length: int,
@@ -100,7 +100,7 @@ def of_step(
   }
 
 
-def count_weights(config: T5Config) -> int:
+def count_weights(config: ModelConfig) -> int:
   """Returns how many numbers the matrices hold: all but norms and biases."""
   c = config
   encoder = c.num_encoder_layers * (_attention(c) + _mlp(c))
@@ -110,7 +110,7 @@ def count_weights(config: T5Config) -> int:
 
 
 def cache_bytes(
-  config: T5Config, *, batch_size: int, input_length: int, target_length: int
+  config: ModelConfig, *, batch_size: int, input_length: int, target_length: int
 ) -> int:
   """Returns what the keys and values take that sampling keeps."""
   c = config
@@ -119,11 +119,11 @@ def cache_bytes(
   return 2 * c.num_decoder_layers * tokens * c.num_heads * c.head_dim * width
 
 
-def _attention(c: T5Config) -> int:
+def _attention(c: ModelConfig) -> int:
   return 4 * c.emb_dim * c.num_heads * c.head_dim
 
 
-def _mlp(c: T5Config) -> int:
+def _mlp(c: ModelConfig) -> int:
   return (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
 
 
@@ -147,14 +147,14 @@ def _products(
   )
 
 
-def _encoder(c: T5Config, B: int, S: int, weight_bytes: int) -> Cost:
+def _encoder(c: ModelConfig, B: int, S: int, weight_bytes: int) -> Cost:
   weights = _attention(c) + _mlp(c)
   return _products(
     c.num_encoder_layers, weights, B * S, B * S * S, c, weight_bytes
   )
 
 
-def _decoder(c: T5Config, B: int, S: int, T: int, weight_bytes: int) -> Cost:
+def _decoder(c: ModelConfig, B: int, S: int, T: int, weight_bytes: int) -> Cost:
   """All positions at once: targets, then the inputs' keys and values."""
   # Half of the cross-attention's weights meet the inputs, half the targets.
   targets = 1.5 * _attention(c) + _mlp(c)
@@ -163,19 +163,21 @@ def _decoder(c: T5Config, B: int, S: int, T: int, weight_bytes: int) -> Cost:
   ) + _cross(c, B, S, weight_bytes)
 
 
-def _cross(c: T5Config, B: int, S: int, weight_bytes: int) -> Cost:
+def _cross(c: ModelConfig, B: int, S: int, weight_bytes: int) -> Cost:
   """The cross-attention's keys and values, once for all tokens."""
   return _products(
     c.num_decoder_layers, 0.5 * _attention(c), B * S, 0, c, weight_bytes
   )
 
 
-def _head(c: T5Config, tokens: int, weight_bytes: int) -> Cost:
+def _head(c: ModelConfig, tokens: int, weight_bytes: int) -> Cost:
   size = c.emb_dim * c.vocab_size
   return Cost(2.0 * tokens * size, float(size * weight_bytes))
 
 
-def _sampling(c: T5Config, B: int, S: int, T: int, weight_bytes: int) -> Cost:
+def _sampling(
+  c: ModelConfig, B: int, S: int, T: int, weight_bytes: int
+) -> Cost:
   """T tokens, one after the other; each reads all weights, and the caches."""
   weights = 1.5 * _attention(c) + _mlp(c)
   seen = (T + 1) / 2  # own keys, on average

@@ -34,12 +34,10 @@ from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets
 from gkd_jax.distill import methods
 from gkd_jax.distill.state import Frozen
-from gkd_jax.models.t5 import (
-  T5Config,
-  abstract_params,
-  count_params,
-  stack_layers,
-)
+from gkd_jax.models import registry
+from gkd_jax.models.interface import ModelConfig
+from gkd_jax.models.layer_stack import stack_layers
+from gkd_jax.models.params import abstract_params, count_params
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console
 
@@ -54,18 +52,18 @@ def precompile(
   *,
   topology: str,
   output: str | None = None,
-  student: T5Config,
+  student: ModelConfig,
   train_dataset: datasets.DatasetConfig,
   method: methods.Method,
   optimizer: Callable[..., optax.GradientTransformation],
   learning_rate: optax.Schedule,
   seed: int,
-  teacher: T5Config | None = None,
+  teacher: ModelConfig | None = None,
   teacher_checkpoint_path: str | None = None,
   teacher_dtype: str | None = None,
   max_grad_norm: float | None = None,
   num_microbatches: int = 1,
-  reward_model: T5Config | None = None,
+  reward_model: ModelConfig | None = None,
   reward_checkpoint_path: str | None = None,
   reward_dtype: str | None = None,
   max_decode_len: int | None = None,
@@ -193,7 +191,7 @@ def precompile(
       student,
       **lengths | {'batch_size': rows_on_a_device},
     )
-    // plan.student.placement.num_parts('heads'),
+    // plan.student.placement.num_shards('heads'),
     **_times(
       compiled,
       roofline.on_a_device(
@@ -202,8 +200,8 @@ def precompile(
         **lengths,
         num_microbatches=num_microbatches,
         data=device_mesh.shape['data'],
-        student_model=plan.student.placement.num_parts('mlp'),
-        teacher_model=placement.num_parts('mlp'),
+        student_model=plan.student.placement.num_shards('mlp'),
+        teacher_model=placement.num_shards('mlp'),
         teacher_weight_bytes=_itemsize(teacher_params),
         # Gradient and parameters are read, as is what is kept of both; all but
         # the gradient is written.
@@ -442,9 +440,9 @@ def _needed(refusal: str) -> int | None:
   return int(float(number) * _UNITS.get(unit, 1))
 
 
-def _describe(config: T5Config, params) -> dict[str, Any]:
+def _describe(config: ModelConfig, params) -> dict[str, Any]:
   return {
-    'architecture': pretrained.architecture(config),
+    'architecture': registry.describe(config),
     'num_params': count_params(params),
     'dtype': jax.tree.leaves(params)[0].dtype.name,
   }

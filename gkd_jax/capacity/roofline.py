@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from gkd_jax.capacity import costs
 from gkd_jax.capacity.collectives import Collective
 from gkd_jax.capacity.costs import Cost
-from gkd_jax.models.t5 import T5Config
+from gkd_jax.models.interface import ModelConfig
 
 
 class Chip(NamedTuple):
@@ -53,8 +53,8 @@ _PHASE = re.compile(rf'\b({"|".join(PHASES)})\b')
 
 
 def on_a_device(
-  student: T5Config,
-  teacher: T5Config | None,
+  student: ModelConfig,
+  teacher: ModelConfig | None,
   *,
   batch_size: int,
   input_length: int,

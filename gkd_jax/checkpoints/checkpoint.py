@@ -23,7 +23,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from gkd_jax.distill.state import TrainState
-from gkd_jax.models.t5 import T5Config, named_params
+from gkd_jax.models import registry
+from gkd_jax.models.interface import ModelConfig
+from gkd_jax.models.params import named_params
 from gkd_jax.parallel import hosts
 from gkd_jax.runtime import console, files
 
@@ -56,18 +58,19 @@ _VERSIONS_OF = (
 class ModelDescription(NamedTuple):
   """What parameters need beside themselves to be understood."""
 
-  config: T5Config
+  config: ModelConfig
   vocabulary: str
 
   def to_json(self) -> dict[str, Any]:
     return {
-      'config': dataclasses.asdict(self.config),
+      'config': registry.config_to_json(self.config),
       'vocabulary': self.vocabulary,
     }
 
   @classmethod
   def from_json(cls, values: dict[str, Any]) -> 'ModelDescription':
-    return cls(T5Config(**values['config']), values['vocabulary'])
+    config = registry.config_from_json(values['config'])
+    return cls(config, values['vocabulary'])
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,8 @@ from etils import epath
 
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.checkpoints.formats import huggingface, t5x
-from gkd_jax.models.t5 import T5, abstract_params, named_params
+from gkd_jax.models.params import abstract_params, named_params
+from gkd_jax.models.registry import make_model
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console
 
@@ -58,7 +59,7 @@ def export(
     dtype = 'bfloat16' if source.dtype == 'bfloat16' else 'float32'
   console.log(f'Exporting {source}')
   on_host = partitioning.Placement(partitioning.host_mesh())
-  abstract = abstract_params(T5(source.config, on_host))
+  abstract = abstract_params(make_model(source.config, on_host))
   params = named_params(source.load(abstract, None))
   partial = folder.parent / f'{folder.name}.partial'
   if partial.exists():

@@ -20,15 +20,15 @@ from jax.sharding import Mesh
 from gkd_jax.batch import SpecialIds
 from gkd_jax.checkpoints import checkpoint
 from gkd_jax.checkpoints.formats import huggingface, t5x, tensors
-from gkd_jax.models.t5 import SIZES, T5, T5Config, abstract_params
+from gkd_jax.models import registry
+from gkd_jax.models.interface import EXECUTION_FIELDS, Model, ModelConfig
+from gkd_jax.models.params import abstract_params
 from gkd_jax.parallel import hosts
 from gkd_jax.parallel.partitioning import Placement
 from gkd_jax.runtime import console
 
 Params = Any
 
-# Fields of T5Config that do not change what the parameters mean.
-_FREE_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
 _PACKAGE = pathlib.Path(__file__).parent
 # In a run folder: what a Hugging Face checkpoint had beside its weights.
 _SIDE_FOLDER = 'huggingface_files'
@@ -50,7 +50,7 @@ class Pretrained(NamedTuple):
 
   folder: epath.Path
   format: str
-  config: T5Config
+  config: ModelConfig
   vocabulary: str | None
   dtype: str
   num_params: int
@@ -59,7 +59,7 @@ class Pretrained(NamedTuple):
   def __str__(self) -> str:
     vocabulary = '' if self.vocabulary else ' (its vocabulary is not known)'
     return (
-      f'{architecture(self.config)}, {self.num_params:,} {self.dtype} '
+      f'{registry.describe(self.config)}, {self.num_params:,} {self.dtype} '
       f'parameters, {self.format}: {self.folder}{vocabulary}'
     )
 
@@ -143,7 +143,7 @@ def check_fits(
   source: Pretrained,
   vocabulary: str,
   ids: SpecialIds,
-  config: T5Config | None = None,
+  config: ModelConfig | None = None,
   setting: str = 'STUDENT',
 ) -> None:
   """Raises ValueError if a model is of no use; lists the first differences.
@@ -165,7 +165,8 @@ def check_fits(
     differences += [
       f'{field}: {was} in the checkpoint, {want} in {setting}'
       for field, was in dataclasses.asdict(source.config).items()
-      if field not in _FREE_FIELDS and was != (want := getattr(config, field))
+      if field not in EXECUTION_FIELDS
+      and was != (want := getattr(config, field))
     ]
   has = source.config.special_ids(ids.num_ids)
   if config is None:
@@ -199,7 +200,7 @@ def load_model(
   mesh: Mesh,
   dtype: str | None = None,
   setting: str = 'CHECKPOINT_PATH',
-) -> tuple[T5, Params, epath.Path]:
+) -> tuple[Model, Params, epath.Path]:
   """Loads a model as its checkpoint says it is, and says what it is.
 
   Args:
@@ -219,16 +220,16 @@ def load_model(
   source = open_checkpoint(path, setting)
   check_fits(source, vocabulary, ids)
   console.log(f'Model: {source}')
-  model = T5(source.config, Placement(mesh))
+  model = registry.make_model(source.config, Placement(mesh))
   return model, source.load(abstract_params(model), dtype), source.folder
 
 
-def config_of(path: str, **changes) -> T5Config:
+def config_of(path: str, **changes) -> ModelConfig:
   """Returns the shape of a checkpoint's model, with some fields changed.
 
   Args:
     path: see `open_checkpoint`.
-    **changes: fields of T5Config that leave the parameters' meaning as it is,
+    **changes: fields that say how it is run (`interface.EXECUTION_FIELDS`),
       e.g. dropout_rate=0.1.
   """
   if path is None:
@@ -236,28 +237,13 @@ def config_of(path: str, **changes) -> T5Config:
       "The student's shape is to be that of INITIAL_CHECKPOINT_PATH, which is "
       'not set. Set it, or give the shape by gin/models/published.gin.'
     )
-  if fixed := set(changes) - {*_FREE_FIELDS}:
+  if fixed := set(changes) - {*EXECUTION_FIELDS}:
     raise ValueError(
       f'The checkpoint {path} says what {", ".join(sorted(fixed))} is; only '
-      f'{", ".join(_FREE_FIELDS)} can be chosen.'
+      f'{", ".join(EXECUTION_FIELDS)} can be chosen.'
     )
   config = open_checkpoint(path, 'INITIAL_CHECKPOINT_PATH').config
   return dataclasses.replace(config, **changes)
-
-
-def architecture(config: T5Config) -> str:
-  """Returns a few words on a shape: the published size, if it is one."""
-  free = {name: getattr(config, name) for name in (*_FREE_FIELDS, 'vocab_size')}
-  for name, published in SIZES.items():
-    if dataclasses.replace(published, **free) == config:
-      return name
-  kind = 'T5 1.0' if config.mlp_activations == ('relu',) else 'T5 1.1'
-  if config.relpos_bias_per_layer:
-    kind = 'umT5'
-  return (
-    f'{kind} of width {config.emb_dim} with {config.num_encoder_layers} + '
-    f'{config.num_decoder_layers} layers'
-  )
 
 
 def side_files(folder: epath.Path) -> epath.Path | None:

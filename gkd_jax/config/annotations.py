@@ -23,7 +23,7 @@ _WRITTEN = {
   'tuple': 'a list',
   'Callable': 'a function (@module.name)',
   'Policy': 'a policy, such as @policies.student()',
-  'T5Config': 'the shape of a model, such as @t5.T5Config()',
+  'ModelConfig': 'the shape of a model, such as @t5.T5Config()',
   'DatasetConfig': 'examples, such as @eval/datasets.DatasetConfig()',
   'Objective': 'an objective, such as @objectives.Objective()',
   'SamplerConfig': 'a way to draw outputs, such as @sampler.SamplerConfig()',

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets a model write one output for each input, inside the step."""
 
-from typing import Any
-
 import jax
 
 from gkd_jax.batch import SpecialIds, mask_unused_ids
 from gkd_jax.decoding import sampler
 from gkd_jax.decoding.calculator import Calculator
+from gkd_jax.models.interface import Model, Params
 
 
 @jax.named_scope('sampling')
 def rollout(
-  model,
-  params: Any,
+  model: Model,
+  params: Params,
   encoder_input_tokens: jax.Array,
   rng: jax.Array,
   config: sampler.SamplerConfig,
@@ -27,7 +26,7 @@ def rollout(
   """Lets a model write one output for each input; no gradient.
 
   Args:
-    model: see `model` for its interface.
+    model: that writes.
     params: its parameters.
     encoder_input_tokens: [B, S] int32.
     rng: key of this batch.

@@ -31,7 +31,7 @@ class Models(NamedTuple):
   """What writes and what grades.
 
   Attributes:
-    student: model that learns; see `models` for the interface.
+    student: model that learns; see `models.interface`.
     teacher: model that grades; None if the method needs none.
     method: the four choices.
     ids: the special ids of both models and their vocabulary.
@@ -74,7 +74,7 @@ def make_train_step(
   or gradient is not finite changes `state.step` alone.
 
   Args:
-    student: model that learns; see `models` for the interface.
+    student: model that learns; see `models.interface`.
     teacher: model of the teacher's checkpoint, or None if the method needs no
       checkpoint. Its parameters are `frozen.teacher`.
     method: policy, teacher, divergence and credit.
@@ -308,7 +308,7 @@ def hidden_states(
 
 def _row_chunks(number: int) -> dict[str, int]:
   """Returns keywords of a model's methods."""
-  return {'num_parts': number} if number > 1 else {}
+  return {'num_microbatches': number} if number > 1 else {}
 
 
 def _encode(models: Models, params: Params, batch: Batch) -> jax.Array:

@@ -24,7 +24,7 @@ from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, rewards
 from gkd_jax.evaluation import diversity, programs
-from gkd_jax.models.t5 import T5
+from gkd_jax.models.interface import Model
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console, files
 
@@ -87,8 +87,8 @@ class Evaluation:
   def __init__(
     self,
     config: datasets.DatasetConfig,
-    student: T5,
-    teacher: T5 | None,
+    student: Model,
+    teacher: Model | None,
     teacher_params: programs.Params | None,
     decodings: Mapping[str, programs.Decoding],
     *,

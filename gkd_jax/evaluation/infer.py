@@ -13,7 +13,8 @@ from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, iterators, predictions, vocabularies
 from gkd_jax.decoding import sampler
 from gkd_jax.evaluation import programs
-from gkd_jax.models.t5 import T5, abstract_params
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.registry import make_model
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import console
 
@@ -57,7 +58,7 @@ def infer(
   ids = datasets.special_ids(dataset, tokenizer, source.config)
   pretrained.check_fits(source, vocabulary, ids)
   inputs = iterators.InferenceDataset(dataset, ids.pad)
-  model = T5(source.config, partitioning.Placement(mesh))
+  model = make_model(source.config, partitioning.Placement(mesh))
   write = programs.make_write(
     model,
     decoding,

@@ -21,7 +21,7 @@ from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding.calculator import Calculator
 from gkd_jax.distill import chunked_sums, divergences, objectives, rewards
 from gkd_jax.distill import step as step_lib
-from gkd_jax.models.t5 import T5
+from gkd_jax.models.interface import Model
 from gkd_jax.parallel import partitioning
 
 Params = Any
@@ -42,7 +42,7 @@ def divergence_names(own: divergences.Divergence | None = None) -> list[str]:
 
 
 def make_write(
-  model: T5,
+  model: Model,
   decoding: Decoding,
   *,
   num_outputs: int = 1,
@@ -106,7 +106,7 @@ def make_write(
 
 @functools.lru_cache(maxsize=16)
 def _write_program(
-  model: T5,
+  model: Model,
   decoding: Decoding,
   num_outputs: int,
   max_decode_len: int,
@@ -162,8 +162,8 @@ def _write_program(
 
 
 def make_divergences(
-  student: T5,
-  teacher: T5,
+  student: Model,
+  teacher: Model,
   *,
   own: divergences.Divergence | None = None,
   ids: SpecialIds,
@@ -248,7 +248,7 @@ def make_divergences(
 
 @functools.lru_cache(maxsize=16)
 def make_disagreement(
-  student: T5, teacher: T5, *, ids: SpecialIds, mesh: Mesh
+  student: Model, teacher: Model, *, ids: SpecialIds, mesh: Mesh
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Returns a function that shows, token by token, where the two disagree.
 

@@ -34,7 +34,8 @@ from gkd_jax.distill import policies, rules
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.state import Frozen
-from gkd_jax.models.t5 import T5, T5Config
+from gkd_jax.models import registry
+from gkd_jax.models.interface import Model, ModelConfig
 
 Params = Any
 Metrics = dict[str, clu_metrics.Metric]
@@ -90,13 +91,15 @@ class GKDModel(models.EncoderDecoderModel):
     self._model = model
     self._method = method
     self._teacher_checkpoint_path = teacher_checkpoint_path
-    self._student = T5(config)
+    self._student = registry.make_model(config)
     self._ids = self._student.config.special_ids(
       model.output_vocabulary.vocab_size
     )
     self._teacher = None  # (model, parameters), while a step is traced
 
-  def load_teacher(self, mesh: jax.sharding.Mesh) -> tuple[T5, Params] | None:
+  def load_teacher(
+    self, mesh: jax.sharding.Mesh
+  ) -> tuple[Model, Params] | None:
     """Reads the teacher onto a mesh with the axes 'data' and 'model'."""
     if self._teacher_checkpoint_path is None:
       return None
@@ -112,10 +115,12 @@ class GKDModel(models.EncoderDecoderModel):
     config = dataclasses.replace(
       teacher.config, dtype=self._student.config.dtype
     )
-    return T5(config, teacher.placement), params
+    return registry.make_model(config, teacher.placement), params
 
   @contextlib.contextmanager
-  def with_teacher(self, teacher: T5 | None, params: Params) -> Iterator[None]:
+  def with_teacher(
+    self, teacher: Model | None, params: Params
+  ) -> Iterator[None]:
     """Says what `loss_fn` compares with, while it is called or traced."""
     self._teacher = (teacher, params)
     try:
@@ -152,7 +157,9 @@ class GKDModel(models.EncoderDecoderModel):
       )
     student, method = self._student, self._method
     if dropout_rng is None:
-      student = T5(dataclasses.replace(student.config, dropout_rate=0.0))
+      student = registry.make_model(
+        dataclasses.replace(student.config, dropout_rate=0.0)
+      )
       method = dataclasses.replace(method, policy=policies.dataset())
       seed = 0
     else:
@@ -189,7 +196,7 @@ class GKDModel(models.EncoderDecoderModel):
     return self._model.score_batch(params, batch, return_intermediates)
 
 
-def student_config(module: Any) -> T5Config:
+def student_config(module: Any) -> ModelConfig:
   """Returns the shape of T5X's network: ours has the same parameters.
 
   Raises:
@@ -202,7 +209,8 @@ def student_config(module: Any) -> T5Config:
       'parameters. (A teacher may have the layout of scalable_t5.)'
     )
   c = module.config
-  return T5Config(
+  return registry.make_config(
+    't5',
     vocab_size=c.vocab_size,
     emb_dim=c.emb_dim,
     num_heads=c.num_heads,
@@ -279,7 +287,7 @@ class _WithTeacher:
 
   partitioner: Any
   model: GKDModel
-  teacher: T5 | None
+  teacher: Model | None
   params: Params
 
   def __getattr__(self, name):

@@ -1,33 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The T5 encoder-decoder, its sizes, and what the rest asks of a model.
-
-Sampler, policies, objectives and step know a model by these methods alone, so
-that another encoder-decoder can take its place:
-
-    encode(encoder_input_tokens)               -> encoded [B, S, D]
-    decode(encoded, encoder_input_tokens,
-           decoder_target_tokens)              -> hidden [B, T, D]
-    unembed(hidden [..., D])                   -> logits [..., V] float32
-    start_cache(encoded, encoder_input_tokens,
-                max_decode_len)                -> cache
-    decode_step(cache, tokens [B])             -> logits [B, V], cache
-
-and by `head_params`, the parameters that `unembed` reads, and `gather_params`,
-the parameters as whole as each device needs them. The five are called as
-`model.apply({'params': params}, ..., method='encode')`; the first two also get
-`deterministic` and, with microbatches, `num_parts`: see `T5.decode`.
-"""
+"""The family of T5 1.0 and 1.1, FLAN-T5, mT5, umT5 and ByT5, and its sizes."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
-from gkd_jax.batch import SpecialIds, merge_rows, shift_right, split_rows
-from gkd_jax.models import layers
+from gkd_jax.batch import SpecialIds, shift_right
+from gkd_jax.models import layer_stack, layers
 from gkd_jax.parallel import partitioning
 
 Params = Any
@@ -64,6 +46,8 @@ class T5Config:
     start_id: the decoder's first input; pad for almost every T5.
     eos_id: ends an output.
   """
+
+  family: ClassVar[str] = 't5'
 
   vocab_size: int
   emb_dim: int
@@ -121,6 +105,16 @@ class T5Config:
       num_ids=num_ids,
     )
 
+  def describe(self) -> str:
+    """Returns a few words on the shape."""
+    kind = 'T5 1.0' if self.mlp_activations == ('relu',) else 'T5 1.1'
+    if self.relpos_bias_per_layer:
+      kind = 'umT5'
+    return (
+      f'{kind} of width {self.emb_dim} with {self.num_encoder_layers} + '
+      f'{self.num_decoder_layers} layers'
+    )
+
   @property
   def scales_decoder_outputs(self) -> bool:
     """Whether hidden states are scaled before the output projection."""
@@ -164,21 +158,6 @@ SIZES: dict[str, T5Config] = {
   't5_1_1_xl': _v1_1(2048, 32, 64, 5120, 24),
   't5_1_1_xxl': _v1_1(4096, 64, 64, 10240, 24),
 }
-
-
-def published(size: str, **changes) -> T5Config:
-  """Returns a published size, with some fields changed.
-
-  Args:
-    size: a key of SIZES, e.g. 't5_1_1_small'.
-    **changes: fields of T5Config, e.g. dropout_rate=0.1.
-
-  Raises:
-    ValueError: there is no such size.
-  """
-  if size not in SIZES:
-    raise ValueError(f'No T5 of size {size!r}. There are: {", ".join(SIZES)}.')
-  return dataclasses.replace(SIZES[size], **changes)
 
 
 class Cache(NamedTuple):
@@ -231,7 +210,7 @@ class EncoderLayer(_Layer):
     self.mlp = self._mlp()
     self.dropout = _dropout(self.config)
 
-  def __call__(self, x_BSD, bias, mask, deterministic):
+  def __call__(self, x_BSD, deterministic, *, bias, mask):
     """Returns [B, S, D]; a layer with a bias of its own gets None."""
     if self.config.relpos_bias_per_layer:
       bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
@@ -258,7 +237,7 @@ class DecoderLayer(_Layer):
     self.dropout = _dropout(self.config)
 
   def __call__(
-    self, x_BTD, encoded_BSD, bias, causal_mask, encoder_mask, deterministic
+    self, x_BTD, deterministic, *, encoded, bias, causal_mask, encoder_mask
   ):
     """All positions at once: [B, T, D]."""
     if self.config.relpos_bias_per_layer:
@@ -269,7 +248,7 @@ class DecoderLayer(_Layer):
       x_BTD,
       h,
       (keys, values),
-      self.encoder_decoder_attention.keys_values(encoded_BSD),
+      self.encoder_decoder_attention.keys_values(encoded),
       bias=bias,
       self_mask=causal_mask,
       encoder_mask=encoder_mask,
@@ -337,27 +316,24 @@ class Encoder(nn.Module):
     c = self.config
     if not c.relpos_bias_per_layer:
       self.relpos_bias = _relpos_bias(c, bidirectional=True)
-    layer = (
-      nn.remat(EncoderLayer, static_argnums=(4,)) if c.remat else EncoderLayer
-    )
-    self.layers = [layer(c) for _ in range(c.num_encoder_layers)]
+    self.layers = layer_stack.make_layers(EncoderLayer, c, c.num_encoder_layers)
     self.encoder_norm = layers.RMSNorm(c.dtype)
     self.dropout = _dropout(c)
 
-  def __call__(self, x_BSD, mask, deterministic, num_parts):
+  def __call__(self, x_BSD, mask, deterministic, num_microbatches):
     """Encodes; mask is [B, 1, 1, S] bool."""
     bias = None
     if not self.config.relpos_bias_per_layer:
       bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
     x_BSD = self.dropout(x_BSD, deterministic=deterministic)
-    x_BSD = _run_layers(
+    x_BSD = layer_stack.run_layers(
       self,
       EncoderLayer,
       x_BSD,
-      bias,
-      mask,
       deterministic,
-      num_parts=num_parts,
+      per_row={'mask': mask},
+      shared={'bias': bias},
+      num_microbatches=num_microbatches,
     )
     x_BSD = self.encoder_norm(x_BSD)
     return self.dropout(x_BSD, deterministic=deterministic)
@@ -373,17 +349,14 @@ class Decoder(nn.Module):
     c = self.config
     if not c.relpos_bias_per_layer:
       self.relpos_bias = _relpos_bias(c, bidirectional=False)
-    layer = (
-      nn.remat(DecoderLayer, static_argnums=(6,)) if c.remat else DecoderLayer
-    )
-    self.layers = [layer(c) for _ in range(c.num_decoder_layers)]
+    self.layers = layer_stack.make_layers(DecoderLayer, c, c.num_decoder_layers)
     self.decoder_norm = layers.RMSNorm(c.dtype)
     self.dropout = _dropout(c)
     if not c.logits_via_embedding:
       self.logits_dense = layers.LogitsDense(c.vocab_size, c.dtype)
 
   def __call__(
-    self, x_BTD, encoded_BSD, encoder_mask, deterministic, num_parts
+    self, x_BTD, encoded_BSD, encoder_mask, deterministic, num_microbatches
   ):
     """Teacher-forced hidden states [B, T, D], after the last norm."""
     length = x_BTD.shape[1]
@@ -392,16 +365,14 @@ class Decoder(nn.Module):
       bias = self.relpos_bias(length, length)
     causal_mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
-    x_BTD = _run_layers(
+    x_BTD = layer_stack.run_layers(
       self,
       DecoderLayer,
       x_BTD,
-      encoded_BSD,
-      bias,
-      causal_mask,
-      encoder_mask,
       deterministic,
-      num_parts=num_parts,
+      per_row={'encoded': encoded_BSD, 'encoder_mask': encoder_mask},
+      shared={'bias': bias, 'causal_mask': causal_mask},
+      num_microbatches=num_microbatches,
     )
     x_BTD = self.decoder_norm(x_BTD)
     return self.dropout(x_BTD, deterministic=deterministic)
@@ -414,13 +385,15 @@ class Decoder(nn.Module):
       for layer in self.layers
     ]
     shape = (encoded_BSD.shape[0], c.num_heads, max_decode_len, c.head_dim)
-    empty = tuple(self._spread(jnp.zeros(shape, c.dtype)) for _ in self.layers)
+    empty = tuple(
+      self._constrain(jnp.zeros(shape, c.dtype)) for _ in self.layers
+    )
     return Cache(
       step=jnp.int32(0),
       self_keys=empty,
       self_values=empty,
-      cross_keys=tuple(self._spread(key) for key, _ in cross),
-      cross_values=tuple(self._spread(value) for _, value in cross),
+      cross_keys=tuple(self._constrain(key) for key, _ in cross),
+      cross_values=tuple(self._constrain(value) for _, value in cross),
       encoder_mask=encoder_mask,
     )
 
@@ -443,177 +416,22 @@ class Decoder(nn.Module):
         self_mask=self_mask,
         encoder_mask=cache.encoder_mask,
       )
-      x_B1D = _spread(x_B1D, self.placement)
-      keys.append(self._spread(key))
-      values.append(self._spread(value))
+      x_B1D = layer_stack.constrain(x_B1D, self.placement)
+      keys.append(self._constrain(key))
+      values.append(self._constrain(value))
     cache = cache._replace(
       step=cache.step + 1, self_keys=tuple(keys), self_values=tuple(values)
     )
     return self.decoder_norm(x_B1D), cache
 
-  def _spread(self, keys_or_values_BHLK: jax.Array) -> jax.Array:
+  def _constrain(self, keys_or_values_BHLK: jax.Array) -> jax.Array:
     return partitioning.constrain(
       keys_or_values_BHLK, self.placement, 'batch', 'heads', 'length', 'kv'
     )
 
 
-def _spread(x_BLD: jax.Array, placement) -> jax.Array:
-  return partitioning.constrain(x_BLD, placement, 'batch', 'length', 'embed')
-
-
-def _run_layers(stack, layer_class, x, *args, num_parts=1):
-  """Runs the layers of an encoder or decoder on x.
-
-  Args:
-    stack: that has them.
-    layer_class: of each.
-    x: [B, L, D].
-    *args: of a layer; the last is `deterministic`.
-    num_parts: that each layer works through the rows in; without dropout alone.
-
-  Returns:
-    [B, L, D].
-  """
-  c = stack.config
-  x = _spread(x, stack.placement)
-  is_loop = c.scan_layers and stack.layers
-  if stack.is_initializing() or not (is_loop or num_parts > 1):
-    for layer in stack.layers:
-      x = _spread(layer(x, *args), stack.placement)
-    return x
-
-  def run_layer(x, layer):
-    params, rng = layer
-    x = layer_class(c, parent=None).apply(
-      {'params': params},
-      x,
-      *args,
-      rngs=None if rng is None else {'dropout': rng},
-    )
-    return _spread(x, stack.placement), None
-
-  if num_parts > 1:
-    assert c.dropout_rate == 0.0 or args[-1]
-    run_layer = _in_parts(stack, layer_class, x, args, num_parts)
-    x = split_rows(x, num_parts)
-  elif c.remat:
-    run_layer = jax.checkpoint(run_layer, prevent_cse=False)
-
-  if is_loop:
-    params = stack.variables['params'].get('layers')
-    if params is None:
-      # The state keeps a name for each layer, as T5X's checkpoints do, and the
-      # optimizer sees each by itself.
-      each, _ = _split_layers(stack.variables['params'])
-      params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    rngs = None
-    if c.dropout_rate > 0.0 and not args[-1]:
-      rngs = jax.random.split(stack.make_rng('dropout'), len(stack.layers))
-    x, _ = jax.lax.scan(run_layer, x, (params, rngs))
-  else:
-    for layer in stack.layers:
-      x, _ = run_layer(x, (layer.variables['params'], None))
-  return x if num_parts == 1 else merge_rows(x)
-
-
-def _in_parts(stack, layer_class, x_BLD, args, num_parts):
-  """Returns (x [num_parts, rows, L, D], (params, None)) -> (the same, None).
-
-  A layer's parameters are gathered once for all parts.
-  """
-  c, placement = stack.config, stack.placement
-  # Masks and biases that all rows share have one row.
-  is_of_rows = [
-    getattr(arg, 'shape', ())[:1] == x_BLD.shape[:1] for arg in args
-  ]
-  parts = [
-    split_rows(arg, num_parts)
-    for arg, of_rows in zip(args, is_of_rows, strict=True)
-    if of_rows
-  ]
-  layer = layer_class(c, parent=None)
-
-  def run_layer(x, layer_params):
-    params, _ = layer_params
-    if placement is not None and placement.spreads_params_over_data:
-      boxed = jax.eval_shape(
-        lambda: layer.init(jax.random.key(0), x_BLD, *args)['params']
-      )
-      params = jax.lax.with_sharding_constraint(
-        params, placement.gathered().shardings(nn.get_partition_spec(boxed))
-      )
-
-    def run_part(part):
-      x, *of_rows = part
-      of_rows = iter(of_rows)
-      part_args = [
-        next(of_rows) if split else arg
-        for arg, split in zip(args, is_of_rows, strict=True)
-      ]
-      return _spread(layer.apply({'params': params}, x, *part_args), placement)
-
-    return jax.lax.map(run_part, (x, *parts)), None
-
-  return run_layer
-
-
-def stack_layers(params: Params) -> Params:
-  """Returns parameters as `T5Config.scan_layers` reads them.
-
-  The layers of the encoder are one tree of arrays [layers, ...], named
-  'layers', and so are the decoder's. A program that is given them one by one
-  makes that first: a second copy of the weights.
-
-  Args:
-    params: of a T5; arrays, which are gone then (there is never a second copy
-      of them all), or shapes with shardings.
-  """
-
-  def stack(*leaves):
-    mesh, spec = leaves[0].sharding.mesh, leaves[0].sharding.spec
-    sharding = NamedSharding(mesh, PartitionSpec(None, *spec))
-    if isinstance(leaves[0], jax.ShapeDtypeStruct):
-      shape = (len(leaves), *leaves[0].shape)
-      return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=sharding)
-    make = jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=sharding)
-    stacked = jax.block_until_ready(make(*leaves))
-    for leaf in leaves:
-      leaf.delete()
-    return stacked
-
-  params = dict(params)
-  for name in ('encoder', 'decoder'):
-    each, others = _split_layers(params[name])
-    if each:
-      params[name] = {**others, 'layers': jax.tree.map(stack, *each)}
-  return params
-
-
-def _unstack_layers(params: Params) -> Params:
-  """Returns parameters with a name for each layer, whatever they have."""
-  params = dict(params)
-  for name in ('encoder', 'decoder'):
-    others = dict(params[name])
-    if stacked := others.pop('layers', None):
-      num = jax.tree.leaves(stacked)[0].shape[0]
-      each = {
-        f'layers_{i}': jax.tree.map(lambda x, i=i: x[i], stacked)
-        for i in range(num)
-      }
-      params[name] = {**others, **each}
-  return params
-
-
-def _split_layers(stack_params: Params) -> tuple[list[Params], Params]:
-  """Returns the layers of an encoder or decoder in order, and what is left."""
-  others, each = dict(stack_params), []
-  while (layer := others.pop(f'layers_{len(each)}', None)) is not None:
-    each.append(layer)
-  return each, others
-
-
 class T5(nn.Module):
-  """The encoder-decoder; see the module's docstring for its methods.
+  """The encoder-decoder; its methods are those of `interface.Model`.
 
   Attributes:
     config: its shape.
@@ -651,13 +469,15 @@ class T5(nn.Module):
     )
     return self.unembed(hidden)
 
-  def encode(self, encoder_input_tokens, *, deterministic=True, num_parts=1):
-    """Returns encoded inputs [B, S, D]; `decode` says what the keywords do."""
+  def encode(
+    self, encoder_input_tokens, *, deterministic=True, num_microbatches=1
+  ):
+    """Returns encoded inputs [B, S, D]; see `decode` for the keywords."""
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
       self._encoder_mask(encoder_input_tokens),
       deterministic,
-      num_parts,
+      num_microbatches,
     )
 
   def decode(
@@ -667,7 +487,7 @@ class T5(nn.Module):
     decoder_target_tokens,
     *,
     deterministic=True,
-    num_parts=1,
+    num_microbatches=1,
   ):
     """Returns hidden states [B, T, D]; t sees the targets before t.
 
@@ -676,8 +496,8 @@ class T5(nn.Module):
       encoder_input_tokens: [B, S] int32.
       decoder_target_tokens: [B, T] int32.
       deterministic: False applies dropout.
-      num_parts: that each layer works through the rows in, to save memory. Its
-        parameters are gathered once for all. Without dropout alone.
+      num_microbatches: each layer loops over so many parts of the batch; see
+        `interface.Model`.
     """
     return self.decoder(
       self.token_embedder(
@@ -686,7 +506,7 @@ class T5(nn.Module):
       encoded,
       self._encoder_mask(encoder_input_tokens),
       deterministic,
-      num_parts,
+      num_microbatches,
     )
 
   def unembed(self, hidden):
@@ -720,85 +540,8 @@ class T5(nn.Module):
     return {'decoder': {'logits_dense': params['decoder']['logits_dense']}}
 
   def gather_params(self, params: Params) -> Params:
-    """Returns the parameters with nothing left spread over 'data'.
-
-    For those who read them again and again, a loop or a whole step. The others
-    stay as they are: then each layer's are gathered when it is their turn.
-    Each layer has a name of its own then; see `stack_layers`.
-    """
-    params = _unstack_layers(params)
-    if self.placement is None or not self.placement.spreads_params_over_data:
-      return params
-    return jax.lax.with_sharding_constraint(
-      params, self.placement.gathered().shardings(logical_axes(self))
-    )
-
-
-def init_params(model: T5, rng: jax.Array) -> Params:
-  """Returns fresh float32 parameters, with T5X's names and initializers."""
-  return nn.unbox(_boxed_params(model, rng))
-
-
-def logical_axes(model: T5) -> Params:
-  """Returns, for each parameter, the names of its axes: a PartitionSpec."""
-  boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
-  return nn.get_partition_spec(boxed)
-
-
-def abstract_params(model: T5) -> Params:
-  """Returns shape, dtype and sharding of each parameter, without making it.
-
-  Args:
-    model: with a placement.
-
-  Raises:
-    ValueError: the mesh does not divide one of them.
-  """
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  shardings = model.placement.shardings(logical_axes(model))
-  named_shardings = named_params(shardings)
-  for name, x in named_params(shapes).items():
-    try:
-      named_shardings[name].shard_shape(x.shape)
-    except ValueError as e:
-      mesh = model.placement.mesh.shape
-      raise ValueError(
-        f'MESH_MODEL {mesh["model"]} does not divide {name} of shape '
-        f'{x.shape}: it must divide heads, feed-forward width and vocabulary '
-        'of student and teacher. (Of a model with PARAMETER_PARTITIONING_DIMS '
-        f'= 2 the data axis, {mesh["data"]} here, must divide the width; with '
-        '= 0 it lies whole on every device.)'
-      ) from e
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
-  )
-
-
-def _boxed_params(model: T5, rng: jax.Array) -> Params:
-  one_token = jnp.ones((1, 1), jnp.int32)
-  return model.init(rng, one_token, one_token)['params']
-
-
-def named_params(params: Params) -> dict[str, Any]:
-  """Returns {'encoder/layers_0/mlp/wo/kernel': leaf} of a tree."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-
-
-def param_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-  """Returns {name: shape} of all parameters of a model, without making any."""
-  model = T5(config)
-  abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  return {name: x.shape for name, x in named_params(abstract).items()}
-
-
-def count_params(params: Params) -> int:
-  """Returns how many numbers the parameters hold."""
-  return sum(x.size for x in jax.tree.leaves(params))
+    """Returns the parameters with nothing left sharded over 'data'."""
+    return layer_stack.gather_params(self, params)
 
 
 def _dropout(config: T5Config) -> nn.Dropout:

@@ -119,7 +119,7 @@ class Placement(NamedTuple):
     """Returns where arrays lie, given the names of their axes: a tree."""
     return nn.logical_to_mesh_sharding(logical_axes, self.mesh, self.rules)
 
-  def num_parts(self, axis: str) -> int:
+  def num_shards(self, axis: str) -> int:
     """Returns over how many devices an axis of this name is spread."""
     (over,) = self.sharding(axis).spec
     return 1 if over is None else self.mesh.shape[over]

@@ -14,6 +14,7 @@ from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
 from gkd_jax.models import t5
+from gkd_jax.models.params import abstract_params, count_params
 from gkd_jax.parallel import partitioning
 from tests import tiny
 
@@ -258,7 +259,7 @@ def steps():
       seed=0,
       num_microbatches=num_microbatches,
     )
-    params, teacher_params = map(t5.abstract_params, (student, teacher))
+    params, teacher_params = map(abstract_params, (student, teacher))
     state = state_lib.abstract_state(params, optimizer, mesh)
     rows = partitioning.batch_sharding(mesh)
     compiled = jax.jit(
@@ -273,8 +274,8 @@ def steps():
     )
     return {
       'found': collectives.find(compiled.compile().as_text(), NUM_TOKENS),
-      'student': 4 * t5.count_params(params),
-      'teacher': 4 * t5.count_params(teacher_params),
+      'student': 4 * count_params(params),
+      'teacher': 4 * count_params(teacher_params),
     }
 
   return {name: of(*where) for name, where in PLACEMENTS.items()}

@@ -14,7 +14,8 @@ from gkd_jax.distill import divergences, objectives, policies
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
-from gkd_jax.models import t5
+from gkd_jax.models.params import init_params, param_shapes
+from gkd_jax.models.registry import SIZES
 from gkd_jax.models.t5 import T5
 from tests import tiny
 
@@ -57,7 +58,7 @@ def cost(student):
 
 
 def shapes(student):
-  return jax.eval_shape(lambda: t5.init_params(student, jax.random.key(0)))
+  return jax.eval_shape(lambda: init_params(student, jax.random.key(0)))
 
 
 INPUTS = jax.ShapeDtypeStruct((B, S), jnp.int32)
@@ -163,13 +164,13 @@ def test_a_weight_of_two_bytes_halves_what_sampling_reads():
 
 @pytest.mark.parametrize('size', ['t5_1_1_small', 't5_1_0_base'])
 def test_weights_are_all_parameters_but_norms_and_biases(size):
-  config = t5.SIZES[size]
+  config = SIZES[size]
 
   got = costs.count_weights(config)
 
   matrices = [
     math.prod(shape)
-    for name, shape in t5.param_shapes(config).items()
+    for name, shape in param_shapes(T5(config)).items()
     if len(shape) > 1 and 'rel_embedding' not in name
   ]
   assert got == sum(matrices)
@@ -184,8 +185,8 @@ def test_the_least_time_is_that_of_products_or_of_memory():
 
 def test_small_from_base_costs_what_was_counted_by_hand():
   cost = costs.of_step(
-    t5.SIZES['t5_1_1_small'],
-    t5.SIZES['t5_1_1_base'],
+    SIZES['t5_1_1_small'],
+    SIZES['t5_1_1_base'],
     batch_size=8,
     input_length=128,
     target_length=64,

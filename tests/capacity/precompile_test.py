@@ -26,7 +26,6 @@ from gkd_jax.distill import (
   objectives,
   policies,
 )
-from gkd_jax.models import t5
 from gkd_jax.models.t5 import T5Config
 from tests import conftest, tiny
 
@@ -156,7 +155,7 @@ def test_a_rewards_model_is_compiled_in(what_is_compiled):
   )
 
   of_reward = arguments[1].reward
-  assert t5.count_params(of_reward) == num_params(judge)
+  assert count_params(of_reward) == num_params(judge)
   assert {x.dtype.name for x in jax.tree.leaves(of_reward)} == {'bfloat16'}
   _, metrics = jax.eval_shape(step, *arguments)
   assert {'divergence', 'reward', 'reward_baseline'} <= metrics.keys()
@@ -382,6 +381,8 @@ def test_neither_tensorflow_nor_seqio_is_loaded(simulated):
 PRETRAINED = """
 from __gin__ import dynamic_registration
 from gkd_jax import divergences
+from gkd_jax.models.params import count_params
+from gkd_jax.models.params import count_params
 include 'gin/runs/train.gin'
 include 'gin/models/published.gin'
 include 'gin/models/published_teacher.gin'
@@ -418,8 +419,8 @@ def test_no_file_need_be_named_where_the_shapes_are(
   )
 
   # Published counts; see tests/model_test.py.
-  assert t5.count_params(state.params) == 76_961_152
-  assert t5.count_params(teacher_params) == 2_849_757_184
+  assert count_params(state.params) == 76_961_152
+  assert count_params(teacher_params) == 2_849_757_184
   assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {'float32'}
   assert {x.dtype.name for x in jax.tree.leaves(teacher_params)} == {'bfloat16'}
   assert [x.shape for x in batch] == [(32, 1024), (32, 64), (32, 64)]
@@ -502,7 +503,7 @@ def test_a_teachers_shape_may_come_from_its_checkpoint(
     f'--gin.TEACHER_CHECKPOINT_PATH={tmp_path}/teacher',
   )
 
-  assert t5.count_params(teacher_params) == num_params(TEACHER)
+  assert count_params(teacher_params) == num_params(TEACHER)
 
 
 def test_without_libtpu_it_says_how_to_get_it(refused, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 from etils import epath
 
 from gkd_jax.checkpoints import export, pretrained
-from gkd_jax.models.t5 import T5, T5Config, abstract_params
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.parallel import partitioning
 from tests import conftest
 

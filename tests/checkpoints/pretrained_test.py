@@ -9,7 +9,10 @@ import pytest
 from etils import epath
 
 from gkd_jax.checkpoints import pretrained
-from gkd_jax.models.t5 import SIZES, T5, T5Config, abstract_params
+from gkd_jax.models import registry
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.registry import SIZES
+from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
 
@@ -65,7 +68,7 @@ def test_it_is_described_in_one_line(run_dir):
 def test_a_published_size_is_called_by_its_name(size):
   config = dataclasses.replace(SIZES[size], vocab_size=384, dtype='bfloat16')
 
-  assert pretrained.architecture(config) == size
+  assert registry.describe(config) == size
 
 
 @pytest.mark.parametrize('content', [None, 'README.md'])

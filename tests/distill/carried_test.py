@@ -27,7 +27,8 @@ from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.credit import Credit, Worth
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.objectives import Objective
-from gkd_jax.models.t5 import T5, abstract_params
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
 

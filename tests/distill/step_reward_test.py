@@ -20,6 +20,7 @@ from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.objectives import Objective
 from gkd_jax.distill.state import Frozen
+from gkd_jax.models.params import logical_axes
 from tests import references, tiny
 
 BETA = 0.9
@@ -738,7 +739,7 @@ def steps_on_one_and_on_all_devices():
 
   def place(t5, params):
     placement = partitioning.Placement(mesh)
-    return jax.device_put(params, placement.shardings(t5.logical_axes(t5)))
+    return jax.device_put(params, placement.shardings(logical_axes(t5)))
 
   def entails(batch, outputs, params):
     score = entailment.entailment('', [2], [3, 2], 2, 3).make_score(

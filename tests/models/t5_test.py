@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.models import t5
-from gkd_jax.models.t5 import T5, T5Config, stack_layers
-from gkd_jax.parallel import partitioning
+from gkd_jax.models.params import count_params, init_params, logical_axes
+from gkd_jax.models.t5 import T5, T5Config
 from tests import t5_reference, tiny
 
 VERSIONS = pytest.mark.parametrize('version', ['1.0', '1.1'])
@@ -20,7 +19,7 @@ DEPTHS = {'num_encoder_layers': 2, 'num_decoder_layers': 3}
 
 
 def shapes_of(model: T5):
-  return jax.eval_shape(lambda: t5.init_params(model, jax.random.key(0)))
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def t5x_parameters(c: T5Config) -> dict:
@@ -88,47 +87,11 @@ def test_parameters_have_t5x_names_shapes_and_logical_axes(version, changes):
 
   params = shapes_of(model)
   params = flax.traverse_util.flatten_dict(params, sep='/')
-  axes = flax.traverse_util.flatten_dict(t5.logical_axes(model), sep='/')
+  axes = flax.traverse_util.flatten_dict(logical_axes(model), sep='/')
 
   got = {name: (x.shape, tuple(axes[name])) for name, x in params.items()}
   assert got == t5x_parameters(config)
   assert {x.dtype for x in params.values()} == {jnp.dtype('float32')}
-
-
-@pytest.mark.parametrize(
-  'size, number',
-  [
-    ('t5_1_0_small', 60_506_624),
-    ('t5_1_0_base', 222_903_552),
-    ('t5_1_0_large', 737_668_096),
-    ('t5_1_0_3b', 2_851_598_336),
-    ('t5_1_0_11b', 11_307_321_344),
-    ('t5_1_1_small', 76_961_152),
-    ('t5_1_1_base', 247_577_856),
-    ('t5_1_1_large', 783_150_080),
-    ('t5_1_1_xl', 2_849_757_184),
-    ('t5_1_1_xxl', 11_135_332_352),
-  ],
-)
-def test_published_sizes_have_the_published_number_of_parameters(size, number):
-  model = T5(t5.published(size))
-
-  params = shapes_of(model)
-
-  assert t5.count_params(params) == number
-
-
-def test_published_refuses_unknown_sizes():
-  with pytest.raises(ValueError, match="'t5_1_1_tiny'.*t5_1_1_small"):
-    t5.published('t5_1_1_tiny')
-
-
-def test_published_changes_the_fields_named_and_no_other():
-  config = t5.published('t5_1_1_small', dropout_rate=0.1)
-
-  assert config.dropout_rate == 0.1
-  assert config.mlp_dim == t5.SIZES['t5_1_1_small'].mlp_dim
-  assert t5.SIZES['t5_1_1_small'].dropout_rate == 0.0
 
 
 @pytest.mark.parametrize(
@@ -151,7 +114,7 @@ def test_initial_weights_have_t5x_standard_deviations():
     vocab_size=128, emb_dim=64, num_heads=4, head_dim=25, mlp_dim=144
   )
 
-  params = jax.jit(lambda: t5.init_params(T5(config), jax.random.key(0)))()
+  params = jax.jit(lambda: init_params(T5(config), jax.random.key(0)))()
 
   D, H, K, F = 64, 4, 25, 144
   want = {
@@ -379,164 +342,6 @@ def test_dropout_drops_the_same_features_at_all_positions(stack):
   assert (dropped_BTD[0, 0] != dropped_BTD[1, 0]).any()  # but not in all rows
 
 
-@pytest.mark.parametrize(
-  'changes',
-  [{}, {'remat': True}, {'relpos_bias_per_layer': True}, {'version': '1.0'}],
-  ids=str,
-)
-def test_layers_in_a_loop_change_neither_values_nor_gradients(changes):
-  depths = {'num_encoder_layers': 3, 'num_decoder_layers': 2}
-  plain, params = tiny.model_and_params(0, **depths, **changes)
-  scanned = T5(tiny.config(scan_layers=True, **depths, **changes))
-  inputs, targets = tiny.tokens(1, [7, 5], 7), tiny.tokens(2, [6, 6], 6)
-
-  def loss(model, params):
-    logits = model.apply({'params': params}, inputs, targets)
-    return jnp.mean(jnp.square(logits))
-
-  def value_and_grad(model):
-    return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
-
-  def num_products(model):
-    program = jax.make_jaxpr(lambda p: loss(model, p))(params)
-    return str(program).count('dot_general')
-
-  assert num_products(scanned) < 0.6 * num_products(plain)
-  # Equal up to how XLA fuses.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    value_and_grad(scanned),
-    value_and_grad(plain),
-  )
-
-
-@pytest.fixture
-def stacked():
-  """A model whose layers are a loop, its parameters, and these stacked."""
-  depths = {'num_encoder_layers': 3, 'num_decoder_layers': 2}
-  model, params = tiny.model_and_params(0, scan_layers=True, **depths)
-  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-  everywhere = partitioning.everywhere(mesh)
-  copies = jax.tree.map(lambda x: jax.device_put(x + 0.0, everywhere), params)
-  return model, params, copies, stack_layers(copies)
-
-
-def test_stacked_layers_give_what_each_layer_gives(stacked):
-  model, params, _, stacked_params = stacked
-  inputs, targets = tiny.tokens(1, [7, 5], 7), tiny.tokens(2, [6, 6], 6)
-
-  def logits(params):
-    return model.apply({'params': params}, inputs, targets)
-
-  np.testing.assert_array_equal(
-    jax.jit(logits)(stacked_params), jax.jit(logits)(params)
-  )
-
-
-def test_stacked_layers_can_be_had_one_by_one_again(stacked):
-  model, params, _, stacked_params = stacked
-
-  again = model.gather_params(stacked_params)
-
-  jax.tree.map(np.testing.assert_array_equal, again, params)
-
-
-def test_the_layers_that_were_stacked_are_gone(stacked):
-  _, _, given, stacked_params = stacked
-
-  assert given['encoder']['layers_1']['mlp']['wo']['kernel'].is_deleted()
-  stacked_kernel = stacked_params['encoder']['layers']['mlp']['wo']['kernel']
-  assert stacked_kernel.shape[0] == 3
-
-
-def test_a_program_keeps_no_second_copy_of_stacked_layers(stacked):
-  model, params, _, stacked_params = stacked
-  inputs = tiny.tokens(1, [1], 1)
-
-  def temporaries(params):
-    def encode(params):
-      return model.apply({'params': params}, inputs, method='encode')
-
-    compiled = tiny.jit_as_users_do(encode).lower(params).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  layer = stacked_params['encoder']['layers']
-  num_bytes = sum(x.nbytes for x in jax.tree.leaves(layer))
-  assert temporaries(params) > num_bytes
-  assert temporaries(stacked_params) < num_bytes
-
-
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('changes', [{}, {'relpos_bias_per_layer': True}])
-def test_rows_in_parts_give_what_they_give_together(scan_layers, changes):
-  model, params = tiny.model_and_params(
-    0, scan_layers=scan_layers, **DEPTHS, **changes
-  )
-  inputs = tiny.tokens(1, [7, 5, 3, 6, 2, 7], 7)
-  targets = tiny.tokens(2, [6, 1, 5, 6, 4, 2], 6)
-
-  def encoded_and_hidden(**keywords):
-    apply = functools.partial(model.apply, {'params': params}, **keywords)
-    encoded = apply(inputs, method='encode')
-    return encoded, apply(encoded, inputs, targets, method='decode')
-
-  parts = jax.jit(functools.partial(encoded_and_hidden, num_parts=3))()
-  # Equal up to how XLA multiplies fewer rows.
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-    parts,
-    jax.jit(encoded_and_hidden)(),
-  )
-
-
-def test_layers_in_a_loop_have_dropout():
-  model, params = tiny.model_and_params(0, scan_layers=True, dropout_rate=0.5)
-  inputs = tiny.tokens(1, [7, 5], 7)
-
-  def encode(deterministic, seed=0):
-    return model.apply(
-      {'params': params},
-      inputs,
-      method='encode',
-      deterministic=deterministic,
-      rngs={'dropout': jax.random.key(seed)},
-    )
-
-  assert not jnp.array_equal(encode(False), encode(True))
-  assert jnp.array_equal(encode(False), encode(False))
-  assert not jnp.array_equal(encode(False), encode(False, seed=1))
-
-
-def test_remat_changes_neither_values_nor_gradients():
-  plain, params = tiny.model_and_params(0, dropout_rate=0.2)
-  remat = T5(tiny.config(dropout_rate=0.2, remat=True))
-  inputs, targets = tiny.tokens(1, [7, 5], 7), tiny.tokens(2, [6, 6], 6)
-
-  def loss(model, params):
-    logits = model.apply(
-      {'params': params},
-      inputs,
-      targets,
-      deterministic=False,
-      rngs={'dropout': jax.random.key(0)},
-    )
-    return jnp.mean(jnp.square(logits))
-
-  def value_and_grad(model):
-    return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
-
-  def num_checkpoints(model):
-    return str(jax.make_jaxpr(lambda p: loss(model, p))(params)).count('remat2')
-
-  assert (num_checkpoints(plain), num_checkpoints(remat)) == (0, 2)
-  # Recomputed, so equal up to how XLA fuses.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    value_and_grad(remat),
-    value_and_grad(plain),
-  )
-
-
 @VERSIONS
 def test_head_params_are_all_that_unembed_reads(version):
   model, params = tiny.model_and_params(0, version)
@@ -547,7 +352,7 @@ def test_head_params_are_all_that_unembed_reads(version):
 
   want = model.apply({'params': params}, hidden, method='unembed')
   np.testing.assert_array_equal(got, want)
-  assert t5.count_params(head) == tiny.VOCAB_SIZE * 16
+  assert count_params(head) == tiny.VOCAB_SIZE * 16
 
 
 def test_outputs_can_be_scaled_without_being_tied():

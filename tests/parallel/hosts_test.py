@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from gkd_jax.checkpoints import pretrained
-from gkd_jax.models.t5 import T5, T5Config, abstract_params
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import metrics as metrics_lib
 from tests import conftest

@@ -12,7 +12,7 @@ from gkd_jax.distill import divergences, objectives, policies
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
-from gkd_jax.models import t5
+from gkd_jax.models.params import abstract_params, init_params
 from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import tiny
@@ -139,7 +139,7 @@ def test_every_parameter_is_spread_by_its_logical_axes(dims, expected):
 
   shardings = {
     jax.tree_util.keystr(path): x.sharding.spec
-    for path, x in jax.tree_util.tree_leaves_with_path(t5.abstract_params(t5))
+    for path, x in jax.tree_util.tree_leaves_with_path(abstract_params(t5))
   }
 
   assert expected == {name: (*shardings[name],) for name in expected}
@@ -172,7 +172,7 @@ def test_gathered_parameters_are_whole_in_each_part_of_data():
 def shardings_of_state(optimizer, *dims):
   """{name: (shape of a device's part, shape)} of what an optimizer keeps."""
   t5 = T5(tiny.config(emb_dim=128, mlp_dim=256), placement_of(*dims))
-  state = state_lib.abstract_state(t5.abstract_params(t5), optimizer, FOUR)
+  state = state_lib.abstract_state(abstract_params(t5), optimizer, FOUR)
   return {
     jax.tree_util.keystr(path): (x.sharding.shard_shape(x.shape), x.shape)
     for path, x in jax.tree_util.tree_leaves_with_path(state)
@@ -218,7 +218,7 @@ def test_what_a_device_holds_falls_as_the_mesh_grows():
     mesh = jax.sharding.AbstractMesh((data, over_model), ('data', 'model'))
     t5 = T5(tiny.config(emb_dim=128, mlp_dim=256), placement_of(2, mesh=mesh))
     state = state_lib.abstract_state(
-      t5.abstract_params(t5), optax.adamw(1.0), mesh
+      abstract_params(t5), optax.adamw(1.0), mesh
     )
     return sum(
       4 * np.prod(x.sharding.shard_shape(x.shape))
@@ -250,7 +250,7 @@ def test_an_abstract_state_is_what_is_made():
   t5 = T5(tiny.config(), partitioning.Placement(mesh))
   optimizer = optax.adafactor(1.0)
 
-  abstract = state_lib.abstract_state(t5.abstract_params(t5), optimizer, mesh)
+  abstract = state_lib.abstract_state(abstract_params(t5), optimizer, mesh)
 
   made = state_lib.init_state(tiny.params(t5, 0), optimizer)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
@@ -270,15 +270,15 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_refused(shape, dims, said):
   mesh = jax.sharding.AbstractMesh(shape, ('data', 'model'))
 
   with pytest.raises(ValueError, match=said):
-    t5.abstract_params(T5(tiny.config(), placement_of(*dims, mesh=mesh)))
+    abstract_params(T5(tiny.config(), placement_of(*dims, mesh=mesh)))
 
 
 def test_abstract_params_are_what_initialisation_makes():
   t5 = T5(tiny.config(), placement_of(1))
 
-  abstract = t5.abstract_params(t5)
+  abstract = abstract_params(t5)
 
-  made = jax.eval_shape(lambda: t5.init_params(t5, jax.random.key(0)))
+  made = jax.eval_shape(lambda: init_params(t5, jax.random.key(0)))
   jax.tree.map(
     lambda a, b: np.testing.assert_equal(
       (a.shape, a.dtype), (b.shape, b.dtype)
@@ -355,8 +355,8 @@ def steps_on_each_mesh():
       num_microbatches=2,
     )
     abstract = (
-      state_lib.abstract_state(t5.abstract_params(student), optimizer, mesh),
-      t5.abstract_params(teacher),
+      state_lib.abstract_state(abstract_params(student), optimizer, mesh),
+      abstract_params(teacher),
     )
     lies = jax.tree.map(lambda x: x.sharding, abstract)
     state = state_lib.init_state(jax.tree.map(jnp.copy, params), optimizer)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face folders of T5, FLAN-T5, mT5, umT5 and ByT5.
+"""Hugging Face folders of encoder-decoders.
 
 `config.json` beside `model.safetensors`, in one file or in shards with an
-index. A torch Linear holds the transpose of a Flax kernel.
-
-Source: transformers, `models/t5`, `models/mt5` and `models/umt5`.
+index. A torch Linear holds the transpose of a Flax kernel. What a family's
+config.json and tensors are called is in a module beside this one.
 """
 
 import collections
@@ -20,11 +19,16 @@ import safetensors.numpy
 from etils import epath
 
 from gkd_jax.checkpoints import checkpoint
+from gkd_jax.checkpoints.formats import t5_names
 from gkd_jax.checkpoints.formats import tensors as tensors_lib
 from gkd_jax.checkpoints.formats.tensors import Tensor
-from gkd_jax.models.t5 import T5Config, param_shapes
+from gkd_jax.models import registry
+from gkd_jax.models.interface import ModelConfig
+from gkd_jax.models.params import param_shapes
 
 FORMAT = 'Hugging Face'
+# Family of models -> its names.
+_FAMILIES = {'t5': t5_names}
 CONFIG = 'config.json'
 _GENERATION = 'generation_config.json'
 # What says how text becomes ids and how outputs are generated. It goes with a
@@ -40,37 +44,12 @@ SIDE_FILES = (
 _WEIGHTS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
 _MAX_SHARD_BYTES = 5 * 10**9  # the limit that transformers uses
-# Fields of config.json that do not say what the model is. (All others are
-# written anew; transformers lets some contradict each other.)
-_KEPT_FIELDS = ('task_specific_params', 'tokenizer_class', 'n_positions')
-_MODEL_TYPES = ('t5', 'mt5', 'umt5')
-# feed_forward_proj -> our activations. Its gelu is the tanh form when gated.
-_ACTIVATIONS = {
-  'relu': ('relu',),
-  'gated-relu': ('relu', 'linear'),
-  'gated-gelu': ('gelu', 'linear'),
-  'gated-silu': ('silu', 'linear'),
-}
 _DTYPES = {
   'F64': np.dtype(np.float64),
   'F32': np.dtype(np.float32),
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
-# All are one matrix; a file may hold any of them, or several.
-_EMBEDDINGS = (
-  'shared.weight',
-  'encoder.embed_tokens.weight',
-  'decoder.embed_tokens.weight',
-)
-_HEAD = 'lm_head.weight'
-# T5 1.0's files have a table that no model uses.
-_UNUSED = (
-  'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
-)
-
-
-# --- Reading ------------------------------------------------------------------
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
@@ -78,14 +57,14 @@ def is_checkpoint(folder: epath.Path) -> bool:
   return (folder / CONFIG).exists()
 
 
-def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
+def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   """Returns the model's shape, and its arrays under our parameters' names.
 
   Only headers are read.
 
   Raises:
-    ValueError: it is no encoder-decoder T5, its files are not whole, or its
-      arrays have other shapes than it says.
+    ValueError: it is no encoder-decoder of a known family, its files are not
+      whole, or its arrays have other shapes than it says.
   """
   if str(folder).startswith('gs://'):
     raise ValueError(
@@ -94,20 +73,11 @@ def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
     )
   values = _read_json(folder / CONFIG)
   stored = _stored_tensors(folder)
-  embedding = next((name for name in _EMBEDDINGS if name in stored), None)
-  if embedding is None:
-    embedding = _HEAD if _HEAD in stored else _EMBEDDINGS[0]
-  tie = values.get('tie_word_embeddings', True) is not False
-  tied = tie and (
-    _HEAD not in stored
-    or embedding == _HEAD
-    or _equal(stored[_HEAD], stored[embedding])
-  )
-  config = _config(folder / CONFIG, values, tied=tied)
-  names = _names(config) | {'token_embedder/embedding': (embedding, False)}
+  family = _family_of(folder / CONFIG, values)
+  config, names, unused = family.read_layout(folder / CONFIG, values, stored)
   wanted = {name for name, _ in names.values()}
   missing = sorted(wanted - stored.keys())
-  unexpected = sorted(stored.keys() - wanted - {*_EMBEDDINGS, _HEAD, _UNUSED})
+  unexpected = sorted(stored.keys() - wanted - unused)
   for what, which in (('lacks', missing), ('has, unexpectedly,', unexpected)):
     if which:
       raise ValueError(
@@ -120,9 +90,27 @@ def open_folder(folder: epath.Path) -> tuple[T5Config, dict[str, Tensor]]:
     for ours, (name, transpose) in names.items()
   }
   checkpoint.check_shapes(
-    folder, {n: x.shape for n, x in tensors.items()}, param_shapes(config)
+    folder,
+    {n: x.shape for n, x in tensors.items()},
+    param_shapes(registry.make_model(config)),
   )
   return config, tensors
+
+
+def _family_of(path: epath.Path, values: Mapping[str, Any]) -> Any:
+  """Returns the module with the names of the model that a config.json has."""
+  kind = values.get('model_type')
+  types = {
+    model_type: family
+    for family in _FAMILIES.values()
+    for model_type in family.MODEL_TYPES
+  }
+  if kind not in types:
+    raise ValueError(
+      f'{path} describes a model of type {kind!r}; gkd_jax reads the '
+      f'encoder-decoders {", ".join(types)}.'
+    )
+  return types[kind]
 
 
 def vocabulary(folder: epath.Path) -> str | None:
@@ -142,121 +130,6 @@ def vocabulary(folder: epath.Path) -> str | None:
     # A tokenizer.json alone: whose pieces they are cannot be told from it.
     return 'SentencePieceVocabulary'
   return None
-
-
-def _config(path: epath.Path, values: Mapping[str, Any], *, tied) -> T5Config:
-  """Returns the shape that a config.json describes."""
-  kind = values.get('model_type')
-  if kind not in _MODEL_TYPES:
-    raise ValueError(
-      f'{path} describes a model of type {kind!r}; gkd_jax reads the '
-      f'encoder-decoders {", ".join(_MODEL_TYPES)}.'
-    )
-  if values.get('is_encoder_decoder') is False:
-    raise ValueError(
-      f'{path} describes a {kind} encoder or decoder alone; gkd_jax needs both.'
-    )
-  proj = values.get(
-    'feed_forward_proj', 'relu' if kind == 't5' else 'gated-gelu'
-  )
-  proj = 'gated-gelu' if proj == 'gated-gelu_new' else proj
-  if proj not in _ACTIVATIONS:
-    raise ValueError(
-      f'{path}: feed_forward_proj is {proj!r}; gkd_jax knows '
-      f'{", ".join(_ACTIVATIONS)}.'
-    )
-  if (epsilon := values.get('layer_norm_epsilon', 1e-6)) != 1e-6:
-    raise ValueError(
-      f'{path}: layer_norm_epsilon is {epsilon}; every published T5 has 1e-6, '
-      'and gkd_jax knows no other.'
-    )
-  # transformers 4 scales what goes into a tied head. 5 ties where the weights
-  # are equal, and T5 says apart whether it scales; mT5 never does. (Its umT5
-  # always does, even where the model was trained, and used by 4, without.)
-  scale = values.get(
-    'scale_decoder_outputs',
-    kind != 'mt5' and values.get('tie_word_embeddings') is not False,
-  )
-  try:
-    return T5Config(
-      vocab_size=values['vocab_size'],
-      emb_dim=values['d_model'],
-      num_heads=values['num_heads'],
-      head_dim=values['d_kv'],
-      mlp_dim=values['d_ff'],
-      num_encoder_layers=values['num_layers'],
-      num_decoder_layers=values.get('num_decoder_layers')
-      or values['num_layers'],
-      mlp_activations=_ACTIVATIONS[proj],
-      logits_via_embedding=tied,
-      scale_decoder_outputs=scale,
-      relpos_buckets=values.get('relative_attention_num_buckets', 32),
-      relpos_max_distance=values.get('relative_attention_max_distance', 128),
-      relpos_bias_per_layer=kind == 'umt5',
-    )
-  except KeyError as e:
-    raise ValueError(f'{path} does not say {e}.') from e
-
-
-def _names(config: T5Config) -> dict[str, tuple[str, bool]]:
-  """Maps our parameters to theirs, and says whether it is the transpose."""
-  names = {'token_embedder/embedding': (_EMBEDDINGS[0], False)}
-  if not config.logits_via_embedding:
-    names['decoder/logits_dense/kernel'] = (_HEAD, True)
-  gates = len(config.mlp_activations)
-  wi = ['wi'] if gates == 1 else [f'wi_{i}' for i in range(gates)]
-  attention = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
-  stacks = {
-    'encoder': (
-      config.num_encoder_layers,
-      [('attention', 'pre_attention_layer_norm', 'SelfAttention')],
-    ),
-    'decoder': (
-      config.num_decoder_layers,
-      [
-        ('self_attention', 'pre_self_attention_layer_norm', 'SelfAttention'),
-        (
-          'encoder_decoder_attention',
-          'pre_cross_attention_layer_norm',
-          'EncDecAttention',
-        ),
-      ],
-    ),
-  }
-  for stack, (num_layers, attentions) in stacks.items():
-    names[f'{stack}/{stack}_norm/scale'] = (
-      f'{stack}.final_layer_norm.weight',
-      False,
-    )
-    for i in range(num_layers):
-      ours, theirs = f'{stack}/layers_{i}', f'{stack}.block.{i}.layer'
-      if i == 0 or config.relpos_bias_per_layer:
-        of_layer = ours if config.relpos_bias_per_layer else stack
-        names[f'{of_layer}/relpos_bias/rel_embedding'] = (
-          f'{theirs}.0.SelfAttention.relative_attention_bias.weight',
-          True,
-        )
-      for j, (block, norm, block_theirs) in enumerate(attentions):
-        names[f'{ours}/{norm}/scale'] = (
-          f'{theirs}.{j}.layer_norm.weight',
-          False,
-        )
-        for part, letter in attention.items():
-          names[f'{ours}/{block}/{part}/kernel'] = (
-            f'{theirs}.{j}.{block_theirs}.{letter}.weight',
-            True,
-          )
-      j = len(attentions)
-      names[f'{ours}/pre_mlp_layer_norm/scale'] = (
-        f'{theirs}.{j}.layer_norm.weight',
-        False,
-      )
-      for part in (*wi, 'wo'):
-        names[f'{ours}/mlp/{part}/kernel'] = (
-          f'{theirs}.{j}.DenseReluDense.{part}.weight',
-          True,
-        )
-  return names
 
 
 def _stored_tensors(folder: epath.Path) -> dict[str, Tensor]:
@@ -329,19 +202,6 @@ def _tensor(file: epath.Path, view: Any) -> Tensor:
   )
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-  if a.shape != b.shape or a.dtype != b.dtype:
-    return False
-  rows = 4096  # of an embedding; never two whole ones in memory
-  return all(
-    np.array_equal(a.read(part), b.read(part))
-    for start in range(0, a.shape[0], rows)
-    for part in [
-      (slice(start, min(start + rows, a.shape[0])), slice(0, a.shape[1]))
-    ]
-  )
-
-
 def _read_json(path: epath.Path) -> dict[str, Any]:
   try:
     values = json.loads(path.read_text())
@@ -357,7 +217,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 def save(
   folder: epath.Path,
-  config: T5Config,
+  config: ModelConfig,
   params: Mapping[str, Any],
   *,
   dtype: str = 'float32',
@@ -378,8 +238,9 @@ def save(
   was = {}
   if source is not None and (source / CONFIG).exists():
     was = _read_json(source / CONFIG)
-  values = _to_json(config, was, dtype)
-  names = _names(config)
+  family = _FAMILIES[config.family]
+  values = family.config_to_json(config, was, dtype)
+  names = family.tensor_names(config)
   kept = np.dtype(dtype)
   shards = list(
     _shards({n: params[n].size * kept.itemsize for n in names}, max_shard_bytes)
@@ -449,47 +310,9 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
   yield shard
 
 
-def check_can_hold(config: T5Config) -> None:
+def check_can_hold(config: ModelConfig) -> None:
   """Raises ValueError where transformers has no such model."""
-  if config.mlp_activations not in _ACTIVATIONS.values():
-    raise ValueError(
-      f'transformers has no T5 with mlp_activations {config.mlp_activations}; '
-      f'it has {", ".join(map(str, _ACTIVATIONS.values()))}.'
-    )
-
-
-def _to_json(config: T5Config, was: Mapping[str, Any], dtype: str):
-  """Returns config.json. Of what there was, it keeps `_KEPT_FIELDS`."""
-  scale = config.scales_decoder_outputs
-  kind = 'umt5' if config.relpos_bias_per_layer else 't5'
-  if was.get('model_type') == 'mt5' and kind == 't5' and not scale:
-    kind = 'mt5'
-  architecture = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5'}[kind]
-  proj = {v: k for k, v in _ACTIVATIONS.items()}[config.mlp_activations]
-  return {name: was[name] for name in _KEPT_FIELDS if name in was} | {
-    'architectures': [f'{architecture}ForConditionalGeneration'],
-    'model_type': kind,
-    'is_encoder_decoder': True,
-    'vocab_size': config.vocab_size,
-    'd_model': config.emb_dim,
-    'd_kv': config.head_dim,
-    'd_ff': config.mlp_dim,
-    'num_layers': config.num_encoder_layers,
-    'num_decoder_layers': config.num_decoder_layers,
-    'num_heads': config.num_heads,
-    'relative_attention_num_buckets': config.relpos_buckets,
-    'relative_attention_max_distance': config.relpos_max_distance,
-    'dropout_rate': was.get('dropout_rate', 0.1),
-    'layer_norm_epsilon': 1e-6,
-    'feed_forward_proj': proj,
-    # transformers 4 reads the first, 5 the second, which T5 alone has.
-    'tie_word_embeddings': scale or config.logits_via_embedding,
-    **({'scale_decoder_outputs': scale} if kind == 't5' else {}),
-    'pad_token_id': 0,
-    'eos_token_id': 1,
-    'decoder_start_token_id': 0,
-    'dtype': dtype,
-  }
+  _FAMILIES[config.family].check_can_hold(config)
 
 
 def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:

@@ -32,7 +32,9 @@ from etils import epath
 
 from gkd_jax.checkpoints.formats import tensors as tensors_lib
 from gkd_jax.checkpoints.formats.tensors import Tensor
-from gkd_jax.models.t5 import T5Config, param_shapes
+from gkd_jax.models import registry
+from gkd_jax.models.interface import ModelConfig
+from gkd_jax.models.params import param_shapes
 
 FORMAT = 'T5X'
 PREFIX = 'checkpoint'
@@ -72,7 +74,7 @@ def is_checkpoint(folder: os.PathLike | str) -> bool:
 
 def open_folder(
   folder: os.PathLike | str,
-) -> tuple[T5Config, dict[str, Tensor]]:
+) -> tuple[ModelConfig, dict[str, Tensor]]:
   """Returns the model's shape, and its arrays under our parameters' names.
 
   Only headers are read. Layers that are stacked in one array follow each other
@@ -92,7 +94,7 @@ def open_folder(
   folder = epath.Path(folder)
   tensors = _per_layer(_stored(folder))
   config = _config(folder, tensors)
-  shapes = param_shapes(config)
+  shapes = param_shapes(registry.make_model(config))
   differences = [
     f'{name}: {_shape(tensors, name)} in the checkpoint, '
     f'{shapes.get(name, "unknown")} in such a T5'
@@ -339,7 +341,7 @@ def _joined(name: str, tensor: Tensor) -> Tensor:
   return Tensor(shape, tensor.dtype, read)
 
 
-def _config(folder: epath.Path, tensors: Mapping[str, Tensor]) -> T5Config:
+def _config(folder: epath.Path, tensors: Mapping[str, Tensor]) -> ModelConfig:
   """Returns the shape that parameters have."""
   if not tensors:
     raise ValueError(
@@ -371,7 +373,8 @@ def _config(folder: epath.Path, tensors: Mapping[str, Tensor]) -> T5Config:
   gates = sum(
     f'encoder/layers_0/mlp/wi_{i}/kernel' in tensors for i in range(2)
   )
-  return T5Config(
+  return registry.make_config(
+    't5',
     vocab_size=sizes['token_embedder'][0],
     emb_dim=sizes['token_embedder'][1],
     num_heads=num_heads,
@@ -422,7 +425,7 @@ _STACKED_AXES = {
 
 def save(
   folder: os.PathLike | str,
-  config: T5Config,
+  config: ModelConfig,
   params: Mapping[str, Any],
   *,
   step: int = 0,
@@ -479,7 +482,7 @@ def save(
   return unfinished.rename(final)
 
 
-def check_can_hold(config: T5Config) -> None:
+def check_can_hold(config: ModelConfig) -> None:
   """Raises ValueError where T5X's networks have no such model."""
   if config.mlp_activations not in (('relu',), ('gelu', 'linear')):
     raise ValueError(
@@ -499,8 +502,8 @@ def check_can_hold(config: T5Config) -> None:
       )
 
 
-def _check_params(config: T5Config, params: Mapping[str, Any]) -> None:
-  shapes = param_shapes(config)
+def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
+  shapes = param_shapes(registry.make_model(config))
   differences = [
     f'{name}: {params[name].shape if name in params else "absent"}, but the '
     f'config has {shapes.get(name, "no such parameter")}'
@@ -521,11 +524,11 @@ _ToWrite = tuple[
 
 
 def _arrays_to_write(
-  config: T5Config, params: Mapping[str, Any]
+  config: ModelConfig, params: Mapping[str, Any]
 ) -> Iterator[_ToWrite]:
   """Yields T5X's arrays; those of stacked layers have a part for each layer."""
   layers = collections.defaultdict(dict)
-  for name, shape in param_shapes(config).items():
+  for name, shape in param_shapes(registry.make_model(config)).items():
     stack, layer, *of_layer = name.split('/')
     if config.relpos_bias_per_layer and layer.startswith('layers_'):
       i = int(layer.removeprefix('layers_'))
@@ -538,7 +541,7 @@ def _arrays_to_write(
     yield name, (shape[0], len(arrays), *shape[1:]), parts
 
 
-def _split_heads(config: T5Config, name: str, shape: tuple[int, ...]):
+def _split_heads(config: ModelConfig, name: str, shape: tuple[int, ...]):
   if not name.endswith(_ATTENTION_KERNELS):
     return shape
   heads = (config.num_heads, config.head_dim)

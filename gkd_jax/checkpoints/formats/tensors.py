@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gkd_jax.models.t5 import named_params
+from gkd_jax.models.params import named_params
 
 Params = Any
 Index = tuple[slice, ...]
@@ -52,6 +52,20 @@ def entry(tensor: Tensor, axis: int, i: int) -> Tensor:
 def read_all(tensor: Tensor) -> np.ndarray:
   """Returns the whole array."""
   return tensor.read(tuple(slice(0, n) for n in tensor.shape))
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+  """Whether two matrices are the same; they are read in parts."""
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  rows = 4096  # of an embedding; never two whole ones in memory
+  return all(
+    np.array_equal(a.read(part), b.read(part))
+    for start in range(0, a.shape[0], rows)
+    for part in [
+      (slice(start, min(start + rows, a.shape[0])), slice(0, a.shape[1]))
+    ]
+  )
 
 
 def place(

@@ -22,7 +22,8 @@ from gkd_jax.checkpoints import pretrained
 from gkd_jax.checkpoints.formats import huggingface, tensors
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.evaluation import programs
-from gkd_jax.models.t5 import T5, abstract_params
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
 

@@ -16,7 +16,7 @@ import pytest
 import tensorstore as ts
 
 from gkd_jax.checkpoints.formats import t5x, tensors
-from gkd_jax.models import t5
+from gkd_jax.models.params import abstract_params
 from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
@@ -426,7 +426,7 @@ def placed_on_four_devices():
     mesh = partitioning.make_mesh(data=2, model=2)
     placed = tensors.place(
       opened | {name: recorded(name) for name in asked},
-      t5.abstract_params(T5(config, partitioning.Placement(mesh))),
+      abstract_params(T5(config, partitioning.Placement(mesh))),
     )
     attention = placed['encoder']['layers_1']['attention']
     held = {

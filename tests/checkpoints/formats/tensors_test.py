@@ -6,7 +6,8 @@ import pytest
 from gkd_jax.checkpoints import checkpoint
 from gkd_jax.checkpoints.formats import tensors
 from gkd_jax.checkpoints.formats.tensors import Tensor
-from gkd_jax.models.t5 import T5, abstract_params
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import tiny
 

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rest of the package requires of an encoder-decoder.
+
+Sampler, policies, objectives and the step know a model by this protocol alone,
+so that another encoder-decoder can take a T5's place. A model is a Flax module;
+its methods that compute are called as
+
+    model.apply({'params': params}, *args, method='encode')
+
+A family of models is a module in this folder, listed in `registry`.
+"""
+
+from typing import Any, ClassVar, Protocol
+
+import jax
+
+from gkd_jax.batch import SpecialIds
+from gkd_jax.parallel.partitioning import Placement
+
+Params = Any  # nested dicts of arrays, with T5X's names
+Cache = Any  # a tree whose leaves have the rows first, or are scalars
+
+# Fields of a config that say how a model is run, not which model it is.
+EXECUTION_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
+# Fields of a config that name the special ids; see `SpecialIds`.
+ID_FIELDS = ('pad_id', 'start_id', 'eos_id')
+
+
+class ModelConfig(Protocol):
+  """The shape of a model and how it is run: a frozen, hashable dataclass.
+
+  Attributes:
+    family: its key in `registry.FAMILIES`.
+    vocab_size: rows of the embedding; at least the tokenizer's ids.
+    emb_dim: D, width of the residual stream.
+    num_heads: H.
+    head_dim: K.
+    mlp_dim: F.
+    mlp_activations: one activation, or several whose product is a gated MLP.
+    num_encoder_layers: depth of the encoder.
+    num_decoder_layers: depth of the decoder.
+    logits_via_embedding: whether the output projection is the embedding.
+    dropout_rate: in training.
+    dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
+    remat: recompute each layer in the backward pass, to save memory.
+    scan_layers: compile a stack of layers as one loop.
+    pad_id: of padding in the encoder's input.
+    start_id: the decoder's first input.
+    eos_id: ends an output.
+  """
+
+  family: ClassVar[str]
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  mlp_activations: tuple[str, ...]
+  num_encoder_layers: int
+  num_decoder_layers: int
+  logits_via_embedding: bool
+  dropout_rate: float
+  dtype: str
+  remat: bool
+  scan_layers: bool
+  pad_id: int
+  start_id: int
+  eos_id: int
+
+  def special_ids(self, num_ids: int) -> SpecialIds:
+    """Returns the special ids, with a vocabulary of `num_ids` ids."""
+    ...
+
+  def describe(self) -> str:
+    """Returns a few words on the shape, such as 'T5 1.1 of width 64'."""
+    ...
+
+
+class Model(Protocol):
+  """An encoder-decoder.
+
+  Attributes:
+    config: its shape.
+    placement: where its parameters and activations lie; None: on one device.
+  """
+
+  config: ModelConfig
+  placement: Placement | None
+
+  def apply(
+    self, variables: Any, *args: Any, method: str, **kwargs: Any
+  ) -> Any:
+    """Calls a method with parameters, as every Flax module does."""
+    ...
+
+  # Called through `apply`.
+
+  def encode(
+    self,
+    encoder_input_tokens: jax.Array,
+    *,
+    deterministic: bool = True,
+    num_microbatches: int = 1,
+  ) -> jax.Array:
+    """Returns encoded inputs [B, S, D]; `decode` explains the keywords.
+
+    Args:
+      encoder_input_tokens: [B, S] int32, pad after the end.
+      deterministic: see `decode`.
+      num_microbatches: see `decode`.
+    """
+    ...
+
+  def decode(
+    self,
+    encoded: jax.Array,
+    encoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    *,
+    deterministic: bool = True,
+    num_microbatches: int = 1,
+  ) -> jax.Array:
+    """Returns hidden states [B, T, D]; position t sees the targets before t.
+
+    Args:
+      encoded: [B, S, D].
+      encoder_input_tokens: [B, S] int32; where they are pad is not attended to.
+      decoder_target_tokens: [B, T] int32; the model shifts them to the right.
+      deterministic: False applies dropout, and needs an rng named 'dropout'.
+      num_microbatches: each layer loops over so many parts of the batch, which
+        saves memory and gathers the layer's parameters once for all parts. Only
+        without dropout.
+    """
+    ...
+
+  def unembed(self, hidden: jax.Array) -> jax.Array:
+    """Maps hidden states [..., D] to logits [..., V] float32."""
+    ...
+
+  def start_cache(
+    self,
+    encoded: jax.Array,
+    encoder_input_tokens: jax.Array,
+    max_decode_len: int,
+  ) -> Cache:
+    """Returns the cache for `decode_step`, before the first token."""
+    ...
+
+  def decode_step(
+    self, cache: Cache, tokens: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Returns logits [B, V] of the next token, and the cache.
+
+    Args:
+      cache: from `start_cache` or the step before.
+      tokens: [B] int32, the last ones written; the start id at first.
+    """
+    ...
+
+  # Called directly.
+
+  def head_params(self, params: Params) -> Params:
+    """Returns the part of the parameters that `unembed` reads."""
+    ...
+
+  def gather_params(self, params: Params) -> Params:
+    """Returns the parameters with nothing left sharded over 'data'.
+
+    For loops that read them again and again. Each layer has a name of its own
+    in the result, also where the layers were stacked.
+    """
+    ...

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a stack of equal layers is run: unrolled, as a loop, rematerialized, or
+in microbatches; and how its parameters are named, stacked and gathered.
+
+A stack is a Flax module, an encoder or a decoder, with `config`, `placement`
+and `layers`, made by `make_layers`. A layer is a Flax module called as
+
+    layer(x, deterministic, **arguments)
+
+with x [B, L, D] and arguments that are arrays or None. The parameters, and
+their names, are the same however a stack is run.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gkd_jax.batch import merge_rows, split_rows
+from gkd_jax.models.interface import Model, ModelConfig, Params
+from gkd_jax.models.params import logical_axes
+from gkd_jax.parallel import partitioning
+
+# The stacks of an encoder-decoder, by their name in the parameters.
+_STACKS = ('encoder', 'decoder')
+# In each stack: the layers one by one, with a number, or stacked.
+_LAYER, _STACKED = 'layers_', 'layers'
+_DETERMINISTIC = 2  # position of this argument, after self and x
+
+Arguments = Mapping[str, jax.Array | None]
+
+
+def make_layers(
+  layer_class: type[nn.Module], config: ModelConfig, num_layers: int
+) -> list[nn.Module]:
+  """Returns the layers, for a stack's `setup` to assign to `self.layers`."""
+  if config.remat:
+    layer_class = nn.remat(layer_class, static_argnums=(_DETERMINISTIC,))
+  return [layer_class(config) for _ in range(num_layers)]
+
+
+def constrain(
+  x_BLD: jax.Array, placement: partitioning.Placement | None
+) -> jax.Array:
+  """Returns hidden states; the compiler is told how they are sharded."""
+  return partitioning.constrain(x_BLD, placement, 'batch', 'length', 'embed')
+
+
+def run_layers(
+  stack: nn.Module,
+  layer_class: type[nn.Module],
+  x_BLD: jax.Array,
+  deterministic: bool,
+  *,
+  per_row: Arguments,
+  shared: Arguments,
+  num_microbatches: int = 1,
+) -> jax.Array:
+  """Runs the layers of an encoder or decoder on x.
+
+  Args:
+    stack: with the layers.
+    layer_class: of each layer.
+    x_BLD: [B, L, D].
+    deterministic: False applies dropout.
+    per_row: arguments of every layer whose first axis is the batch.
+    shared: arguments of every layer that all rows share.
+    num_microbatches: each layer loops over so many parts of the batch; only
+      without dropout.
+
+  Returns:
+    [B, L, D].
+  """
+  c = stack.config
+  x = constrain(x_BLD, stack.placement)
+  is_loop = c.scan_layers and stack.layers
+  if stack.is_initializing() or not (is_loop or num_microbatches > 1):
+    for layer in stack.layers:
+      x = constrain(
+        layer(x, deterministic, **per_row, **shared), stack.placement
+      )
+    return x
+
+  def run_layer(x, layer):
+    params, rng = layer
+    x = layer_class(c, parent=None).apply(
+      {'params': params},
+      x,
+      deterministic,
+      **per_row,
+      **shared,
+      rngs=None if rng is None else {'dropout': rng},
+    )
+    return constrain(x, stack.placement), None
+
+  if num_microbatches > 1:
+    assert c.dropout_rate == 0.0 or deterministic
+    run_layer = _in_microbatches(
+      stack, layer_class, x, per_row, shared, num_microbatches
+    )
+    x = split_rows(x, num_microbatches)
+  elif c.remat:
+    run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+
+  if is_loop:
+    params = stack.variables['params'].get(_STACKED)
+    if params is None:
+      # The state keeps a name for each layer, as T5X's checkpoints do, and the
+      # optimizer sees each by itself.
+      each, _ = _split_layers(stack.variables['params'])
+      params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    rngs = None
+    if c.dropout_rate > 0.0 and not deterministic:
+      rngs = jax.random.split(stack.make_rng('dropout'), len(stack.layers))
+    x, _ = jax.lax.scan(run_layer, x, (params, rngs))
+  else:
+    for layer in stack.layers:
+      x, _ = run_layer(x, (layer.variables['params'], None))
+  return x if num_microbatches == 1 else merge_rows(x)
+
+
+def _in_microbatches(
+  stack, layer_class, x_BLD, per_row, shared, num_microbatches
+):
+  """Returns (x [microbatches, rows, L, D], (params, None)) -> (the same, None).
+
+  A layer's parameters are gathered once for all microbatches.
+  """
+  placement = stack.placement
+  layer = layer_class(stack.config, parent=None)
+  parts = {
+    name: split_rows(x, num_microbatches)
+    for name, x in per_row.items()
+    if x is not None
+  }
+
+  def run_layer(x, layer_params):
+    params, _ = layer_params
+    if placement is not None and placement.spreads_params_over_data:
+      boxed = jax.eval_shape(
+        lambda: layer.init(jax.random.key(0), x_BLD, True, **per_row, **shared)[
+          'params'
+        ]
+      )
+      params = jax.lax.with_sharding_constraint(
+        params, placement.gathered().shardings(nn.get_partition_spec(boxed))
+      )
+
+    def run_microbatch(microbatch):
+      x, rows = microbatch
+      x = layer.apply(
+        {'params': params}, x, True, **{**per_row, **rows}, **shared
+      )
+      return constrain(x, placement)
+
+    return jax.lax.map(run_microbatch, (x, parts)), None
+
+  return run_layer
+
+
+def stack_layers(params: Params) -> Params:
+  """Returns parameters as a model with `scan_layers` reads them.
+
+  The layers of the encoder are one tree of arrays [layers, ...], named
+  'layers', and so are the decoder's. A program that gets them one by one stacks
+  them first: a second copy of the weights.
+
+  Args:
+    params: of a model; arrays, which are deleted (there is never a second copy
+      of them all), or shapes with shardings.
+  """
+
+  def stack(*leaves):
+    mesh, spec = leaves[0].sharding.mesh, leaves[0].sharding.spec
+    sharding = NamedSharding(mesh, PartitionSpec(None, *spec))
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+      shape = (len(leaves), *leaves[0].shape)
+      return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=sharding)
+    make = jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=sharding)
+    stacked = jax.block_until_ready(make(*leaves))
+    for leaf in leaves:
+      leaf.delete()
+    return stacked
+
+  params = dict(params)
+  for name in _STACKS:
+    each, others = _split_layers(params[name])
+    if each:
+      params[name] = {**others, _STACKED: jax.tree.map(stack, *each)}
+  return params
+
+
+def gather_params(model: Model, params: Params) -> Params:
+  """Returns parameters with nothing left sharded over 'data'.
+
+  See `interface.Model.gather_params`.
+  """
+  params = _unstack_layers(params)
+  placement = model.placement
+  if placement is None or not placement.spreads_params_over_data:
+    return params
+  return jax.lax.with_sharding_constraint(
+    params, placement.gathered().shardings(logical_axes(model))
+  )
+
+
+def _unstack_layers(params: Params) -> Params:
+  """Returns parameters with a name for each layer, stacked or not."""
+  params = dict(params)
+  for name in _STACKS:
+    others = dict(params[name])
+    if stacked := others.pop(_STACKED, None):
+      num = jax.tree.leaves(stacked)[0].shape[0]
+      each = {
+        f'{_LAYER}{i}': jax.tree.map(lambda x, i=i: x[i], stacked)
+        for i in range(num)
+      }
+      params[name] = {**others, **each}
+  return params
+
+
+def _split_layers(stack_params: Params) -> tuple[list[Params], Params]:
+  """Returns the layers of an encoder or decoder in order, and the rest."""
+  others, each = dict(stack_params), []
+  while (layer := others.pop(f'{_LAYER}{len(each)}', None)) is not None:
+    each.append(layer)
+  return each, others

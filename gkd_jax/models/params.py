@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters of any model: fresh ones, their shapes, names and axes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gkd_jax.models.interface import Model, Params
+
+
+def init_params(model: Model, rng: jax.Array) -> Params:
+  """Returns fresh float32 parameters, with T5X's names and initializers."""
+  return nn.unbox(_boxed_params(model, rng))
+
+
+def logical_axes(model: Model) -> Params:
+  """Returns, for each parameter, the names of its axes: a PartitionSpec."""
+  boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
+  return nn.get_partition_spec(boxed)
+
+
+def abstract_params(model: Model) -> Params:
+  """Returns shape, dtype and sharding of each parameter, without making it.
+
+  Args:
+    model: with a placement.
+
+  Raises:
+    ValueError: the mesh does not divide one of them.
+  """
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  shardings = model.placement.shardings(logical_axes(model))
+  named_shardings = named_params(shardings)
+  for name, x in named_params(shapes).items():
+    try:
+      named_shardings[name].shard_shape(x.shape)
+    except ValueError as e:
+      mesh = model.placement.mesh.shape
+      raise ValueError(
+        f'MESH_MODEL {mesh["model"]} does not divide {name} of shape '
+        f'{x.shape}: it must divide heads, feed-forward width and vocabulary '
+        'of student and teacher. (Of a model with PARAMETER_PARTITIONING_DIMS '
+        f'= 2 the data axis, {mesh["data"]} here, must divide the width; with '
+        '= 0 it lies whole on every device.)'
+      ) from e
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
+def _boxed_params(model: Model, rng: jax.Array) -> Params:
+  one_token = jnp.ones((1, 1), jnp.int32)
+  return model.init(rng, one_token, one_token)['params']
+
+
+def named_params(params: Params) -> dict[str, Any]:
+  """Returns {'encoder/layers_0/mlp/wo/kernel': leaf} of a tree."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def param_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+  """Returns {name: shape} of all parameters of a model, without making any."""
+  abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return {name: x.shape for name, x in named_params(abstract).items()}
+
+
+def count_params(params: Params) -> int:
+  """Returns how many numbers the parameters hold."""
+  return sum(x.size for x in jax.tree.leaves(params))

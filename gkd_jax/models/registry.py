@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The families of models. To add one, write its module and list it here.
+
+A family also has names in checkpoints: `checkpoints/formats/families`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gkd_jax.models import t5
+from gkd_jax.models.interface import (
+  EXECUTION_FIELDS,
+  ID_FIELDS,
+  Model,
+  ModelConfig,
+)
+from gkd_jax.parallel.partitioning import Placement
+
+
+class Family(NamedTuple):
+  """One kind of encoder-decoder.
+
+  Attributes:
+    config: class of its configs.
+    model: class of its models, called as model(config, placement).
+    sizes: published shapes, {name: config}; no two families share a name.
+  """
+
+  config: type[ModelConfig]
+  model: type[Model]
+  sizes: Mapping[str, ModelConfig]
+
+
+FAMILIES: dict[str, Family] = {
+  't5': Family(t5.T5Config, t5.T5, t5.SIZES),
+}
+SIZES: dict[str, ModelConfig] = {
+  name: config
+  for family in FAMILIES.values()
+  for name, config in family.sizes.items()
+}
+
+
+def make_model(
+  config: ModelConfig, placement: Placement | None = None
+) -> Model:
+  """Returns the model of a config.
+
+  Args:
+    config: of a family that is listed here.
+    placement: where its arrays lie; None: on one device.
+  """
+  return FAMILIES[config.family].model(config, placement)
+
+
+def make_config(family: str, **fields: Any) -> ModelConfig:
+  """Returns a config of a family.
+
+  Raises:
+    ValueError: there is no such family, or a field is wrong.
+  """
+  if family not in FAMILIES:
+    raise ValueError(
+      f'No model family {family!r}. There are: {", ".join(FAMILIES)}.'
+    )
+  return FAMILIES[family].config(**fields)
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+  """Returns what `config_from_json` reads."""
+  return {'family': config.family, **dataclasses.asdict(config)}
+
+
+def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+  """Returns the config that `config_to_json` wrote.
+
+  Raises:
+    ValueError: its family is not known.
+  """
+  # Before there were several families, none was written.
+  return make_config(**{'family': 't5', **values})
+
+
+def published(size: str, **changes: Any) -> ModelConfig:
+  """Returns a published size, with some fields changed.
+
+  Args:
+    size: a key of SIZES, e.g. 't5_1_1_small'.
+    **changes: fields of the config, e.g. dropout_rate=0.1.
+
+  Raises:
+    ValueError: there is no such size.
+  """
+  if size not in SIZES:
+    raise ValueError(
+      f'No model of size {size!r}. There are: {", ".join(SIZES)}.'
+    )
+  return dataclasses.replace(SIZES[size], **changes)
+
+
+def describe(config: ModelConfig) -> str:
+  """Returns a few words on a shape: the published size, if it is one."""
+  free = ('vocab_size', *EXECUTION_FIELDS, *ID_FIELDS)
+  ignored = {name: getattr(config, name) for name in free}
+  for name, size in SIZES.items():
+    if size.family == config.family and (
+      dataclasses.replace(size, **ignored) == config
+    ):
+      return name
+  return config.describe()

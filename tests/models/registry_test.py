@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import pytest
+
+from gkd_jax.models import registry
+from gkd_jax.models.params import count_params, init_params
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+  'size, number',
+  [
+    ('t5_1_0_small', 60_506_624),
+    ('t5_1_0_base', 222_903_552),
+    ('t5_1_0_large', 737_668_096),
+    ('t5_1_0_3b', 2_851_598_336),
+    ('t5_1_0_11b', 11_307_321_344),
+    ('t5_1_1_small', 76_961_152),
+    ('t5_1_1_base', 247_577_856),
+    ('t5_1_1_large', 783_150_080),
+    ('t5_1_1_xl', 2_849_757_184),
+    ('t5_1_1_xxl', 11_135_332_352),
+  ],
+)
+def test_published_sizes_have_the_published_number_of_parameters(size, number):
+  model = registry.make_model(registry.published(size))
+
+  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+  assert count_params(params) == number
+
+
+def test_published_refuses_unknown_sizes():
+  with pytest.raises(ValueError, match="'t5_1_1_tiny'.*t5_1_1_small"):
+    registry.published('t5_1_1_tiny')
+
+
+def test_published_changes_the_fields_named_and_no_other():
+  config = registry.published('t5_1_1_small', dropout_rate=0.1)
+
+  assert config.dropout_rate == 0.1
+  assert config.mlp_dim == registry.SIZES['t5_1_1_small'].mlp_dim
+  assert registry.SIZES['t5_1_1_small'].dropout_rate == 0.0
+
+
+def test_a_config_comes_back_from_json():
+  config = tiny.config(eos_id=2, mlp_activations=('relu',))
+
+  assert registry.config_from_json(registry.config_to_json(config)) == config
+
+
+def test_an_unknown_family_is_refused():
+  values = registry.config_to_json(tiny.config()) | {'family': 't6'}
+
+  with pytest.raises(ValueError, match="'t6'. There are: t5"):
+    registry.config_from_json(values)
+
+
+def test_a_shape_that_is_not_published_is_described():
+  assert registry.describe(registry.SIZES['t5_1_1_xl']) == 't5_1_1_xl'
+  assert registry.describe(tiny.config()) == (
+    'T5 1.1 of width 16 with 1 + 1 layers'
+  )
