@@ -178,14 +178,15 @@ def special_ids(
     model_config: see `models.interface`.
 
   Raises:
-    ValueError: the vocabulary ends its rows with another id than the model.
+    ValueError: the vocabulary ends its rows with another id than the model,.
   """
-  ids = (vocabulary.pad_id, vocabulary.eos_id)
-  wanted = (model_config.pad_id, model_config.eos_id)
-  if ids != wanted:
+  if vocabulary.eos_id != model_config.eos_id:
     raise ValueError(
-      f'The vocabulary of task {config.mixture_or_task_name!r} has pad and EOS '
-      f'ids {ids}; the model has {wanted}.'
+      f'The vocabulary of task {config.mixture_or_task_name!r} has EOS id '
+      f'{vocabulary.eos_id}, but the model ends its outputs with '
+      f'{model_config.eos_id}. Give the task the vocabulary that the model was '
+      'trained with: --gin_file=gin/vocabularies/sentencepiece.gin '
+      '--gin.VOCABULARY_PATH=FILE.'
     )
   return model_config.special_ids(vocabulary.vocab_size)
 

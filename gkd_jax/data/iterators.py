@@ -61,7 +61,7 @@ class TrainIterator(Iterator[Batch]):
       ds = seqio.get_dataset(
         task,
         task_feature_lengths=dict(config.task_feature_lengths),
-        feature_converter=seqio.EncDecFeatureConverter(pack=False),
+        feature_converter=_feature_converter(),
         dataset_split=config.split,
         use_cached=config.use_cached,
         shuffle=config.shuffle,
@@ -79,20 +79,24 @@ class TrainIterator(Iterator[Batch]):
     self._num_shards = num_shards
     self._saves = saves
     self._task_name = config.mixture_or_task_name
+    self._pad_id = pad_id
     self._was_read = False
 
   def __next__(self) -> Batch:
     """Returns numpy arrays [rows of this host, ...].
 
     Raises:
-      ValueError: the first time, if the position cannot be saved.
+      ValueError: a row holds the pad id; or, the first time, the position
+        cannot be saved.
     """
     parts = [next(iterator) for iterator in self._iterators.values()]
     batch = _to_batch(
       {
         name: np.concatenate([part[name].numpy() for part in parts])
         for name in parts[0]
-      }
+      },
+      self._pad_id,
+      self._task_name,
     )
     if not self._was_read:
       # TensorFlow finds out in saving whether it can: hours later, otherwise.
@@ -161,12 +165,54 @@ def _reading_options() -> tf.data.Options:
   return options
 
 
-def _to_batch(features: Mapping[str, np.ndarray]) -> Batch:
+def _feature_converter() -> seqio.FeatureConverter:
+  """Returns seqio's, for ids of which 0 may be one; see `_to_batch`.
+
+  seqio pads with 0 and takes every 0 for padding, but vocabularies differ in
+  what they use 0 for. So all ids are one higher while seqio handles them.
+  """
+
+  class FeatureConverter(seqio.EncDecFeatureConverter):
+    def _convert_features(self, ds, task_feature_lengths):
+      def shift(features):
+        ids = {name: features[name] + 1 for name in seqio_tasks.FEATURES}
+        return {**features, **ids}
+
+      return super()._convert_features(ds.map(shift), task_feature_lengths)
+
+  return FeatureConverter(pack=False)
+
+
+def _to_batch(
+  features: Mapping[str, np.ndarray], pad_id: int, task_name: str
+) -> Batch:
+  """Returns what `_feature_converter` made, padded with the model's pad id.
+
+  Raises:
+    ValueError: a row holds the pad id.
+  """
+
+  def ids(name):
+    shifted = features[name].astype(np.int32)
+    _check_holds_no_pad(shifted - 1, pad_id, task_name)
+    return np.where(shifted == 0, pad_id, shifted - 1).astype(np.int32)
+
   return Batch(
-    features['encoder_input_tokens'].astype(np.int32),
-    features['decoder_target_tokens'].astype(np.int32),
+    ids('encoder_input_tokens'),
+    ids('decoder_target_tokens'),
     features['decoder_loss_weights'].astype(np.float32),
   )
+
+
+def _check_holds_no_pad(ids: np.ndarray, pad_id: int, task_name: str) -> None:
+  """Raises ValueError if ids of a task's rows are the model's pad id."""
+  if (ids == pad_id).any():
+    raise ValueError(
+      f'A row of task {task_name!r} holds the id {pad_id}, which is padding to '
+      'the model and would not be read. Its preprocessors must give ids of '
+      'words alone, and its vocabulary must be the one that the model was '
+      'trained with.'
+    )
 
 
 class EvalDataset:
@@ -201,6 +247,7 @@ class EvalDataset:
       tuple(config.task_feature_lengths.items()),
       config.num_examples,
       config.use_cached,
+      pad_id,
     )
     self._task = self._evaluator.eval_tasks[0]
     self.vocabulary = task.output_features['targets'].vocabulary
@@ -220,7 +267,14 @@ class EvalDataset:
       fill = self.batch_size - len(part.encoder_input_tokens)
       yield (
         np.arange(start, start + self.batch_size, dtype=np.int32),
-        Batch(*(np.pad(x, ((0, fill), (0, 0))) for x in part)),
+        Batch(
+          *(
+            np.pad(x, ((0, fill), (0, 0)), constant_values=value)
+            for x, value in zip(
+              part, (self._pad_id, self._pad_id, 0.0), strict=True
+            )
+          )
+        ),
       )
 
   def predict(
@@ -313,6 +367,7 @@ def _read_split(
   lengths: Sequence[tuple[str, int]],
   num_examples: int | None,
   use_cached: bool,
+  pad_id: int,
 ) -> tuple[seqio.Evaluator, Sequence[int], Batch]:
   """Reads a split once for all runs of this process.
 
@@ -327,7 +382,7 @@ def _read_split(
   """
   evaluator = seqio.Evaluator(
     registered_name,
-    feature_converter=seqio.EncDecFeatureConverter(pack=False),
+    feature_converter=_feature_converter(),
     eval_split=split,
     use_cached=use_cached,
     sequence_length=dict(lengths),
@@ -348,7 +403,9 @@ def _read_split(
   return (
     evaluator,
     [int(i) for i, _ in rows],
-    _to_batch({k: np.stack([f[k] for _, f in rows]) for k in rows[0][1]}),
+    _to_batch(
+      {k: np.stack([f[k] for _, f in rows]) for k in rows[0][1]}, pad_id, name
+    ),
   )
 
 
@@ -417,6 +474,9 @@ class InferenceDataset:
       shape = (size, config.task_feature_lengths['inputs'])
       inputs = np.full(shape, self._pad_id, np.int32)
       for row, features in zip(inputs, part, strict=False):
+        _check_holds_no_pad(
+          features['inputs'], self._pad_id, config.mixture_or_task_name
+        )
         row[: len(features['inputs'])] = features['inputs']
       yield (
         np.arange(first_example, first_example + size, dtype=np.int32),

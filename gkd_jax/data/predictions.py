@@ -203,10 +203,10 @@ def read(
     raise ValueError(f'{_SETTING}: {pattern} holds no predictions.')
   ids = {name: np.concatenate(of) for name, of in rows.items()}
   for name, values in ids.items():
-    if values.size and not 0 < values.min() <= values.max() < num_ids:
+    if values.size and not 0 <= values.min() <= values.max() < num_ids:
       raise ValueError(
         f'{_SETTING}: {pattern} has ids from {values.min()} to {values.max()} '
-        f'in its {name}; those of the vocabulary are 1 to {num_ids - 1}.'
+        f'in its {name}; those of the vocabulary are 0 to {num_ids - 1}.'
       )
   return Examples(
     ids,

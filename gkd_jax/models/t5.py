@@ -85,6 +85,12 @@ class T5Config:
         raise ValueError(
           f'T5Config.{name} must be 1 or more, got {getattr(self, name)}.'
         )
+    for name in ('pad_id', 'start_id', 'eos_id'):
+      if not 0 <= getattr(self, name) < self.vocab_size:
+        raise ValueError(
+          f'T5Config.{name} must be an id of the embedding, from 0 to '
+          f'{self.vocab_size - 1}, got {getattr(self, name)}.'
+        )
     for name in ('num_encoder_layers', 'num_decoder_layers'):
       if getattr(self, name) < 0:
         raise ValueError(

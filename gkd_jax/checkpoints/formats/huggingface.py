@@ -41,6 +41,12 @@ SIDE_FILES = (
   'added_tokens.json',
   _GENERATION,
 )
+# Field of our config -> field of config.json and generation_config.json.
+_ID_NAMES = {
+  'pad_id': 'pad_token_id',
+  'eos_id': 'eos_token_id',
+  'start_id': 'decoder_start_token_id',
+}
 _WEIGHTS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
 _MAX_SHARD_BYTES = 5 * 10**9  # the limit that transformers uses
@@ -74,7 +80,9 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   values = _read_json(folder / CONFIG)
   stored = _stored_tensors(folder)
   family = _family_of(folder / CONFIG, values)
-  config, names, unused = family.read_layout(folder / CONFIG, values, stored)
+  config, names, unused = family.read_layout(
+    folder / CONFIG, values, _special_ids(folder, values), stored
+  )
   wanted = {name for name, _ in names.values()}
   missing = sorted(wanted - stored.keys())
   unexpected = sorted(stored.keys() - wanted - unused)
@@ -111,6 +119,41 @@ def _family_of(path: epath.Path, values: Mapping[str, Any]) -> Any:
       f'encoder-decoders {", ".join(types)}.'
     )
   return types[kind]
+
+
+def _special_ids(
+  folder: epath.Path, values: Mapping[str, Any]
+) -> dict[str, int]:
+  """Returns the special ids that a folder names: {field of our config: id}.
+
+  Args:
+    folder: with generation_config.json, or without.
+    values: contents of its config.json.
+
+  Raises:
+    ValueError: the two files disagree, or there are several ids for one field.
+  """
+  generation = {}
+  if (folder / _GENERATION).exists():
+    generation = _read_json(folder / _GENERATION)
+  ids = {}
+  for ours, theirs in _ID_NAMES.items():
+    for file, contents in ((CONFIG, values), (_GENERATION, generation)):
+      value = contents.get(theirs)
+      if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+      if value is None:
+        continue
+      if not isinstance(value, int):
+        raise ValueError(
+          f'{folder / file}: {theirs} is {value}; gkd_jax needs one id.'
+        )
+      if ids.setdefault(ours, value) != value:
+        raise ValueError(
+          f'{folder}: {theirs} is {ids[ours]} in {CONFIG}, but {value} in '
+          f'{file}. Correct the one that differs from the tokenizer.'
+        )
+  return ids
 
 
 def vocabulary(folder: epath.Path) -> str | None:
@@ -239,7 +282,8 @@ def save(
   if source is not None and (source / CONFIG).exists():
     was = _read_json(source / CONFIG)
   family = _FAMILIES[config.family]
-  values = family.config_to_json(config, was, dtype)
+  ids = {theirs: getattr(config, ours) for ours, theirs in _ID_NAMES.items()}
+  values = family.config_to_json(config, was, dtype) | ids
   names = family.tensor_names(config)
   kept = np.dtype(dtype)
   shards = list(
@@ -274,10 +318,7 @@ def save(
         (source / name).copy(folder / name)
   _write_json(folder / CONFIG, values)
   if not (folder / _GENERATION).exists():
-    _write_json(
-      folder / _GENERATION,
-      {'decoder_start_token_id': 0, 'eos_token_id': 1, 'pad_token_id': 0},
-    )
+    _write_json(folder / _GENERATION, ids)
 
 
 def tokenizer_files(folder: epath.Path) -> list[str]:

@@ -42,13 +42,17 @@ _UNUSED = (
 
 
 def read_layout(
-  path: epath.Path, values: Mapping[str, Any], stored: Mapping[str, Tensor]
+  path: epath.Path,
+  values: Mapping[str, Any],
+  ids: Mapping[str, int],
+  stored: Mapping[str, Tensor],
 ) -> tuple[ModelConfig, dict[str, tuple[str, bool]], set[str]]:
   """Returns what a folder holds.
 
   Args:
     path: of config.json.
     values: its contents.
+    ids: the special ids that the folder names, {field of our config: id}.
     stored: {tensor name: Tensor} of the weights.
 
   Returns:
@@ -67,14 +71,20 @@ def read_layout(
     or embedding == _HEAD
     or tensors_lib.equal(stored[_HEAD], stored[embedding])
   )
-  config = _config(path, values, tied=tied)
+  ids = {'pad_id': 0, 'eos_id': 1} | ids  # of transformers' T5Config
+  ids = {'start_id': ids['pad_id']} | ids
+  config = _config(path, values, ids, tied=tied)
   embedding_name = {'token_embedder/embedding': (embedding, False)}
   unused = {*_EMBEDDINGS, _HEAD, _UNUSED}
   return config, tensor_names(config) | embedding_name, unused
 
 
 def _config(
-  path: epath.Path, values: Mapping[str, Any], *, tied
+  path: epath.Path,
+  values: Mapping[str, Any],
+  ids: Mapping[str, int],
+  *,
+  tied: bool,
 ) -> ModelConfig:
   """Returns the shape that a config.json describes."""
   kind = values['model_type']
@@ -120,6 +130,7 @@ def _config(
       relpos_buckets=values.get('relative_attention_num_buckets', 32),
       relpos_max_distance=values.get('relative_attention_max_distance', 128),
       relpos_bias_per_layer=kind == 'umt5',
+      **ids,
     )
   except KeyError as e:
     raise ValueError(f'{path} does not say {e}.') from e
@@ -222,8 +233,5 @@ def config_to_json(config: ModelConfig, was: Mapping[str, Any], dtype: str):
     # transformers 4 reads the first, 5 the second, which T5 alone has.
     'tie_word_embeddings': scale or config.logits_via_embedding,
     **({'scale_decoder_outputs': scale} if kind == 't5' else {}),
-    'pad_token_id': 0,
-    'eos_token_id': 1,
-    'decoder_start_token_id': 0,
     'dtype': dtype,
   }

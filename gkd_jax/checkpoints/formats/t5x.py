@@ -83,7 +83,7 @@ def open_folder(
   A checkpoint says nothing but names and shapes. What they leave open is taken
   to be as in T5X's own configurations: one `wi` is ('relu',), two are ('gelu',
   'linear'); without `logits_dense` the embedding is tied and outputs are
-  scaled; distances share a bucket from 128 on.
+  scaled; distances share a bucket from 128 on; EOS is 1.
 
   Args:
     folder: `checkpoint_<step>`, local or gs://.
@@ -494,6 +494,8 @@ def check_can_hold(config: ModelConfig) -> None:
     ('scale_decoder_outputs', None),
     ('relpos_buckets', 32),
     ('relpos_max_distance', 128),
+    ('pad_id', 0),
+    ('start_id', 0),
   ):
     if (ours := getattr(config, field)) != theirs:
       raise ValueError(

@@ -13,7 +13,7 @@ from etils import epath
 from gkd_jax.checkpoints.formats import huggingface, tensors
 from gkd_jax.decoding import beam_search, sampler
 from tests import main_test
-from tests.interop import huggingface_test as golden
+from tests.checkpoints.formats import huggingface_test as golden
 from tests.main_test import gin_flags
 
 torch = pytest.importorskip('torch', reason='needs torch: the extra [interop]')
@@ -48,6 +48,13 @@ MODELS = {
     | {'vocab_size': 384, 'd_ff': 3584, 'num_heads': 6}
     | {'num_layers': 4, 'num_decoder_layers': 2},
   ),
+  'madlad': (
+    't5',
+    SMALL
+    | fixtures.UNTIED
+    | {'d_ff': 1024, 'pad_token_id': 1, 'eos_token_id': 2},
+  ),
+  'fred': ('t5', SMALL | fixtures.UNTIED | {'d_ff': 1024, 'eos_token_id': 2}),
 }
 LENGTH = 64
 NUM_EXAMPLES = 48
@@ -67,9 +74,14 @@ def pair(request, tmp_path_factory):
 def said(pair):
   """What transformers computes on some inputs."""
   theirs, _, _ = pair
-  num_ids = theirs.config.vocab_size
-  inputs = fixtures.inputs(3, 24, num_ids)
-  targets = fixtures.inputs(3, 20, num_ids, seed=1)
+  c = theirs.config
+  ids = {
+    'num_ids': c.vocab_size,
+    'eos': c.eos_token_id,
+    'pad': c.pad_token_id,
+  }
+  inputs = fixtures.inputs(3, 24, **ids)
+  targets = fixtures.inputs(3, 20, seed=1, **ids)
   return inputs, targets, fixtures.what_it_says(theirs, inputs, targets, LENGTH)
 
 
@@ -95,7 +107,11 @@ def test_greedy_outputs_are_equal_token_for_token(pair, said, all_ids):
 
   written = golden.write(*ours, sampler.GREEDY, inputs, LENGTH)
 
-  assert golden.until_eos(written) == golden.until_eos(want['greedy'])
+  got, want = (
+    golden.until_eos(x, ours[0].config.eos_id)
+    for x in (written, want['greedy'])
+  )
+  assert got == want
 
 
 def test_beam_outputs_are_equal(pair, said, all_ids):
@@ -105,7 +121,10 @@ def test_beam_outputs_are_equal(pair, said, all_ids):
 
   written = golden.write(*ours, beam, inputs, LENGTH)
 
-  assert golden.until_eos(written) == golden.until_eos(want['beam'])
+  got, want = (
+    golden.until_eos(x, ours[0].config.eos_id) for x in (written, want['beam'])
+  )
+  assert got == want
 
 
 @pytest.mark.parametrize('max_shard_bytes', [10**10, 10**7])
@@ -203,5 +222,7 @@ def test_predictions_of_a_distilled_student_are_equal(
     suppress_tokens=[0, *range(vocabulary.vocab_size, 384)],
   )
 
-  theirs = [vocabulary.decode(row) for row in golden.until_eos(written[:, 1:])]
+  theirs = [
+    vocabulary.decode(row) for row in golden.until_eos(written[:, 1:], 1)
+  ]
   assert [line['prediction'] for line in ours] == theirs

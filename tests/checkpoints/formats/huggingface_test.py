@@ -25,12 +25,12 @@ from gkd_jax.evaluation import programs
 from gkd_jax.models.params import abstract_params
 from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
-from tests import conftest, tiny
+from tests import conftest
 
 FIXTURES = epath.Path(
   conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
 )
-IDS = tiny.special_ids(40)
+NUM_IDS = 40
 NUM_BEAMS = 3
 # (name, what its model is, in the words of our config)
 ARCHITECTURES = {
@@ -41,6 +41,8 @@ ARCHITECTURES = {
   'umt5': {'relpos_bias_per_layer': True, 'scales_decoder_outputs': True},
   'sharded': {'num_encoder_layers': 2},
   'bfloat16': {'logits_via_embedding': False},
+  'madlad': {'pad_id': 1, 'start_id': 0, 'eos_id': 2},
+  'fred': {'pad_id': 0, 'start_id': 0, 'eos_id': 2},
 }
 each = pytest.mark.parametrize('name', ARCHITECTURES)
 
@@ -62,7 +64,7 @@ def write(model, params, decoding, inputs, length):
     model,
     decoding,
     max_decode_len=length,
-    ids=IDS,
+    ids=model.config.special_ids(NUM_IDS),
     seed=0,
     mesh=partitioning.make_mesh(),
   )
@@ -70,11 +72,11 @@ def write(model, params, decoding, inputs, length):
   return write(params, rows, inputs.astype(np.int32))[:, 0]
 
 
-def until_eos(tokens):
+def until_eos(tokens, eos):
   """Rows up to their first EOS: transformers fills up in several ways."""
   rows = []
   for row in tokens.tolist():
-    rows.append(row[: row.index(1) + 1] if 1 in row else row)
+    rows.append(row[: row.index(eos) + 1] if eos in row else row)
   return rows
 
 
@@ -118,11 +120,14 @@ def test_logits_are_those_of_transformers(name):
 
 @each
 def test_greedy_outputs_are_those_of_transformers(name):
+  model, params = load(FIXTURES / name)
   want = expected(name)
 
-  written = write(*load(FIXTURES / name), sampler.GREEDY, want['inputs'], 12)
+  written = write(model, params, sampler.GREEDY, want['inputs'], 12)
 
-  assert until_eos(written) == until_eos(want['greedy'])
+  assert until_eos(written, model.config.eos_id) == until_eos(
+    want['greedy'], model.config.eos_id
+  )
 
 
 @each
@@ -135,7 +140,9 @@ def test_beam_outputs_are_those_of_transformers_or_more_probable(name):
 
   written = write(model, params, beam, want['inputs'], 12)
 
-  ours, theirs = until_eos(written), until_eos(want['beam'])
+  ours, theirs = (
+    until_eos(x, model.config.eos_id) for x in (written, want['beam'])
+  )
   differ = [row for row, x in enumerate(ours) if x != theirs[row]]
   assert len(differ) <= len(ours) // 2
   for row in differ:
@@ -147,7 +154,8 @@ def log_prob(model, params, inputs, tokens):
   """Of one output, pad and what fills the embedding up being impossible."""
   tokens = jnp.asarray(tokens)
   logits = model.apply({'params': params}, inputs[None], tokens[None])[0]
-  log_probs = jax.nn.log_softmax(mask_unused_ids(logits, IDS))
+  logits = mask_unused_ids(logits, model.config.special_ids(NUM_IDS))
+  log_probs = jax.nn.log_softmax(logits)
   return float(log_probs[jnp.arange(len(tokens)), tokens].sum())
 
 

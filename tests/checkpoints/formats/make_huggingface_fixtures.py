@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes huggingface_fixtures: tiny models, and what they say.
 
-    python -m tests.checkpoints.formats.make_huggingface_fixtures
+    python -m tests.checkpoints.formats.make_huggingface_fixtures [NAME...]
 
-Needs torch and transformers (the extra `interop`); the tests that read the
-fixtures do not.
+Makes those named, or all. Needs torch and transformers (the extra `interop`);
+the tests that read the fixtures do not.
 """
 
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ MODELS = {
   'umt5': ('umt5', {'feed_forward_proj': 'gated-gelu'}, {}),
   'sharded': ('t5', UNTIED, {'max_shard_size': '8KB'}),
   'bfloat16': ('t5', UNTIED, {'dtype': torch.bfloat16}),
+  # The special ids of MADLAD-400 and of FRED-T5.
+  'madlad': ('t5', UNTIED | {'pad_token_id': 1, 'eos_token_id': 2}, {}),
+  'fred': ('t5', UNTIED | {'eos_token_id': 2}, {}),
 }
 NUM_BEAMS = 3
 MAX_NEW_TOKENS = 12
@@ -79,33 +83,36 @@ def make(kind, changes, seed=1, as_initialised=False):
   return model
 
 
-def inputs(num_rows=4, length=9, num_ids=NUM_IDS, seed=0):
-  """Returns tokens [num_rows, length], of different lengths, padded with 0."""
+def inputs(num_rows=4, length=9, num_ids=NUM_IDS, seed=0, eos=1, pad=0):
+  """Returns tokens [num_rows, length], of different lengths, padded."""
   rng = np.random.default_rng(seed)
-  tokens = rng.integers(2, num_ids, (num_rows, length))
+  tokens = rng.integers(max(eos, pad) + 1, num_ids, (num_rows, length))
+  if pad != 0:
+    tokens[:, 0] = 0  # a token like others there
   for row, end in enumerate(rng.integers(2, length + 1, num_rows)):
-    tokens[row, end - 1] = 1
-    tokens[row, end:] = 0
+    tokens[row, end - 1] = eos
+    tokens[row, end:] = pad
   return tokens
 
 
 def what_it_says(model, tokens, targets, max_new_tokens=MAX_NEW_TOKENS):
   """Returns {'logits', 'greedy', 'beam'} of a model."""
+  pad = model.config.pad_token_id
   given = {
     'input_ids': torch.tensor(tokens),
-    'attention_mask': torch.tensor(tokens != 0),
+    'attention_mask': torch.tensor(tokens != pad),
   }
   # The pad token is no output of ours, at any place.
   length = {
     'max_new_tokens': max_new_tokens,
     'do_sample': False,
-    'suppress_tokens': [0],
+    'suppress_tokens': [pad],
     'renormalize_logits': True,
   }
   with torch.no_grad():
     return {
       'logits': model(**given, labels=torch.tensor(targets)).logits.numpy(),
-      'greedy': padded(model.generate(**given, **length), max_new_tokens),
+      'greedy': padded(model.generate(**given, **length), max_new_tokens, pad),
       'beam': padded(
         model.generate(
           **given,
@@ -115,22 +122,29 @@ def what_it_says(model, tokens, targets, max_new_tokens=MAX_NEW_TOKENS):
           early_stopping='never',
         ),
         max_new_tokens,
+        pad,
       ),
     }
 
 
-def padded(tokens, length):
-  """Drops the start token, and fills up with 0."""
+def padded(tokens, length, pad):
+  """Drops the start token, and fills up with padding."""
   tokens = tokens.numpy()[:, 1:]
-  return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
+  fill = ((0, 0), (0, length - tokens.shape[1]))
+  return np.pad(tokens, fill, constant_values=pad)
 
 
-def main():
-  shutil.rmtree(FOLDER, ignore_errors=True)
-  tokens, targets = inputs(), inputs(length=7, seed=1)
-  for name, (kind, changes, saving) in MODELS.items():
+def main(names):
+  for name in names or MODELS:
+    kind, changes, saving = MODELS[name]
+    shutil.rmtree(FOLDER / name, ignore_errors=True)
     saving = dict(saving)
     model = make(kind, changes)
+    ids = {
+      'eos': model.config.eos_token_id,
+      'pad': model.config.pad_token_id,
+    }
+    tokens, targets = inputs(**ids), inputs(length=7, seed=1, **ids)
     if dtype := saving.pop('dtype', None):
       model = model.to(dtype)
     model.save_pretrained(FOLDER / name, **saving)
@@ -145,4 +159,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

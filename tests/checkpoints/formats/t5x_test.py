@@ -441,7 +441,7 @@ def placed_on_four_devices():
 
 def test_each_device_reads_its_part_alone(written_by_t5x):
   asked, held = tiny.on_simulated_devices(
-    4, 'tests.interop.t5x_test', 'placed_on_four_devices'
+    4, 'tests.checkpoints.formats.t5x_test', 'placed_on_four_devices'
   )
 
   whole = read(written_by_t5x['scanned'])

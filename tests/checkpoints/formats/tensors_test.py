@@ -61,7 +61,7 @@ def test_an_entry_reads_itself_alone():
 
 def test_each_device_reads_its_own_part_and_no_more():
   read, same = tiny.on_simulated_devices(
-    2, 'tests.interop.tensors_test', 'place_on_two_devices'
+    2, 'tests.checkpoints.formats.tensors_test', 'place_on_two_devices'
   )
 
   assert same
