@@ -786,8 +786,8 @@ class _Log:
     line = {'step': step}
     for name in ('loss', 'grad_norm'):
       line[name] = str(values[name])
-    line['inputs'] = hosts.whole(batch.encoder_input_tokens).tolist()
-    line['targets'] = hosts.whole(batch.decoder_target_tokens).tolist()
+    line['inputs'] = hosts.allgather(batch.encoder_input_tokens).tolist()
+    line['targets'] = hosts.allgather(batch.decoder_target_tokens).tolist()
     if hosts.is_first():
       with open(self._skipped_path, 'a') as file:
         file.write(json.dumps(line) + '\n')

@@ -65,6 +65,23 @@ def test_imports_run_to_the_left_only():
   assert wrong == []
 
 
+def test_decoding_and_methods_know_models_by_their_protocol_alone():
+  wrong = [
+    f'{path.relative_to(PACKAGE)} imports {name}'
+    for path in FILES
+    for name in imported(path)
+    if place_of(path) in ('decoding', 'distill')
+    and name.startswith('gkd_jax.models')
+    and not name.startswith('gkd_jax.models.interface')
+  ]
+
+  assert wrong == []
+
+
+def test_a_family_of_models_is_known_to_the_registry_alone():
+  assert who_imports('gkd_jax.models.t5') == {'models/registry'}
+
+
 def test_modules_of_a_folder_do_not_import_each_other_in_a_circle():
   module = {
     '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts): path

@@ -23,7 +23,7 @@ from gkd_jax.checkpoints.formats import huggingface, t5x, tensors
 from gkd_jax.models import registry
 from gkd_jax.models.interface import EXECUTION_FIELDS, Model, ModelConfig
 from gkd_jax.models.params import abstract_params
-from gkd_jax.parallel import hosts
+from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.parallel.partitioning import Placement
 from gkd_jax.runtime import console
 
@@ -193,7 +193,28 @@ def check_dtype(setting: str, dtype: str | None) -> None:
     )
 
 
-def load_model(
+def load_model(path: str, dtype: str | None = None) -> tuple[Model, Params]:
+  """Loads a model and its parameters from any checkpoint, onto all devices.
+
+  Args:
+    path: see `open_checkpoint`.
+    dtype: of the parameters, 'float32' or 'bfloat16'; None: as saved.
+
+  Returns:
+    The model, on one mesh of all devices, and its parameters.
+
+  Raises:
+    ValueError: there is no whole checkpoint, or no such dtype.
+  """
+  check_dtype('dtype', dtype)
+  source = open_checkpoint(path, 'path')
+  model = registry.make_model(
+    source.config, Placement(partitioning.make_mesh())
+  )
+  return model, source.load(abstract_params(model), dtype)
+
+
+def load_for_task(
   path: str,
   vocabulary: str,
   ids: SpecialIds,
@@ -201,7 +222,7 @@ def load_model(
   dtype: str | None = None,
   setting: str = 'CHECKPOINT_PATH',
 ) -> tuple[Model, Params, epath.Path]:
-  """Loads a model as its checkpoint says it is, and says what it is.
+  """Loads a model for a task, and logs what it is.
 
   Args:
     path: see `open_checkpoint`.

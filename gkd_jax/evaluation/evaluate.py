@@ -424,7 +424,7 @@ def evaluate_checkpoint(
   source = pretrained.open_checkpoint(checkpoint_path)
   ids = datasets.special_ids(dataset, vocabulary, source.config)
   load = functools.partial(
-    pretrained.load_model,
+    pretrained.load_for_task,
     vocabulary=vocabularies.describe(vocabulary),
     ids=ids,
     mesh=mesh,

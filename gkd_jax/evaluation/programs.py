@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkd_jax.batch import Batch, Outputs, SpecialIds, mask_unused_ids
+from gkd_jax.batch import Batch, Outputs, SpecialIds
 from gkd_jax.data import iterators
-from gkd_jax.decoding import beam_search, sampler
+from gkd_jax.decoding import beam_search, generate, sampler
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding.calculator import Calculator
 from gkd_jax.distill import chunked_sums, divergences, objectives, rewards
@@ -134,25 +134,8 @@ def _write_program(
     ).tokens
 
   def beam(params, inputs):
-    width = decoding.num_beams
-    encoded = model.apply({'params': params}, inputs, method='encode')
-    encoded = jnp.repeat(encoded, width, axis=0)
-    params = model.gather_params(params)  # once, not for each token
-    apply = functools.partial(model.apply, {'params': params})
-    inputs = jnp.repeat(inputs, width, axis=0)
-    cache = apply(encoded, inputs, max_decode_len, method='start_cache')
-
-    def decode_step(cache, tokens):
-      logits, cache = apply(cache, tokens, method='decode_step')
-      return mask_unused_ids(logits, ids), cache
-
-    return beam_search.beam_search(
-      decode_step,
-      cache,
-      decoding,
-      batch_size=inputs.shape[0] // width,
-      max_decode_len=max_decode_len,
-      ids=ids,
+    return generate.search(
+      model, params, inputs, decoding, max_decode_len=max_decode_len, ids=ids
     ).tokens[:, :num_outputs]
 
   return jax.jit(

@@ -104,7 +104,7 @@ class GKDModel(models.EncoderDecoderModel):
     if self._teacher_checkpoint_path is None:
       return None
     vocabulary = self.output_vocabulary
-    teacher, params, _ = pretrained.load_model(
+    teacher, params, _ = pretrained.load_for_task(
       self._teacher_checkpoint_path,
       vocabularies.describe(vocabulary),
       self._ids,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run on several hosts: a process on each, that all do the same.
+"""One run on several hosts: one process on each, and all do the same.
 
 Numbers are computed together, on one mesh of all devices. Files and messages
 are the first host's; checkpoints are written by all.
@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 # Known without asking for devices, which would take them.
 _index = 0
 _count = 1
-_times_asked = itertools.count()
+_num_calls = itertools.count()
 
 
 def start(
@@ -89,42 +89,42 @@ def are_several() -> bool:
 
 
 def wait(name: str) -> None:
-  """Waits until all have come here.
+  """Waits until all hosts have reached this point.
 
   Args:
-    name: of the place.
+    name: of the point; the same on all hosts.
   """
   if are_several():
     multihost_utils.sync_global_devices(name)
 
 
 def any_host(value: bool) -> bool:
-  """Returns whether it is true on any; all must ask."""
+  """Returns whether it is true on any host; all must call."""
   if not are_several():
     return value
   return bool(multihost_utils.process_allgather(int(value)).any())
 
 
 def from_first(value: int) -> int:
-  """Returns what the first host gave; all must ask."""
+  """Returns the first host's value; all must call."""
   if not are_several():
     return value
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def whole(x: jax.Array) -> np.ndarray:
-  """Returns all of an array, the parts of other hosts, too; all must ask."""
+def allgather(x: jax.Array) -> np.ndarray:
+  """Returns all of an array, also the parts of other hosts; all must call."""
   if not are_several():
     return np.asarray(x)
   return multihost_utils.process_allgather(x, tiled=True)
 
 
 def reached_preemption() -> bool:
-  """Returns whether all are to stop here: one got SIGTERM.
+  """Returns whether all hosts are to stop here, because one got SIGTERM.
 
-  They agree in the background on how many times more they ask, and are told
-  once; all must ask equally often. False where there is one host.
+  JAX agrees on a common future call and returns True there, once; every host
+  must call this equally often. False where there is one host.
   """
   return are_several() and multihost_utils.reached_preemption_sync_point(
-    next(_times_asked)
+    next(_num_calls)
   )

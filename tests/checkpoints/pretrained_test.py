@@ -91,7 +91,7 @@ def test_the_setting_that_names_a_wrong_path_is_said(tmp_path):
   with pytest.raises(ValueError, match='^INITIAL_CHECKPOINT_PATH: .*nowhere'):
     pretrained.config_of(nowhere)
   with pytest.raises(ValueError, match='^TEACHER_CHECKPOINT_PATH: .*nowhere'):
-    pretrained.load_model(
+    pretrained.load_for_task(
       nowhere,
       BYTES,
       tiny.special_ids(259),
@@ -149,13 +149,13 @@ def test_the_tokenizer_of_a_hugging_face_folder_must_be_the_tasks(tmp_path):
 
 def test_a_model_with_fewer_ids_than_the_task_is_refused():
   with pytest.raises(ValueError, match='embeds 40 ids, but .* has 259'):
-    pretrained.load_model(
+    pretrained.load_for_task(
       HUGGING_FACE / 't5_1_1', BYTES, tiny.special_ids(259), MESH
     )
 
 
 def test_a_model_may_have_more_ids_than_the_task():
-  model, _, _ = pretrained.load_model(
+  model, _, _ = pretrained.load_for_task(
     HUGGING_FACE / 't5_1_1', 'x', tiny.special_ids(33), MESH
   )
 
@@ -170,7 +170,7 @@ def test_a_model_may_have_more_ids_than_the_task():
 )
 @pytest.mark.parametrize('dtype', [None, 'float32', 'bfloat16'])
 def test_parameters_come_in_the_type_that_is_asked_for(name, kept, dtype):
-  _, params, _ = pretrained.load_model(
+  _, params, _ = pretrained.load_for_task(
     HUGGING_FACE / name, 'x', tiny.special_ids(33), MESH, dtype
   )
 

@@ -546,7 +546,9 @@ def test_a_vocabulary_whose_eos_is_not_the_models_is_refused():
 
   vocabulary = datasets.get_vocabulary(config)
 
-  with pytest.raises(ValueError, match=r'ids \(0, 3\); the model has \(0, 1\)'):
+  with pytest.raises(
+    ValueError, match='EOS id 3, but the model ends .* with 1'
+  ):
     datasets.special_ids(config, vocabulary, tiny.config())
   ids = datasets.special_ids(config, vocabulary, tiny.config(eos_id=3))
   assert (ids.eos, ids.num_ids) == (3, 9)
@@ -593,3 +595,69 @@ def test_a_wrong_number_of_examples_is_refused(num_examples):
 def test_arguments_that_are_no_mapping_are_refused():
   with pytest.raises(ValueError, match='TASK_ARGUMENTS must be'):
     datasets.DatasetConfig('x', LENGTHS, batch_size=4, task_arguments='folder')
+
+
+# --- Special ids --------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def other_ids():
+  """A task whose vocabulary ends with 2, and has a token 0; 1 is in no row."""
+  import tensorflow as tf
+
+  feature = seqio.Feature(seqio.PassThroughVocabulary(40, eos_id=2))
+  rows = {'inputs': [[0, 5], [6, 7]], 'targets': [[8], [0]]}
+
+  def dataset(split, shuffle_files, seed=None):
+    del split, shuffle_files, seed
+    return tf.data.Dataset.from_tensor_slices(
+      {name: np.int32(ids) for name, ids in rows.items()}
+    )
+
+  seqio.TaskRegistry.add(
+    'other_ids',
+    source=seqio.FunctionDataSource(dataset, splits=['train']),
+    preprocessors=[seqio.preprocessors.append_eos],
+    output_features={'inputs': feature, 'targets': feature},
+    metric_fns=[conftest.error_rate],
+  )
+  return datasets.DatasetConfig(
+    'other_ids', {'inputs': 4, 'targets': 3}, batch_size=2, shuffle=False
+  )
+
+
+def test_rows_are_padded_with_the_models_pad_id(other_ids):
+  train = next(iterators.TrainIterator(other_ids, seed=0, pad_id=1))
+  ((_, inputs, _),) = iterators.InferenceDataset(other_ids, 1).batches()
+
+  np.testing.assert_array_equal(
+    train.encoder_input_tokens, [[0, 5, 2, 1], [6, 7, 2, 1]]
+  )
+  np.testing.assert_array_equal(inputs, train.encoder_input_tokens)
+  np.testing.assert_array_equal(
+    train.decoder_target_tokens, [[8, 2, 1], [0, 2, 1]]
+  )
+  np.testing.assert_array_equal(
+    train.decoder_loss_weights, [[1.0, 1.0, 0.0]] * 2
+  )
+
+
+def test_the_last_batch_of_an_evaluation_is_filled_up_with_padding(other_ids):
+  config = dataclasses.replace(other_ids, batch_size=3)
+
+  ((_, batch),) = iterators.EvalDataset(config, pad_id=1).batches()
+
+  np.testing.assert_array_equal(batch.encoder_input_tokens[2], [1, 1, 1, 1])
+  np.testing.assert_array_equal(batch.decoder_target_tokens[2], [1, 1, 1])
+  np.testing.assert_array_equal(batch.decoder_loss_weights[2], [0.0] * 3)
+
+
+def test_rows_that_hold_the_pad_id_are_refused(other_ids):
+  said = "A row of task 'other_ids' holds the id 0, which is padding"
+
+  with pytest.raises(ValueError, match=said):
+    next(iterators.TrainIterator(other_ids, seed=0, pad_id=0))
+  with pytest.raises(ValueError, match=said):
+    iterators.EvalDataset(other_ids, pad_id=0)
+  with pytest.raises(ValueError, match=said):
+    next(iterators.InferenceDataset(other_ids, 0).batches())
