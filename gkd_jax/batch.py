@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels through a step: a batch of examples, and outputs y to train on.
+"""The data of a step: special ids, a batch of examples, outputs y to train on.
 
 Shape letters used in names throughout the package: B batch, S encoder length,
 T decoder length, V vocabulary, D embedding, H heads, K head dim, F mlp.
@@ -52,7 +52,7 @@ class SpecialIds:
 
 
 class Outputs(NamedTuple):
-  """Outputs y, one a row, whoever wrote them."""
+  """Outputs y, one a row: the dataset's, the student's or the teacher's."""
 
   tokens: jax.Array  # [B, T] int32, pad after the end
   weights: jax.Array  # [B, T] float32, 1 up to and including EOS, then 0

@@ -115,10 +115,10 @@ class _RestoreIterator(ocp.args.CheckpointArgs):
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
-    """Leaves it to `hosts.reached_preemption`.
+    """Returns False: `hosts.reached_preemption` detects preemption.
 
-    JAX compares the numbers that it is asked with: Orbax's, of steps, among
-    ours could put the moment to stop off without end.
+    JAX agrees on a future call by the number that each call passes. Orbax
+    passes steps; mixed with our counter, the agreed call might never come.
     """
     return False
 

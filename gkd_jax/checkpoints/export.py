@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model in the format of the system that will serve it."""
+"""Exports a model in the format of another system."""
 
 import re
 

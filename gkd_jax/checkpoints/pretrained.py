@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a model from a path, whatever wrote it.
+"""Loads a model from a checkpoint of any format.
 
-A path means a run folder of ours or a step in it, a Hugging Face folder, or a
-T5X checkpoint. Which it is, is found out from the files that are there.
+A path is a run folder of ours or a step in it, a Hugging Face folder, or a T5X
+checkpoint. The format is detected from the files.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ _SIDE_FOLDER = 'huggingface_files'
 
 
 class Pretrained(NamedTuple):
-  """A checkpoint that was found; its arrays are not read yet.
+  """An open checkpoint; its arrays are not read yet.
 
   Attributes:
     folder: where it is.
     format: who wrote it.
     config: the model's shape.
-    vocabulary: as `vocabularies.describe` says it, or a part of that line;
-      None where the files do not tell.
+    vocabulary: the line of `vocabularies.describe`, or a part of it; None where
+      no file names it.
     dtype: of its parameters.
     num_params: how many numbers they are.
     load: (abstract parameters, dtype or None) -> parameters; None keeps theirs.
@@ -65,12 +65,12 @@ class Pretrained(NamedTuple):
 
 
 def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
-  """Finds out what a path holds. Reads descriptions and headers alone.
+  """Opens a checkpoint, of any format. Reads descriptions and headers only.
 
   Args:
     path: a run folder, a step in it, a Hugging Face folder, a T5X checkpoint or
       a folder of those; local or gs://.
-    setting: what it is called in gin.
+    setting: its name in gin, for errors.
 
   Raises:
     ValueError: it is none of these, or is not whole.
@@ -91,7 +91,7 @@ def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
 
 @contextlib.contextmanager
 def _named(setting: str, folder: epath.Path) -> Iterator[None]:
-  """Says which checkpoint it is that a library cannot read."""
+  """Names the setting and the checkpoint in errors of the libraries."""
   try:
     yield
   except Exception as e:  # a damaged file can raise anything
@@ -146,14 +146,14 @@ def check_fits(
   config: ModelConfig | None = None,
   setting: str = 'STUDENT',
 ) -> None:
-  """Raises ValueError if a model is of no use; lists the first differences.
+  """Raises ValueError unless a model fits; lists the first differences.
 
   Args:
     source: what `open_checkpoint` found.
-    vocabulary: the task's, as `vocabularies.describe` says it.
+    vocabulary: the task's, see `vocabularies.describe`.
     ids: of the run: those of its student and its vocabulary.
     config: the shape it must have; None: any.
-    setting: what that shape is called in gin.
+    setting: the name of that shape in gin, for errors.
   """
   differences = []
   # A foreign tokenizer is known in part: its model, not how many extra ids.
@@ -222,7 +222,7 @@ def load_for_task(
   dtype: str | None = None,
   setting: str = 'CHECKPOINT_PATH',
 ) -> tuple[Model, Params, epath.Path]:
-  """Loads a model for a task, and logs what it is.
+  """Loads a model for a task, and logs its description.
 
   Args:
     path: see `open_checkpoint`.
@@ -230,7 +230,7 @@ def load_for_task(
     ids: see `check_fits`.
     mesh: where the parameters go.
     dtype: of the parameters; None: as saved.
-    setting: what the path is called in gin.
+    setting: the path's name in gin, for errors.
 
   Returns:
     The model, its parameters, and the folder they came from.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model writes: sampling, beam search, the calculator."""
+"""Generating outputs: sampling, beam search, the calculator."""

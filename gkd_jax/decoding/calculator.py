@@ -270,9 +270,9 @@ class Calculator:
   """Replaces numbers while they are written; see the top of this module.
 
   Whether a token ends with `=` or begins a number is looked up in a table on
-  the device. The host is asked in those steps alone in which some row begins
-  a number after `=`; it sees texts, computes, and returns tokens. What it
-  returns for a row depends on this row alone.
+  the device. The host is called only in steps in which some row begins a number
+  after `=`: it decodes the row, computes, and returns tokens. The result of a
+  row depends on this row alone.
   """
 
   def __init__(self, vocabulary, ids: SpecialIds):
@@ -344,10 +344,12 @@ class Calculator:
       queue.after_equals_B & (kind_B == _NUMBER_BEGINS)
     )
     was_forced_B = queue.tokens_BF[:, 0] != _NO_TOKEN
-    asks_B = begins_number_B & alive_B & ~was_forced_B
+    needs_result_B = begins_number_B & alive_B & ~was_forced_B
     tokens_BF = jax.lax.cond(
-      jnp.any(asks_B),
-      lambda: self._ask(queue.tokens_BF, tokens_BT, step, drawn_B, asks_B),
+      jnp.any(needs_result_B),
+      lambda: self._call_host(
+        queue.tokens_BF, tokens_BT, step, drawn_B, needs_result_B
+      ),
       lambda: queue.tokens_BF,
     )
     is_forced_B = tokens_BF[:, 0] != _NO_TOKEN
@@ -365,8 +367,8 @@ class Calculator:
     rest = Queue(after_equals_B, after_result_B, tokens_BF)
     return token_B, is_forced_B, rest
 
-  def _ask(self, tokens_BF, tokens_BT, step, drawn_B, asks_B):
-    """Returns what is to be written, with the answers for rows that ask."""
+  def _call_host(self, tokens_BF, tokens_BT, step, drawn_B, needs_result_B):
+    """Returns the forced tokens, with results where `needs_result_B`."""
     batch_size, length = tokens_BT.shape
     window = min(length, _WINDOW)
     tokens_BW = jax.lax.dynamic_slice_in_dim(
@@ -381,18 +383,18 @@ class Calculator:
       jax.ShapeDtypeStruct(tokens_BF.shape, tokens_BF.dtype),
       step,
       drawn_B,
-      asks_B,
+      needs_result_B,
       *parts,
     )
-    return jnp.where(asks_B[:, None], answers_BF, tokens_BF)
+    return jnp.where(needs_result_B[:, None], answers_BF, tokens_BF)
 
-  def _answers(self, step, drawn_B, asks_B, *parts):
+  def _answers(self, step, drawn_B, needs_result_B, *parts):
     """Returns the tokens to write, [B, F] int32; on the host."""
     tokens_BW = np.concatenate([np.asarray(part) for part in parts], axis=1)
     num_written = min(int(step), tokens_BW.shape[1])
     drawn_B = np.asarray(drawn_B)
     answers_BF = np.full((len(drawn_B), _MAX_FORCED), _NO_TOKEN, np.int32)
-    for row in np.flatnonzero(np.asarray(asks_B)):
+    for row in np.flatnonzero(np.asarray(needs_result_B)):
       answer = self.replace(
         tokens_BW[row, :num_written].tolist(),
         int(drawn_B[row]),
@@ -433,7 +435,7 @@ class Calculator:
     )
 
   def _encode(self, written: list[int], before: str, text: str) -> list[int]:
-    """Returns ids that add `text` to what is written; [] if there are none."""
+    """Returns ids that append `text` to the written ones, [] if none do."""
     encode = self._vocabulary.encode
     # A text's ids depend on what it follows: SentencePiece begins a text with a
     # space, and may join letters. Most often it follows `=`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a model write outputs for inputs, outside of any training step."""
+"""Generates a model's outputs outside of a training step."""
 
 import functools
 
@@ -22,10 +22,10 @@ def generate(
   max_decode_len: int,
   num_ids: int | None = None,
 ) -> sampler.Rollout | beam_search.Beams:
-  """Writes outputs; compiled once for each model, config and shape.
+  """Generates outputs; compiled once for each model, config and shape.
 
   Args:
-    model: that writes.
+    model: any.
     params: its parameters.
     encoder_input_tokens: [B, S] int32, the model's pad id after the end.
     config: a `SamplerConfig`, or a `BeamConfig` for beam search.
@@ -85,7 +85,7 @@ def search(
   """Searches a model's most probable outputs for each input.
 
   Args:
-    model: that writes.
+    model: any.
     params: its parameters.
     encoder_input_tokens: [B, S] int32.
     config: width and length penalty.

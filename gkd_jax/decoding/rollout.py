@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a model write one output for each input, inside the step."""
+"""Samples one output of a model for each input, inside a compiled step."""
 
 import jax
 
@@ -23,7 +23,7 @@ def rollout(
   encoded: jax.Array | None = None,
   calculator: Calculator | None = None,
 ) -> sampler.Rollout:
-  """Lets a model write one output for each input; no gradient.
+  """Samples one output of a model for each input; no gradient.
 
   Args:
     model: that writes.
@@ -35,7 +35,7 @@ def rollout(
     max_decode_len: T.
     ids: the special ids of model and vocabulary.
     encoded: [B, S, D] the encoder's output, where it is known already.
-    calculator: writes results, if `config` asks for one.
+    calculator: writes results where `config.calculator` is set.
 
   Returns:
     A `sampler.Rollout` of shapes [B, T].

@@ -106,13 +106,13 @@ def sample(
     max_decode_len: T, at most; a row that has not ended by then has no EOS.
     ids: what begins, ends and pads a row; the ids that may not occur are masked
       by `decode_step`.
-    calculator: writes results, if `config` asks for one.
+    calculator: writes results where `config.calculator` is set.
 
   Returns:
     A `Rollout`.
 
   Raises:
-    ValueError: `config` asks for a calculator, and there is none.
+    ValueError: `config.calculator` is set, but there is no calculator.
   """
   if config.calculator and calculator is None:
     raise ValueError(

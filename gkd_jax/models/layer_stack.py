@@ -44,7 +44,7 @@ def make_layers(
 def constrain(
   x_BLD: jax.Array, placement: partitioning.Placement | None
 ) -> jax.Array:
-  """Returns hidden states; the compiler is told how they are sharded."""
+  """Returns hidden states with a constraint on their sharding."""
   return partitioning.constrain(x_BLD, placement, 'batch', 'length', 'embed')
 
 

@@ -27,7 +27,7 @@ def start(
 ) -> None:
   """Connects this process to those of the other hosts, if there are any.
 
-  Before anything else asks JAX for devices. Without arguments on a TPU's host
+  Call it before JAX initializes its devices. Without arguments on a TPU's host
   the others are found automatically; elsewhere there are none.
 
   Args:

@@ -137,7 +137,7 @@ class Placement(NamedTuple):
 def constrain(
   x: jax.Array, placement: Placement | None, *axes: str | None
 ) -> jax.Array:
-  """Returns x; the compiler is told where it lies, if there is a placement.
+  """Returns x with a constraint on its sharding, if there is a placement.
 
   Args:
     x: an activation.

@@ -31,8 +31,8 @@ FORMAT = 'Hugging Face'
 _FAMILIES = {'t5': t5_names}
 CONFIG = 'config.json'
 _GENERATION = 'generation_config.json'
-# What says how text becomes ids and how outputs are generated. It goes with a
-# model from where it was loaded to where it is exported.
+# The tokenizer and the settings of generation. They are copied from the
+# checkpoint that a model was loaded from to where it is exported.
 SIDE_FILES = (
   'spiece.model',
   'tokenizer.json',
@@ -70,7 +70,7 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
   Raises:
     ValueError: it is no encoder-decoder of a known family, its files are not
-      whole, or its arrays have other shapes than it says.
+      whole, or its arrays do not have the shapes that its config implies.
   """
   if str(folder).startswith('gs://'):
     raise ValueError(
@@ -157,11 +157,10 @@ def _special_ids(
 
 
 def vocabulary(folder: epath.Path) -> str | None:
-  """Returns what the tokenizer's files say, as `vocabularies.describe` does.
+  """Returns the tokenizer as a part of the line of `vocabularies.describe`.
 
-  It is a part of that line: 'model sha256 ...', 'ByteVocabulary', or
-  'SentencePieceVocabulary' where the model's file is not there. None where no
-  file says anything.
+  That is 'model sha256 ...', 'ByteVocabulary', or 'SentencePieceVocabulary'
+  where the model's file is not there; None where there is no tokenizer.
   """
   model = folder / 'spiece.model'
   if model.is_file():
@@ -170,7 +169,7 @@ def vocabulary(folder: epath.Path) -> str | None:
   if config.is_file():
     if 'ByT5' in str(_read_json(config).get('tokenizer_class')):
       return 'ByteVocabulary'
-    # A tokenizer.json alone: whose pieces they are cannot be told from it.
+    # A tokenizer.json alone does not identify the pieces.
     return 'SentencePieceVocabulary'
   return None
 

@@ -107,8 +107,9 @@ def _config(
       'and gkd_jax knows no other.'
     )
   # transformers 4 scales what goes into a tied head. 5 ties where the weights
-  # are equal, and T5 says apart whether it scales; mT5 never does. (Its umT5
-  # always does, even where the model was trained, and used by 4, without.)
+  # are equal, and T5 has a field of its own for the scale; mT5 never scales.
+  # (Its umT5 always does, even where the model was trained, and used by 4,
+  # without.)
   scale = values.get(
     'scale_decoder_outputs',
     kind != 'mt5' and values.get('tie_word_embeddings') is not False,
@@ -137,7 +138,7 @@ def _config(
 
 
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
-  """Maps our parameters to theirs, and says whether it is the transpose."""
+  """Returns {our name: (their name, whether it is the transpose)}."""
   names = {'token_embedder/embedding': (_EMBEDDINGS[0], False)}
   if not config.logits_via_embedding:
     names['decoder/logits_dense/kernel'] = (_HEAD, True)

@@ -80,8 +80,8 @@ def open_folder(
   Only headers are read. Layers that are stacked in one array follow each other
   in the result: read in that order, each chunk is decoded once.
 
-  A checkpoint says nothing but names and shapes. What they leave open is taken
-  to be as in T5X's own configurations: one `wi` is ('relu',), two are ('gelu',
+  A checkpoint has names and shapes only. What they leave open is as in T5X's
+  own configurations: one `wi` is ('relu',), two are ('gelu',
   'linear'); without `logits_dense` the embedding is tied and outputs are
   scaled; distances share a bucket from 128 on; EOS is 1.
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5s with other special ids than T5's own, from their folder and back.
+
+The folders have the ids of MADLAD-400 (pad 1, start 0, EOS 2; 0 is a token) and
+of FRED-T5 (pad and start 0, EOS 2). What they compute before training is
+compared with transformers in formats/huggingface_test.py.
+"""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+import gkd_jax
+from gkd_jax.checkpoints import checkpoint, export, pretrained
+from gkd_jax.models.params import named_params
+from tests import conftest, tiny
+
+FIXTURES = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
+VOCABULARY = 'PassThroughVocabulary 40 ids'
+
+
+class NoData:
+  def save(self, directory):
+    pass
+
+
+@pytest.fixture(params=['madlad', 'fred'])
+def name(request):
+  return request.param
+
+
+def a_batch(ids):
+  """Rows that end with EOS, then pad; they begin with 0 where it is a token."""
+  rng = np.random.default_rng(0)
+  rows = rng.integers(3, ids.num_ids, (4, 6)).astype(np.int32)
+  if ids.pad != 0:
+    rows[:, 0] = 0
+  for row, length in zip(rows, (3, 6, 4, 5), strict=True):
+    row[length - 1] = ids.eos
+    row[length:] = ids.pad
+  return gkd_jax.Batch(rows, rows, np.float32(rows != ids.pad))
+
+
+def test_a_student_is_trained_and_exported_with_its_ids(name, tmp_path):
+  student, params = gkd_jax.load_model(FIXTURES / name)
+  teacher, teacher_params = gkd_jax.load_model(FIXTURES / name)
+  ids = student.config.special_ids(num_ids=40)
+  # Of both, the model's own outputs among them: their ends depend on EOS.
+  optimizer = optax.adam(1e-2)
+  train_step = tiny.jit(
+    gkd_jax.make_train_step(
+      student=student,
+      teacher=teacher,
+      policy=gkd_jax.policies.mixture(0.5, per='sequence'),
+      objective=gkd_jax.Objective(gkd_jax.divergences.forward_kl),
+      optimizer=optimizer,
+      student_sampler=gkd_jax.SamplerConfig(),
+      teacher_sampler=gkd_jax.SamplerConfig(),
+      ids=ids,
+      seed=0,
+    )
+  )
+  state = gkd_jax.init_state(jax.tree.map(lambda x: 0.9 * x, params), optimizer)
+
+  batch, losses = a_batch(ids), []
+  for _ in range(8):
+    state, metrics = train_step(state, teacher_params, batch)
+    losses.append(float(metrics['loss']))
+  checkpoints = checkpoint.Checkpoints(
+    tmp_path / 'run', checkpoint.ModelDescription(student.config, VOCABULARY)
+  )
+  checkpoints.save(state, NoData(), train_seconds=0.0)
+  checkpoints.close()
+  export.export(tmp_path / 'run', 'huggingface', tmp_path / 'exported')
+
+  assert np.mean(losses[-3:]) < np.mean(losses[:3])
+  exported, exported_params = gkd_jax.load_model(tmp_path / 'exported')
+  assert exported.config == student.config
+  want = named_params(state.params)
+  for param_name, x in named_params(exported_params).items():
+    np.testing.assert_array_equal(x, want[param_name])
+
+
+def test_a_model_with_other_ids_is_refused_as_teacher(name):
+  source = pretrained.open_checkpoint(FIXTURES / name)
+
+  with pytest.raises(ValueError, match='eos id: 2 in the checkpoint, 1 wanted'):
+    pretrained.check_fits(source, VOCABULARY, tiny.special_ids(40))
+
+
+def test_a_folder_whose_files_name_different_ids_is_refused(name, tmp_path):
+  folder = epath.Path(tmp_path) / 'copy'
+  epath.Path(FIXTURES / name).copytree(folder)
+  (folder / 'generation_config.json').write_text('{"eos_token_id": [2, 7]}')
+  with pytest.raises(ValueError, match=r'eos_token_id is \[2, 7\]; gkd_jax'):
+    pretrained.open_checkpoint(folder)
+
+  (folder / 'generation_config.json').write_text('{"eos_token_id": 7}')
+  with pytest.raises(ValueError, match='eos_token_id is 2 in config.json, but'):
+    pretrained.open_checkpoint(folder)
+
+
+def test_t5x_holds_no_model_that_pads_with_another_id():
+  with pytest.raises(ValueError, match='its pad_id is 1, theirs is always 0'):
+    export.export(FIXTURES / 'madlad', 't5x', '/nowhere')
