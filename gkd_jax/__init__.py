@@ -11,7 +11,7 @@ import importlib
 # Name -> the module that has it; a module where both end alike.
 _PLACES = {
   'load_model': 'gkd_jax.checkpoints.pretrained',
-  'generate': 'gkd_jax.decoding.generate',
+  'generate': 'gkd_jax.decoding.generation',
   'SamplerConfig': 'gkd_jax.decoding.sampler',
   'BeamConfig': 'gkd_jax.decoding.beam_search',
   'make_train_step': 'gkd_jax.distill.step',

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gkd_jax.batch import Batch, Outputs, SpecialIds
 from gkd_jax.data import iterators
-from gkd_jax.decoding import beam_search, generate, sampler
+from gkd_jax.decoding import beam_search, generation, sampler
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding.calculator import Calculator
 from gkd_jax.distill import chunked_sums, divergences, objectives, rewards
@@ -134,7 +134,7 @@ def _write_program(
     ).tokens
 
   def beam(params, inputs):
-    return generate.search(
+    return generation.search(
       model, params, inputs, decoding, max_decode_len=max_decode_len, ids=ids
     ).tokens[:, :num_outputs]
 
