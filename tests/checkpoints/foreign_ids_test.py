@@ -49,7 +49,7 @@ def test_a_student_is_trained_and_exported_with_its_ids(name, tmp_path):
   ids = student.config.special_ids(num_ids=40)
   # Of both, the model's own outputs among them: their ends depend on EOS.
   optimizer = optax.adam(1e-2)
-  train_step = tiny.jit(
+  train_step = jax.jit(
     gkd_jax.make_train_step(
       student=student,
       teacher=teacher,

@@ -33,7 +33,7 @@ def test_layers_in_a_loop_change_neither_values_nor_gradients(changes):
     return jnp.mean(jnp.square(logits))
 
   def value_and_grad(model):
-    return tiny.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
+    return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
 
   def num_products(model):
     program = jax.make_jaxpr(lambda p: loss(model, p))(params)
@@ -67,7 +67,7 @@ def test_stacked_layers_give_what_each_layer_gives(stacked):
     return model.apply({'params': params}, inputs, targets)
 
   np.testing.assert_array_equal(
-    tiny.jit(logits)(stacked_params), tiny.jit(logits)(params)
+    jax.jit(logits)(stacked_params), tiny.jit(logits)(params)
   )
 
 
@@ -95,7 +95,7 @@ def test_a_program_keeps_no_second_copy_of_stacked_layers(stacked):
     def encode(params):
       return model.apply({'params': params}, inputs, method='encode')
 
-    compiled = jax.jit(encode).lower(params).compile()
+    compiled = tiny.jit_as_users_do(encode).lower(params).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   layer = stacked_params['encoder']['layers']
@@ -118,14 +118,14 @@ def test_microbatches_give_what_the_whole_batch_gives(scan_layers, changes):
     encoded = apply(inputs, method='encode')
     return encoded, apply(encoded, inputs, targets, method='decode')
 
-  microbatches = tiny.jit(
+  microbatches = jax.jit(
     functools.partial(encoded_and_hidden, num_microbatches=3)
   )()
   # Equal up to how XLA multiplies fewer rows.
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
     microbatches,
-    tiny.jit(encoded_and_hidden)(),
+    jax.jit(encoded_and_hidden)(),
   )
 
 
@@ -163,7 +163,7 @@ def test_remat_changes_neither_values_nor_gradients():
     return jnp.mean(jnp.square(logits))
 
   def value_and_grad(model):
-    return tiny.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
+    return jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
 
   def num_checkpoints(model):
     return str(jax.make_jaxpr(lambda p: loss(model, p))(params)).count('remat2')
