@@ -99,14 +99,14 @@ def main(argv: list[str]) -> None:
 
 def _work() -> dict:
   """Returns what everybody does, as JSON can hold it."""
-  from gkd_jax.models import t5
+  from gkd_jax.models import registry
 
   def shape(size):
-    if size in t5.SIZES:
-      config = t5.published(size)
+    if size in registry.SIZES:
+      config = registry.published(size)
     else:
       *numbers, num_layers = map(int, size.split(','))
-      config = t5.T5Config(*numbers, num_layers, num_layers)
+      config = registry.FAMILIES['t5'].config(*numbers, num_layers, num_layers)
     return {
       name: getattr(config, name)
       for name in (
@@ -219,9 +219,10 @@ def _measure_ours(work: dict) -> dict:
   from gkd_jax.distill import state as state_lib
   from gkd_jax.distill import step as step_lib
   from gkd_jax.distill.methods import Method
-  from gkd_jax.models import t5
+  from gkd_jax.models import registry
+  from gkd_jax.models.params import init_params
 
-  class Endless(t5.T5):
+  class Endless(registry.FAMILIES['t5'].model):
     """Never draws EOS, so that every output is as long as it may be."""
 
     def decode_step(self, cache, tokens_B):
@@ -229,9 +230,12 @@ def _measure_ours(work: dict) -> dict:
       return logits.at[:, self.config.eos_id].set(MASKED_LOGIT), cache
 
   def shape(name):
-    return t5.T5Config(**work[name], dtype=work['dtype'])
+    return registry.make_config('t5', **work[name], dtype=work['dtype'])
 
-  student, teacher = Endless(shape('student')), t5.T5(shape('teacher'))
+  student, teacher = (
+    Endless(shape('student')),
+    registry.make_model(shape('teacher')),
+  )
   divergence = getattr(divergences, work['divergence'])
   if work['divergence'] == 'generalized_jsd':
     divergence = functools.partial(divergence, beta=0.5)
@@ -247,9 +251,7 @@ def _measure_ours(work: dict) -> dict:
   batch = Batch(inputs, targets, jnp.ones(targets.shape, jnp.float32))
 
   def init(model, seed):
-    return jax.jit(functools.partial(t5.init_params, model))(
-      jax.random.key(seed)
-    )
+    return jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
 
   teacher_params = jax.tree.map(
     lambda x: x.astype(work['dtype']), init(teacher, 1)
@@ -401,12 +403,12 @@ def _floors(work, machine, dtype) -> dict:
   The phase 'student' is measured with its encoder, which a step runs once.
   """
   from gkd_jax.capacity import costs
-  from gkd_jax.models import t5
+  from gkd_jax.models import registry
 
   width = {'float32': 4, 'bfloat16': 2}[dtype]
   cost = costs.of_step(
-    t5.T5Config(**work['student']),
-    t5.T5Config(**work['teacher']),
+    registry.make_config('t5', **work['student']),
+    registry.make_config('t5', **work['teacher']),
     batch_size=work['batch'],
     input_length=work['inputs'],
     target_length=work['targets'],

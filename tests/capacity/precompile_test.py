@@ -26,6 +26,7 @@ from gkd_jax.distill import (
   objectives,
   policies,
 )
+from gkd_jax.models.params import count_params
 from gkd_jax.models.t5 import T5Config
 from tests import conftest, tiny
 
@@ -381,8 +382,6 @@ def test_neither_tensorflow_nor_seqio_is_loaded(simulated):
 PRETRAINED = """
 from __gin__ import dynamic_registration
 from gkd_jax import divergences
-from gkd_jax.models.params import count_params
-from gkd_jax.models.params import count_params
 include 'gin/runs/train.gin'
 include 'gin/models/published.gin'
 include 'gin/models/published_teacher.gin'
