@@ -93,7 +93,27 @@ class Model(Protocol):
     """Calls a method with parameters, as every Flax module does."""
     ...
 
+  def init(self, rngs: jax.Array, *args: Any) -> Any:
+    """Returns {'params': fresh parameters}, given the arguments of a call."""
+    ...
+
   # Called through `apply`.
+
+  def __call__(
+    self,
+    encoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Returns teacher-forced logits [B, T, V] float32.
+
+    Args:
+      encoder_input_tokens: see `encode`.
+      decoder_target_tokens: see `decode`; entry t predicts the t-th of them.
+      deterministic: see `decode`.
+    """
+    ...
 
   def encode(
     self,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import pytest
 
-from gkd_jax.models import registry
+from gkd_jax.models import interface, registry
 from gkd_jax.models.params import count_params, init_params
 from tests import tiny
 
@@ -41,6 +43,22 @@ def test_published_changes_the_fields_named_and_no_other():
   assert config.dropout_rate == 0.1
   assert config.mlp_dim == registry.SIZES['t5_1_1_small'].mlp_dim
   assert registry.SIZES['t5_1_1_small'].dropout_rate == 0.0
+
+
+@pytest.mark.parametrize('family', registry.FAMILIES)
+def test_a_family_implements_the_protocol(family):
+  classes = registry.FAMILIES[family]
+  methods = {
+    name
+    for name, value in vars(interface.Model).items()
+    if callable(value) and (not name.startswith('_') or name == '__call__')
+  }
+  fields = {field.name for field in dataclasses.fields(classes.config)}
+
+  assert all(callable(getattr(classes.model, name)) for name in methods)
+  assert {*interface.ModelConfig.__annotations__} <= {*fields, 'family'}
+  assert {*interface.EXECUTION_FIELDS, *interface.ID_FIELDS} <= fields
+  assert classes.config.family == family
 
 
 def test_a_config_comes_back_from_json():
