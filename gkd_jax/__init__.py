@@ -15,12 +15,16 @@ _PLACES = {
   'SamplerConfig': 'gkd_jax.decoding.sampler',
   'BeamConfig': 'gkd_jax.decoding.beam_search',
   'make_train_step': 'gkd_jax.distill.step',
-  'init_state': 'gkd_jax.distill.step',
+  'init_state': 'gkd_jax.distill.state',
+  'Frozen': 'gkd_jax.distill.state',
+  'Method': 'gkd_jax.distill.methods',
   'Objective': 'gkd_jax.distill.objectives',
   'Batch': 'gkd_jax.batch',
   'SpecialIds': 'gkd_jax.batch',
   'divergences': 'gkd_jax.distill.divergences',
   'policies': 'gkd_jax.distill.policies',
+  'teachers': 'gkd_jax.distill.teachers',
+  'credit': 'gkd_jax.distill.credit',
 }
 
 __all__ = sorted(_PLACES)

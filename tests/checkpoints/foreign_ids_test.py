@@ -53,11 +53,11 @@ def test_a_student_is_trained_and_exported_with_its_ids(name, tmp_path):
     gkd_jax.make_train_step(
       student=student,
       teacher=teacher,
-      policy=gkd_jax.policies.mixture(0.5, per='sequence'),
-      objective=gkd_jax.Objective(gkd_jax.divergences.forward_kl),
+      method=gkd_jax.Method(
+        policy=gkd_jax.policies.mixture(0.5, per='sequence'),
+        objective=gkd_jax.Objective(gkd_jax.divergences.forward_kl),
+      ),
       optimizer=optimizer,
-      student_sampler=gkd_jax.SamplerConfig(),
-      teacher_sampler=gkd_jax.SamplerConfig(),
       ids=ids,
       seed=0,
     )
@@ -66,7 +66,7 @@ def test_a_student_is_trained_and_exported_with_its_ids(name, tmp_path):
 
   batch, losses = a_batch(ids), []
   for _ in range(8):
-    state, metrics = train_step(state, teacher_params, batch)
+    state, metrics = train_step(state, gkd_jax.Frozen(teacher_params), batch)
     losses.append(float(metrics['loss']))
   checkpoints = checkpoint.Checkpoints(
     tmp_path / 'run', checkpoint.ModelDescription(student.config, VOCABULARY)
