@@ -171,6 +171,7 @@ class Worker:
     with open(log, 'a') as file:
       self._process = subprocess.Popen(
         [sys.executable, '-m', 'gkd_jax.main', '--run_mode=worker'],
+        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=file,
@@ -184,7 +185,6 @@ class Worker:
     self.started = time.monotonic()
     try:
       self._process.stdin.write(worker.command(job.arguments, job.log))
-      self._process.stdin.flush()
     except BrokenPipeError:
       pass  # it has died: poll returns its exit status
 

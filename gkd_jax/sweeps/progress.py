@@ -16,7 +16,7 @@ from gkd_jax.runtime import console
 
 _LIVE_SECONDS = 0.5
 _PLAIN_SECONDS = 60.0
-_BAR_WIDTH = 20
+_BAR_WIDTH = 8  # a line then fits into 80 columns
 _TAIL_BYTES = 65536  # of metrics.jsonl: more than its longest line
 
 
@@ -85,7 +85,7 @@ class Progress:
     self._clear()
 
   def _line(self, name: str, text: str) -> str:
-    return f'{self._clock()}  {name:{self._width}}  {text}'
+    return f'{name:{self._width}}  {text}'
 
   def _clear(self) -> None:
     if self._num_live:
@@ -105,8 +105,8 @@ def state(folder: pathlib.Path) -> list[str]:
   if not line or total is None:
     return ['starting']
   if step >= total:
-    return [f'step {step} of {total}', 'evaluating']
-  words = [f'step {step} of {total}', f'loss {line["train/loss"]:.4f}']
+    return [f'step {step}/{total}', 'evaluating']
+  words = [f'step {step}/{total}', f'loss {line["train/loss"]:.4f}']
   if rate := line.get('train/steps_per_second'):
     words.append(f'{console.minutes((total - step) / rate)} left')
   return words

@@ -50,7 +50,7 @@ def shown_on(stream, monkeypatch):
 
 def test_a_run_is_shown_by_its_step_loss_and_time_left(folder):
   assert progress.state(folder) == [
-    'step 600 of 1000',
+    'step 600/1000',
     'loss 0.2500',
     '3:20 left',
   ]
@@ -66,7 +66,7 @@ def test_a_run_that_has_only_begun_is_starting(tmp_path):
 def test_after_its_last_step_a_run_is_evaluated(tmp_path):
   folder = run_folders.write(tmp_path / 'run', lines=[line(1000)])
 
-  assert progress.state(folder) == ['step 1000 of 1000', 'evaluating']
+  assert progress.state(folder) == ['step 1000/1000', 'evaluating']
 
 
 def test_a_line_that_is_being_written_is_not_read(folder):
@@ -109,8 +109,8 @@ def test_without_a_terminal_a_short_line_a_minute_is_printed(
   shown.close()
 
   assert stream.getvalue().splitlines() == [
-    '[ 1:00] 1 of 3 runs done; a step 600 of 1000, loss 0.2500, 3:20 left',
-    '[ 2:00] 2 of 3 runs done; a step 600 of 1000, loss 0.2500, 3:20 left',
+    '[ 1:00] 1 of 3 runs done; a step 600/1000, loss 0.2500, 3:20 left',
+    '[ 2:00] 2 of 3 runs done; a step 600/1000, loss 0.2500, 3:20 left',
   ]
 
 
@@ -141,9 +141,9 @@ def test_on_a_terminal_each_run_has_one_line(folder, monkeypatch, clock):
   shown.update({'b': folder.parent})
 
   first, second = screen(stream.getvalue())
-  assert first == ' 0:02  a      done  WER % 50.00  0:02'
-  assert second == ' 0:03  b      ····················  starting'
-  assert '████████████········' in stream.getvalue()
+  assert first == 'a      done  WER % 50.00  0:02'
+  assert second == 'b      ········  starting'
+  assert '█████···' in stream.getvalue()
 
 
 def test_lines_are_not_longer_than_the_terminal(folder, monkeypatch, clock):
