@@ -32,6 +32,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gkd_jax.report import report as report_lib
 from gkd_jax.runtime import console, run_folder
 from gkd_jax.sweeps import jobs as jobs_lib
 
@@ -46,6 +47,7 @@ _MODES = {
   'infer': ('INFER_OUTPUT_DIR', 'predictions_train.jsonl'),
 }
 _KEYS = ('gin_file', 'run_mode', 'result')
+_REPORT_KEYS = ('title', 'metric', 'mode', 'tuned')
 
 
 def sweep(
@@ -57,7 +59,7 @@ def sweep(
   before: Mapping[str, Spec] | None = None,
   num_parallel: int = 1,
   runs_per_process: int | None = None,
-  report: Callable[..., None] | None = None,
+  report: Mapping[str, Any] | None = None,
   print_commands: bool = False,
   check: Callable[[Sequence[str], str], None] | None = None,
   flags: Sequence[str] = (),
@@ -76,8 +78,9 @@ def sweep(
     num_parallel: processes at a time.
     runs_per_process: runs that a process does one after another; 1: each run
       has a process of its own; None: as many as there are.
-    report: called with runs=... and output_dir=... when all runs are done, as
-      `report.report` is, to compare them in `output_dir`.
+    report: compare the runs in `output_dir` when all are done, with these
+      settings of `report.report`: 'title', 'metric', 'mode', 'tuned'. None:
+      no report.
     print_commands: print the commands that can be run now, side by side, one a
       line, and stop.
     check: see `jobs.check_arguments`.
@@ -93,6 +96,10 @@ def sweep(
   if runs_per_process is not None and runs_per_process < 1:
     raise ValueError(
       f'RUNS_PER_PROCESS must be 1 or more, or None, got {runs_per_process}.'
+    )
+  if unknown := {*(report or {})} - {*_REPORT_KEYS}:
+    raise ValueError(
+      f'REPORT may set {", ".join(_REPORT_KEYS)}, not {sorted(unknown)}.'
     )
   jobs = make_jobs(
     folder, grid, experiment, seeds, settings or {}, before or {}
@@ -117,7 +124,8 @@ def sweep(
     jobs_lib.run(jobs, num_parallel, runs_per_process)
   console.log(f'All {len(jobs)} runs are done: {folder}')
   if report is not None:
-    report(runs=_all_runs(folder, grid, seeds, before), output_dir=output_dir)
+    runs = _all_runs(folder, grid, seeds, before)
+    report_lib.report(runs, output_dir, **report)
 
 
 def _all_runs(folder, grid, seeds, before) -> tuple[str, ...]:

@@ -449,24 +449,48 @@ def test_a_sweep_runs_what_is_left(run, tmp_path):
   assert run.started == POINTS[:1]
 
 
-def test_when_all_are_done_they_are_reported_with_what_was_there(run, tmp_path):
-  reported = []
+@pytest.fixture
+def reported(monkeypatch):
+  """The arguments that the report is called with."""
+  calls = []
+  monkeypatch.setattr(
+    sweep.report_lib,
+    'report',
+    lambda *args, **settings: calls.append((args, settings)),
+  )
+  return calls
+
+
+def test_when_all_are_done_they_are_reported_with_what_was_there(
+  run, reported, tmp_path
+):
   before = BEFORE | {'teacher': f'{tmp_path}/my_teacher'}
   (tmp_path / 'my_teacher').mkdir()
 
-  run(before=before, report=lambda **settings: reported.append(settings))
+  run(before=before, report={'title': 'A title'})
 
   out = f'{tmp_path}/out'
-  assert reported == [
-    {'runs': (out, f'{tmp_path}/my_teacher'), 'output_dir': out}
-  ]
+  runs = (out, f'{tmp_path}/my_teacher')
+  assert reported == [((runs, out), {'title': 'A title'})]
 
 
-def test_without_all_runs_there_is_no_report(run):
-  run.exit_codes[POINTS[0]] = 1
+def test_there_is_no_report_unless_it_is_set_and_all_runs_are_done(
+  run, reported
+):
+  run()
+  run.exit_codes['initial_student/seed_1'] = 1
+  with pytest.raises(ValueError, match='3 of 8 runs failed'):
+    run(seeds=(0, 1), report={})
 
-  with pytest.raises(ValueError, match='1 of 5 runs failed'):
-    run(report=lambda **settings: pytest.fail('reported'))
+  assert reported == []
+
+
+def test_a_setting_that_the_report_lacks_is_refused_before_any_run(run):
+  message = r"REPORT may set title, metric, .*, not \['titel'\]"
+  with pytest.raises(ValueError, match=message):
+    run(report={'titel': 'A title'})
+
+  assert run.started == []
 
 
 def test_a_point_can_be_added_later(run):
