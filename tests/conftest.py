@@ -371,3 +371,12 @@ def run_main() -> Callable[..., Finished]:
     return Finished(code, out.getvalue(), err.getvalue())
 
   return run
+
+
+@pytest.fixture(scope='session')
+def start_main():
+  """Starts `python -m gkd_jax.main ARGUMENTS`; see tests.processes.Process."""
+  from tests import processes
+
+  yield processes.Process
+  processes.stop()

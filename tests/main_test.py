@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+import functools
 import json
 import math
 import os
@@ -215,19 +217,6 @@ def test_the_same_command_again_does_nothing_but_say_so(run, command, run_main):
   assert after.keys() == before.keys()
 
 
-@pytest.mark.slow
-def test_a_second_start_compiles_nothing(
-  run, command, run_main, compiled_programs, tmp_path
-):
-  before = {file.name for file in compiled_programs.glob('*-cache')}
-
-  again = run_main(*command, f'--gin.MODEL_DIR={tmp_path}/again')
-
-  assert again.code == 0, again.err
-  assert before
-  assert {file.name for file in compiled_programs.glob('*-cache')} == before
-
-
 def test_compiled_programs_are_kept_at_home(monkeypatch, tmp_path):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
@@ -266,25 +255,24 @@ print(resident() - before)
 # --- Ended from outside -------------------------------------------------------
 
 
-def start_and_end(arguments, number, seconds, log):
+@pytest.fixture
+def start_and_end(start_main, tmp_path):
   """Starts main, and sends it a signal some seconds after its first step.
 
   Returns:
-    Its exit code; it may have ended by itself before.
+    The process; it may have ended by itself before.
   """
-  with open(log, 'w') as file:
-    process = subprocess.Popen(
-      [sys.executable, '-m', 'gkd_jax.main', *arguments],
-      cwd=conftest.ROOT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-      stdout=file,
-      stderr=file,
-    )
-  while process.poll() is None and 'First step' not in log.read_text():
-    time.sleep(0.05)
-  time.sleep(seconds)
-  process.send_signal(number)
-  return process.wait(timeout=60)
+
+  def start_and_end(arguments, number, seconds):
+    process = start_main(arguments, tmp_path / 'log')
+    while process.poll() is None and 'First step' not in process.text():
+      time.sleep(0.05)
+    time.sleep(seconds)
+    process.send_signal(number)
+    process.wait(timeout=60)
+    return process
+
+  return start_and_end
 
 
 def same_end(folder, other):
@@ -315,15 +303,15 @@ def elsewhere(command, run, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_says_that_the_run_is_to_be_started_again(
-  elsewhere, run, run_main, tmp_path
+  elsewhere, run, run_main, start_and_end
 ):
   arguments, folder = elsewhere
 
-  code = start_and_end(arguments, signal.SIGTERM, 0.0, tmp_path / 'log')
+  ended = start_and_end(arguments, signal.SIGTERM, 0.0)
 
-  said = (tmp_path / 'log').read_text()
-  assert code == 75, said
-  step = int(re.search(r'Stopped after step (\d+), which is saved', said)[1])
+  assert ended.poll() == 75, ended.text()
+  stopped = re.search(r'Stopped after step (\d+), which is saved', ended.text())
+  step = int(stopped[1])
   assert checkpoint.find(folder).name == f'checkpoint_{step}'
   again = run_main(*arguments)
   assert f'Resuming after step {step}.' in again.err
@@ -332,7 +320,7 @@ def test_sigterm_saves_and_says_that_the_run_is_to_be_started_again(
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
-  elsewhere, run, run_main, tmp_path
+  elsewhere, run, run_main, start_and_end
 ):
   arguments, folder = elsewhere
   # Saving as often as this, a run is mostly killed while it saves.
@@ -340,10 +328,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
   moments = random.Random(0)
 
   codes = [
-    start_and_end(
-      arguments, signal.SIGKILL, moments.uniform(0.0, 1.0), tmp_path / 'log'
-    )
-    for _ in range(4)
+    start_and_end(arguments, signal.SIGKILL, moments.uniform(0.0, 1.0)).poll()
+    for _ in range(3)
   ]
 
   assert -signal.SIGKILL in codes
@@ -395,6 +381,7 @@ def test_eval_measures_what_training_measured_at_its_end(
 def predictions(run, run_main, tmp_path_factory):
   """What the student wrote for the test split, by decoding."""
 
+  @functools.cache
   def infer(**decoding):
     folder = tmp_path_factory.mktemp('infer')
     finished = run_main(
@@ -610,25 +597,61 @@ def export(run_main, checkpoint_path, folder, export_format='huggingface'):
   return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('export_format', ['huggingface', 't5x'])
-def test_a_teacher_teaches_the_same_from_another_systems_checkpoint(
-  run, command, teacher, run_main, tmp_path, export_format
-):
-  elsewhere = export(run_main, teacher, tmp_path / 'teacher', export_format)
+@contextlib.contextmanager
+def programs_not_in_the_cache():
+  """Gives a list that grows with each program that is compiled, not found."""
+  misses = []
 
-  again = run_main(
-    *command,
-    *gin_flags(MODEL_DIR=tmp_path / 'run', TEACHER_CHECKPOINT_PATH=elsewhere),
-  )
+  def count(event, **_):
+    if event == '/jax/compilation_cache/cache_misses':
+      misses.append(event)
 
+  jax.monitoring.register_event_listener(count)
+  yield misses
+  jax.monitoring.unregister_event_listener(count)
+
+
+@pytest.fixture(scope='module')
+def same_run(run, command, teacher, run_main, tmp_path_factory):
+  """The run once more: its folder, and what was not in the cache.
+
+  Its teacher comes from a checkpoint of T5X.
+  """
+  folder = tmp_path_factory.mktemp('same')
+  elsewhere = export(run_main, teacher, folder / 'teacher', 't5x')
+  with programs_not_in_the_cache() as misses:
+    again = run_main(
+      *command,
+      *gin_flags(MODEL_DIR=folder / 'run', TEACHER_CHECKPOINT_PATH=elsewhere),
+    )
   assert again.code == 0, again.err
+  return folder / 'run', misses
+
+
+@pytest.mark.slow
+def test_a_teacher_teaches_the_same_from_another_systems_checkpoint(
+  run, same_run
+):
+  folder, _ = same_run
+
   for line, same in zip(
-    metrics_lib.read(run.folder),
-    metrics_lib.read(tmp_path / 'run'),
-    strict=True,
+    metrics_lib.read(run.folder), metrics_lib.read(folder), strict=True
   ):
     assert same.get('train/loss') == line.get('train/loss')
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(same_run):
+  _, misses = same_run
+
+  assert not misses
+
+
+def test_a_program_that_is_compiled_is_seen():
+  with programs_not_in_the_cache() as misses:
+    jax.jit(lambda x: x * random.random())(1.0)
+
+  assert misses
 
 
 @pytest.mark.slow

@@ -4,12 +4,9 @@
 import glob
 import importlib.util
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -63,7 +60,7 @@ def free_port():
 class Processes:
   """Of one run, each with so many devices."""
 
-  def __init__(self, arguments, folder, logs, *, count, devices):
+  def __init__(self, start_main, arguments, folder, logs, *, count, devices):
     address = f'127.0.0.1:{free_port()}'
     self.logs = [logs / f'{folder.name}_{i}.log' for i in range(count)]
     self._processes = []
@@ -73,25 +70,17 @@ class Processes:
         f'--process_count={count}',
         f'--process_index={i}',
       )
-      with open(log, 'w') as file:
-        self._processes.append(
-          subprocess.Popen(
-            [
-              *(sys.executable, '-m', 'gkd_jax.main', *arguments),
-              f'--gin.MODEL_DIR={folder}',
-              *(meeting if count > 1 else ()),
-            ],
-            cwd=conftest.ROOT,
-            env={
-              **os.environ,
-              'JAX_PLATFORMS': 'cpu',
-              'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-              + os.environ['XLA_FLAGS'],
-            },
-            stdout=file,
-            stderr=file,
-          )
+      self._processes.append(
+        start_main(
+          (
+            *arguments,
+            f'--gin.MODEL_DIR={folder}',
+            *(meeting if count > 1 else ()),
+          ),
+          log,
+          devices,
         )
+      )
 
   def send(self, number, *which):
     for i in which:
@@ -106,20 +95,21 @@ class Processes:
   def wait(self):
     """Waits for their ends; returns their exit codes."""
     try:
-      return [process.wait(timeout=300) for process in self._processes]
+      return [process.wait() for process in self._processes]
     finally:
       for process in self._processes:
         process.kill()
 
 
 @pytest.fixture(scope='module')
-def start(tmp_path_factory):
+def start(start_main, tmp_path_factory):
   folder = tmp_path_factory.mktemp('hosts')
   teacher = folder / 'teacher'
   conftest.save_model(teacher, T5Config(384, 24, 4, 8, 32, 1, 1))
 
   def start(name, *arguments, count, devices):
     return folder / name, Processes(
+      start_main,
       (*ARGUMENTS, f'--gin.TEACHER_CHECKPOINT_PATH={teacher}', *arguments),
       folder / name,
       folder,
@@ -133,24 +123,24 @@ def start(tmp_path_factory):
 @pytest.fixture(scope='module')
 def one(start):
   """The folder of a run of one process with four devices."""
-  folder, processes = start('one', count=1, devices=4)
-  assert processes.wait() == [0], processes.logs[0].read_text()
+  folder, started = start('one', count=1, devices=4)
+  assert started.wait() == [0], started.logs[0].read_text()
   return folder
 
 
 @pytest.fixture(scope='module')
 def killed(start):
   """A run of four hosts of which one was killed; two then went on."""
-  folder, processes = start('killed', count=4, devices=1)
-  processes.wait_for((folder / 'checkpoint_4').exists)
-  processes.send(signal.SIGKILL, 2)
+  folder, started = start('killed', count=4, devices=1)
+  started.wait_for((folder / 'checkpoint_4').exists)
+  started.send(signal.SIGKILL, 2)
   time.sleep(0.5)
-  processes.send(signal.SIGKILL, 0, 1, 3)  # as a scheduler does
-  processes.wait()
+  started.send(signal.SIGKILL, 0, 1, 3)  # as a scheduler does
+  started.wait()
 
-  _, processes = start('killed', count=2, devices=1)
-  assert processes.wait() == [0, 0], processes.logs[0].read_text()
-  return folder, [log.read_text() for log in processes.logs]
+  _, started = start('killed', count=2, devices=1)
+  assert started.wait() == [0, 0], started.logs[0].read_text()
+  return folder, [log.read_text() for log in started.logs]
 
 
 def params_of(folder):
@@ -205,12 +195,12 @@ TERMINATED = (
 )
 
 
-def saved_last(folder, processes):
+def saved_last(folder, started):
   """The step that all hosts stopped after, as each says, and saved."""
-  assert processes.wait() == [75, 75]
+  assert started.wait() == [75, 75]
   stopped = [
     re.search(r'Stopped after step (\d+), which is saved', log.read_text())[1]
-    for log in processes.logs
+    for log in started.logs
   ]
   assert stopped[0] == stopped[1]
   assert (folder / f'checkpoint_{stopped[0]}').is_dir()
@@ -219,7 +209,7 @@ def saved_last(folder, processes):
 
 @pytest.mark.slow
 def test_sigterm_on_one_host_saves_on_all(start):
-  folder, processes = start(
+  folder, started = start(
     'terminated',
     *TERMINATED,
     # Whatever else asks JAX, or counts: it stops in time.
@@ -228,16 +218,16 @@ def test_sigterm_on_one_host_saves_on_all(start):
     count=2,
     devices=1,
   )
-  processes.wait_for((folder / 'checkpoint_5').is_dir)
+  started.wait_for((folder / 'checkpoint_5').is_dir)
 
-  processes.send(signal.SIGTERM, 1)
+  started.send(signal.SIGTERM, 1)
 
-  assert saved_last(folder, processes) < 20
+  assert saved_last(folder, started) < 20
 
 
 @pytest.mark.slow
 def test_sigterm_on_one_host_ends_an_evaluation_on_all(start):
-  folder, processes = start(
+  folder, started = start(
     'terminated_in_evaluation',
     *TERMINATED,
     '--gin.EVAL_PERIOD=1',
@@ -246,11 +236,11 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_all(start):
     count=2,
     devices=1,
   )
-  processes.wait_for(lambda: 'First step' in processes.logs[0].read_text())
+  started.wait_for(lambda: 'First step' in started.logs[0].read_text())
 
-  processes.send(signal.SIGTERM, 1)
+  started.send(signal.SIGTERM, 1)
 
-  assert saved_last(folder, processes) == 1
+  assert saved_last(folder, started) == 1
   for line in metrics_lib.read(folder):
     assert not any(name.startswith('validation/') for name in line)
 
