@@ -166,7 +166,7 @@ class Cluster:
 import json, os, sys
 root = {str(self.root)!r}
 def calls(name, arguments):
-  with open(root + '/calls', 'a') as f:
+  with open(os.path.join(root, 'calls'), 'a') as f:
     f.write(json.dumps([name, arguments, os.getcwd()]) + '\\n')
 {body}
 """)
