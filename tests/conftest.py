@@ -15,6 +15,7 @@ import pathlib
 import random
 import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
@@ -378,5 +379,14 @@ def start_main():
   """Starts `python -m gkd_jax.main ARGUMENTS`; see tests.processes.Process."""
   from tests import processes
 
-  yield processes.Process
-  processes.stop()
+  return processes.Process
+
+
+def pytest_sessionfinish() -> None:
+  """Ends the processes that serve several tests."""
+  for module, function in (
+    ('tests.processes', 'stop'),
+    ('tests.tiny', 'stop_servers'),
+  ):
+    if module in sys.modules:
+      getattr(sys.modules[module], function)()

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -126,27 +127,60 @@ def batch(
   )
 
 
-def on_simulated_devices(num_devices: int, module: str, function: str):
+# A process that calls functions by name, and returns their results.
+SERVE = """
+import importlib, os, pickle, sys
+results = os.fdopen(os.dup(1), 'wb')
+os.dup2(2, 1)  # what is printed is no result
+while sys.stdin.buffer.peek(1):
+  module, function, arguments = pickle.load(sys.stdin.buffer)
+  result = getattr(importlib.import_module(module), function)(*arguments)
+  pickle.dump(result, results)
+  results.flush()
+"""
+_servers = {}
+
+
+def environ_of_simulated_devices(num_devices: int) -> dict[str, str]:
+  """The environment of a process that sees so many CPU devices."""
+  flags = f'--xla_force_host_platform_device_count={num_devices}'
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flags}',
+  }
+
+
+def on_simulated_devices(
+  num_devices: int, module: str, function: str, *arguments
+):
   """Calls module.function() in a process that sees so many CPU devices.
 
-  The number of devices is fixed when JAX starts, hence another process.
+  The number of devices is fixed when JAX starts, hence another process: one for
+  all calls, until `stop_servers`.
 
   Returns:
     What the function returned.
   """
-  code = (
-    'import pickle, sys\n'
-    f'from {module} import {function}\n'
-    f'sys.stdout.buffer.write(pickle.dumps({function}()))'
-  )
-  flags = (
-    f'--xla_force_host_platform_device_count={num_devices} '
-    + os.environ['XLA_FLAGS']
-  )
-  finished = subprocess.run(
-    [sys.executable, '-c', code],
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
-    stdout=subprocess.PIPE,
-    check=True,
-  )
-  return pickle.loads(finished.stdout)
+  if num_devices not in _servers:
+    _servers[num_devices] = subprocess.Popen(
+      [sys.executable, '-c', SERVE],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=environ_of_simulated_devices(num_devices),
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
+  server = _servers[num_devices]
+  pickle.dump((module, function, arguments), server.stdin)
+  server.stdin.flush()
+  try:
+    return pickle.load(server.stdout)
+  except EOFError as e:  # its traceback is on stderr
+    del _servers[num_devices]
+    raise RuntimeError(f'{module}.{function} failed') from e
+
+
+def stop_servers() -> None:
+  """Ends the processes of `on_simulated_devices`."""
+  for server in _servers.values():
+    server.communicate()
+  _servers.clear()

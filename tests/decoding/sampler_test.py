@@ -396,9 +396,9 @@ def tokens_on_one_and_on_all_devices():
 
 def test_draws_do_not_depend_on_the_number_of_devices():
   num_devices, one, all_ = tiny.on_simulated_devices(
-    4, __name__, tokens_on_one_and_on_all_devices.__name__
+    8, __name__, tokens_on_one_and_on_all_devices.__name__
   )
 
-  assert num_devices == [1, 4]
+  assert num_devices == [1, 8]
   np.testing.assert_array_equal(all_, one)
   assert len(np.unique(one, axis=0)) == 8

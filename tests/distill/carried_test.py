@@ -423,29 +423,28 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
   return first, jax.device_get(state), parts
 
 
-def killed_and_whole():
+def killed_and_whole(folder):
   """Runs in a process of its own, see `tiny.on_simulated_devices`."""
-  folder = pathlib.Path(os.environ['CARRIED_TEST_FOLDER'])
   return train(folder / 'killed'), train(folder / 'whole')
 
 
 @pytest.fixture(scope='module')
 def of_8_devices(tmp_path_factory):
   folder = tmp_path_factory.mktemp('carried')
-  os.environ['CARRIED_TEST_FOLDER'] = str(folder)
   code = (
     f'from {__name__} import train; '
     f'train({str(folder / "killed")!r}, kill_after=4)'
   )
-  flags = '--xla_force_host_platform_device_count=8'
   killed = subprocess.run(
     [sys.executable, '-c', code],
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+    env=tiny.environ_of_simulated_devices(8),
     cwd=conftest.ROOT,
     check=False,
   )
   assert killed.returncode == -signal.SIGKILL
-  return tiny.on_simulated_devices(8, __name__, killed_and_whole.__name__)
+  return tiny.on_simulated_devices(
+    8, __name__, killed_and_whole.__name__, folder
+  )
 
 
 def test_a_killed_run_ends_where_one_ends_that_was_not(of_8_devices):

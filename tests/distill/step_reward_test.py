@@ -734,7 +734,7 @@ def steps_on_one_and_on_all_devices():
   """Runs in a process of its own, see `tiny.on_simulated_devices`."""
   from gkd_jax.parallel import partitioning
 
-  mesh = partitioning.make_mesh(data=2, model=2)
+  mesh = partitioning.make_mesh(2, 2, devices=jax.devices()[:4])
   judge, judge_params = tiny.model_and_params(3)
 
   def place(t5, params):
@@ -781,7 +781,7 @@ def steps_on_one_and_on_all_devices():
 def test_a_2_by_2_mesh_gives_what_one_device_gives():
   # The mean of the other rows is one over all devices.
   one, four = tiny.on_simulated_devices(
-    4, __name__, steps_on_one_and_on_all_devices.__name__
+    8, __name__, steps_on_one_and_on_all_devices.__name__
   )
 
   # The same sums, spread over devices: rounding only.

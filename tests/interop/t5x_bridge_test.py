@@ -400,7 +400,7 @@ def spread_over_four_devices():
 
 def test_the_teacher_is_spread_as_t5x_spreads_the_student():
   loss, held = tiny.on_simulated_devices(
-    4, 'tests.interop.t5x_bridge_test', 'spread_over_four_devices'
+    4, __name__, spread_over_four_devices.__name__
   )
 
   assert held == 0.25  # on CPU all devices are of the model axis

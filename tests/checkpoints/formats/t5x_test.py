@@ -423,7 +423,7 @@ def placed_on_four_devices():
 
       return opened[name]._replace(read=read_part)
 
-    mesh = partitioning.make_mesh(data=2, model=2)
+    mesh = partitioning.make_mesh(2, 2, devices=jax.devices()[:4])
     placed = tensors.place(
       opened | {name: recorded(name) for name in asked},
       abstract_params(T5(config, partitioning.Placement(mesh))),
@@ -441,7 +441,7 @@ def placed_on_four_devices():
 
 def test_each_device_reads_its_part_alone(written_by_t5x):
   asked, held = tiny.on_simulated_devices(
-    4, 'tests.checkpoints.formats.t5x_test', 'placed_on_four_devices'
+    8, __name__, placed_on_four_devices.__name__
   )
 
   whole = read(written_by_t5x['scanned'])

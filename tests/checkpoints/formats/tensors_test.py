@@ -61,7 +61,7 @@ def test_an_entry_reads_itself_alone():
 
 def test_each_device_reads_its_own_part_and_no_more():
   read, same = tiny.on_simulated_devices(
-    2, 'tests.checkpoints.formats.tensors_test', 'place_on_two_devices'
+    8, __name__, place_on_two_devices.__name__
   )
 
   assert same
@@ -74,7 +74,8 @@ def test_each_device_reads_its_own_part_and_no_more():
 
 def place_on_two_devices():
   """Returns which parts were read of each array, and if all are right."""
-  placement = partitioning.Placement(partitioning.make_mesh(1, 2))
+  mesh = partitioning.make_mesh(1, 2, devices=jax.devices()[:2])
+  placement = partitioning.Placement(mesh)
   model = T5(tiny.config(), placement)
   abstract = abstract_params(model)
   params = tiny.params(model, 0)
