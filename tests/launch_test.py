@@ -407,24 +407,33 @@ def test_xpk_is_not_given_a_line_break(cluster):
 # TPU VMs.
 
 
-def test_each_worker_gets_the_commit_and_installs_it(cluster):
-  succeeded(cluster.launch(*TPU_VM, '--', '--x'))
-
-  cluster.wait_for_runs(2)
-  for worker in ('worker0', 'worker1'):
-    checkout = cluster.root / worker / 'gkd_jax'
-    assert (checkout / 'gkd_jax' / 'main.py').is_file()
-    assert (checkout / '.venv' / 'gkd_jax.stamp').is_file()
-  assert cluster.folder_of_run().name == 'gkd_jax'
-  installs = [call for call in cluster.called('uv') if call[0] == 'pip']
-  assert [call[-1] for call in installs] == ['.[cmudict,dev]', '.[tpu]'] * 2
-
-
-def test_what_runs_wrote_on_a_worker_is_kept(cluster):
+@pytest.fixture(scope='module')
+def launched(tmp_path_factory, clone):
+  """The cluster after a launch; a worker had the folder of a run before."""
+  cluster = Cluster(tmp_path_factory.mktemp('launched'), clone)
   kept = cluster.root / 'worker0' / 'gkd_jax' / 'runs' / 'mine'
   kept.mkdir(parents=True)
   succeeded(cluster.launch(*TPU_VM, '--', '--x'))
-  assert kept.is_dir()
+  cluster.wait_for_runs(2)
+  return cluster
+
+
+def test_each_worker_gets_the_commit_and_installs_it(launched):
+  for worker in ('worker0', 'worker1'):
+    checkout = launched.root / worker / 'gkd_jax'
+    assert (checkout / 'gkd_jax' / 'main.py').is_file()
+    assert (checkout / '.venv' / 'gkd_jax.stamp').is_file()
+  assert launched.folder_of_run().name == 'gkd_jax'
+  installs = [call for call in launched.called('uv') if call[0] == 'pip']
+  assert [call[-1] for call in installs] == ['.[cmudict,dev]', '.[tpu]'] * 2
+
+
+def test_what_runs_wrote_on_a_worker_is_kept(launched):
+  assert (launched.root / 'worker0' / 'gkd_jax' / 'runs' / 'mine').is_dir()
+
+
+def test_without_create_none_is_made(launched):
+  assert launched.called('gcloud create') == []
 
 
 def test_where_one_worker_fails_none_starts(cluster):
@@ -513,11 +522,6 @@ CREATE = (
   '--runtime_version=v',
   '--spot',
 )
-
-
-def test_without_create_none_is_made(cluster):
-  succeeded(cluster.launch(*TPU_VM, '--', '--x'))
-  assert cluster.called('gcloud create') == []
 
 
 def test_create_makes_one_and_says_how_it_is_deleted(cluster):
