@@ -186,7 +186,7 @@ def calls(name, arguments):
       env=environ | {'PATH': f'{self.bin}:{os.environ["PATH"]}'},
       capture_output=True,
       text=True,
-      timeout=120,
+      timeout=300,
     )
 
   def called(self, name):
