@@ -83,8 +83,6 @@ def model_and_params(seed: int, version='1.1', **changes):
   return model, params(model, seed)
 
 
-jit = jax.jit  # TODO: in use by branches
-
 # For what a test reads from the optimised program; see conftest.
 jit_as_users_do = functools.partial(
   jax.jit,

@@ -67,7 +67,7 @@ def test_stacked_layers_give_what_each_layer_gives(stacked):
     return model.apply({'params': params}, inputs, targets)
 
   np.testing.assert_array_equal(
-    jax.jit(logits)(stacked_params), tiny.jit(logits)(params)
+    jax.jit(logits)(stacked_params), jax.jit(logits)(params)
   )
 
 
