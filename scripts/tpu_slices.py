@@ -53,9 +53,9 @@ PAIRS = {
 # For all: bfloat16 products, and nothing whole on a device that need not be.
 SETTINGS = (
   '--gin.ACTIVATION_DTYPE=bfloat16',
-  '--gin.TEACHER_DTYPE=bfloat16',
-  '--gin.STUDENT_PARAMETER_PARTITIONING_DIMS=2',
-  '--gin.TEACHER_PARAMETER_PARTITIONING_DIMS=2',
+  '--gin.experiment.Teacher.dtype=bfloat16',
+  '--gin.experiment.Student.parameter_partitioning_dims=2',
+  '--gin.experiment.Teacher.parameter_partitioning_dims=2',
   '--gin.SCAN_LAYERS=True',
 )
 
@@ -98,8 +98,12 @@ def _settings(batch_size: int, num_chips: int) -> Iterator[tuple[str, ...]]:
       rows = batch_size * mesh_model // num_chips
       yield (
         '--gin.REMAT=True',
-        f'--gin.NUM_MICROBATCHES={min(rows, 8)}',
-        *((f'--gin.MESH_MODEL={mesh_model}',) if mesh_model > 1 else ()),
+        f'--gin.experiment.Optimization.num_microbatches={min(rows, 8)}',
+        *(
+          (f'--gin.experiment.MeshConfig.model={mesh_model}',)
+          if mesh_model > 1
+          else ()
+        ),
       )
 
 

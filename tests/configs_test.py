@@ -89,10 +89,13 @@ def build(run_main, tmp_path, small_vocabulary):
     )
 
   def build(arguments):
-    lengths = ('--gin.MAX_DECODE_LEN=1', 'MAX_DECODE_LEN is 1, but TASK_FEAT')
+    parts = (
+      '--gin.experiment.Optimization.num_microbatches=7',
+      'divisible by experiment.Optimization.num_microbatches 7',
+    )
     override, want = {
-      'train': lengths,
-      'precompile': lengths,
+      'train': parts,
+      'precompile': parts,
       'eval': (f'--gin.CHECKPOINT_PATH={nowhere}', f'{nowhere} is not there'),
       'infer': (f'--gin.CHECKPOINT_PATH={nowhere}', f'{nowhere} is not there'),
     }[mode_of(arguments)]

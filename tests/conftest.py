@@ -297,14 +297,15 @@ def train_sentencepiece(path, sentences, model_type='char', **settings) -> None:
 
 @pytest.fixture(scope='session')
 def train_letters(letters) -> Callable[..., str]:
-  """Runs train.train on the tiny task; returns what it said on stderr."""
+  """Runs train.train on the tiny task; returns what it logged on stderr."""
   import optax
 
   from gkd_jax import train
   from gkd_jax.data import datasets
   from gkd_jax.distill import objectives, policies
   from gkd_jax.models.t5 import T5Config
-  from tests import tiny
+  from gkd_jax.runtime import run_folder
+  from tests import experiments
 
   def dataset(split, **changes):
     return datasets.DatasetConfig(
@@ -312,8 +313,10 @@ def train_letters(letters) -> Callable[..., str]:
     )
 
   def run(run_dir, **changes) -> str:
+    of_run = {
+      name: changes.pop(name) for name in ('config_text',) if name in changes
+    }
     settings = {
-      'model_dir': str(run_dir),
       'student': T5Config(264, 12, 2, 4, 10, 1, 1),
       'train_dataset': dataset('train'),
       'policy': policies.dataset(),
@@ -328,7 +331,10 @@ def train_letters(letters) -> Callable[..., str]:
     }
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-      train.train(**tiny.with_method(settings | changes))
+      train.train(
+        experiments.experiment(**(settings | changes)),
+        run_folder.Run(model_dir=str(run_dir), **of_run),
+      )
     return said.getvalue()
 
   run.dataset = dataset

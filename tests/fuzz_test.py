@@ -52,9 +52,11 @@ SMALL = gin_flags(
   EVAL_PERIOD=3,
   CHECKPOINT_PERIOD=1,
   TRAIN_STEPS=3,
-  LOG_PERIOD=1,
-  KEEP_CHECKPOINTS=1,
   BEST_METRIC=None,
+  **{
+    'experiment.Schedule.log_period': 1,
+    'experiment.Keep.last': 1,
+  },
 )
 
 
@@ -156,7 +158,10 @@ def test_any_value_of_any_setting_is_accepted_or_refused_by_name(
 @pytest.mark.parametrize(
   'bindings',
   [
-    ('OPTIMIZER=@optax.adamw', 'optax.adamw.mu_dtype="bfloat16"'),
+    (
+      'experiment.Optimization.optimizer=@optax.adamw',
+      'optax.adamw.mu_dtype="bfloat16"',
+    ),
     ('mine/rate=0.1', 'LEARNING_RATE=%mine/rate'),
   ],
 )
@@ -170,24 +175,33 @@ def test_what_gin_allows_and_the_function_takes_is_accepted(start, bindings):
   [
     ('BATCH_SIZE=True', 'BATCH_SIZE must be a whole number, got True.'),
     ('EVAL_PERIOD=1.5', 'EVAL_PERIOD must be a whole number, got 1.5.'),
-    ('LEARNING_RATE=x', "LEARNING_RATE must be a finite number, got 'x'."),
+    (
+      'LEARNING_RATE=x',
+      "LEARNING_RATE must be a finite number or None, got 'x'.",
+    ),
     ('DROPOUT_RATE=1e400', 'DROPOUT_RATE must be a finite number, got inf.'),
     ('MODEL_DIR=3', 'MODEL_DIR must be a text, got 3.'),
     ('TRAIN_STEPS=%TRAIN_STEPS', 'TRAIN_STEPS is set to itself: %TRAIN_STEPS.'),
     ('EMB_DIM=0', 'T5Config.emb_dim must be 1 or more, got 0.'),
     ('NUM_DECODER_LAYERS=-1', 'T5Config.num_decoder_layers must be 0 or more'),
-    ('MAX_GRAD_NORM=0', 'MAX_GRAD_NORM must be above 0, or None for'),
+    (
+      'experiment.Optimization.max_grad_norm=0',
+      'experiment.Optimization.max_grad_norm must be above 0, or None for',
+    ),
     ('RANDOM_SEED=-1', 'RANDOM_SEED must be a whole number, 0 or more, got -1'),
     (
       'DIVERGENCE=@policies.student',
       'Objective.divergence must be a function of teacher_logits and student_l',
     ),
-    ('OPTIMIZER=@policies.student', 'OPTIMIZER must make an optax optimizer'),
+    (
+      'experiment.Optimization.optimizer=@experiment.Keep',
+      'experiment.Optimization.optimizer must make an optax optimizer',
+    ),
     (
       'MIXTURE_OR_TASK_MODULE=./my.py',
       "MIXTURE_OR_TASK_MODULE: './my.py' is no name of a Python module",
     ),
-    ('TRAIN_STEPS=1+2j', '--gin.TRAIN_STEPS=1+2j is no value for gin'),
+    ('TRAIN_STEPS=1+2j', '--gin.TRAIN_STEPS=1+2j is not a gin value'),
     ('STUDENT=3', 'STUDENT must be the shape of a model, such as @model.T5C'),
   ],
 )

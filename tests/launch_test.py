@@ -468,7 +468,7 @@ def test_a_run_goes_on_without_the_launcher_and_is_told_to_stop(cluster):
 
   for worker in (0, 1):
     assert 'ended with exit code 75' in log(cluster, worker)
-  assert 'The same command goes on' in log(cluster, 0)
+  assert 'The same command resumes' in log(cluster, 0)
 
 
 def test_a_second_run_is_refused_while_one_goes_on(cluster):

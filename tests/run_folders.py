@@ -11,7 +11,6 @@ MACROS = {
   'BEST_MODE': 'min',
   'EMB_DIM': 16,
   'EVAL_PERIOD': 250,
-  'EVAL_SPLIT': 'validation',
   'INITIAL_CHECKPOINT_PATH': None,
   'LEARNING_RATE': 0.01,
   'LIKELIHOOD_WEIGHT': 0.0,
@@ -42,15 +41,15 @@ def gkd(fraction: float, divergence: str = 'forward_kl', beta=None) -> dict:
 
 def config(**macros) -> str:
   """A config.gin, formatted as gin does: see gin.config.config_str."""
-  lines = ['from gkd_jax import train', '', '# Macros:', f'# {"=" * 78}']
+  lines = ['from gkd_jax import experiment', '', '# Macros:', f'# {"=" * 78}']
   for name, value in sorted(macros.items()):
     reference = isinstance(value, str) and value[:1] in ('@', '%')
     text = value if reference else pprint.pformat(value, width=76)
     if '\n' in text or len(name + text) > 80:
       text = '\\\n    ' + text.replace('\n', '\n    ')
     lines.append(f'{name} = {text}')
-  lines += ['', '# Parameters for train.train:', f'# {"=" * 78}']
-  lines += ['train.train.seed = %RANDOM_SEED', '# None.', '']
+  lines += ['', '# Parameters for experiment.Schedule:', f'# {"=" * 78}']
+  lines += ['experiment.Schedule.seed = %RANDOM_SEED', '# None.', '']
   return '\n'.join(lines)
 
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles an experiment's train step for a TPU slice that is not at hand.
+"""Compiles an experiment's train step for a TPU slice that need not exist.
 
 Answers, before a slice is rented: does the step compile for it, does it fit
 into its memory, what do its devices send each other, and how long does it take
-at the least? Nothing is run, and neither data nor parameters are read: the
+at least? Nothing is run, and neither data nor parameters are read: the
 compiler, libtpu's own, needs shapes alone.
 
-The program is the one that `train` runs: both go through `train.make_plan` and
-`train.compile_step`. Two things that a run learns from files are taken for
-granted: the vocabulary has as many ids as the models embed, a token for each
-word of a reward's settings, and parameters whose type no setting says (of the
-teacher, of the reward's model) are float32.
+The program is the one that `train` runs: both are made by `build`. Facts that a
+run reads from files are assumed: the vocabulary has as many ids as the models
+embed, and a token for each word of a reward's settings; parameters of teacher
+and reward model are float32 where no dtype is set.
 """
 
 import importlib.metadata
@@ -22,22 +21,21 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.experimental import topologies
 
-from gkd_jax import train
+from gkd_jax import build
+from gkd_jax.batch import Batch
 from gkd_jax.capacity import collectives, costs, roofline
 from gkd_jax.checkpoints import pretrained
-from gkd_jax.data import datasets
-from gkd_jax.distill import methods
+from gkd_jax.distill.methods import Method
 from gkd_jax.distill.state import Frozen
+from gkd_jax.experiment import Experiment, RewardModel, Teacher, check
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
-from gkd_jax.models.layer_stack import stack_layers
-from gkd_jax.models.params import abstract_params, count_params
+from gkd_jax.models.params import count_params
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console
 
@@ -49,176 +47,209 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def precompile(
-  *,
-  topology: str,
-  output: str | None = None,
-  student: ModelConfig,
-  train_dataset: datasets.DatasetConfig,
-  method: methods.Method,
-  optimizer: Callable[..., optax.GradientTransformation],
-  learning_rate: optax.Schedule,
-  seed: int,
-  teacher: ModelConfig | None = None,
-  teacher_checkpoint_path: str | None = None,
-  teacher_dtype: str | None = None,
-  max_grad_norm: float | None = None,
-  num_microbatches: int = 1,
-  reward_model: ModelConfig | None = None,
-  reward_checkpoint_path: str | None = None,
-  reward_dtype: str | None = None,
-  max_decode_len: int | None = None,
-  mesh: Callable[..., jax.sharding.Mesh] = partitioning.make_mesh,
-  student_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
-  teacher_rules: partitioning.AxisRules = partitioning.STANDARD_RULES,
+  experiment: Experiment, topology: str, output: str | None = None
 ) -> dict[str, Any]:
   """Compiles the train step; prints and returns what it takes of each device.
 
-  Args: those of `train.train`, and
+  Args:
+    experiment: as `train` takes it. Where the shape of the teacher or of the
+      reward's model is not set, the description in its checkpoint is read.
     topology: see `find_devices`.
-    output: JSON file that gets what is returned; None: none does.
-    teacher: shape of the teacher; None: the one in its checkpoint, of which the
-      description alone is read.
-    reward_model: likewise, of the reward's model.
-    mesh: makes the mesh of the devices that it is given.
+    output: JSON file for what is returned; None: none is written.
 
   Returns:
     What was compiled; bytes on each device (see `_memory`); and what each
     phase takes (see `_times`).
 
   Raises:
-    ValueError: settings do not fit together, there is no such topology, or
+    ValueError: settings contradict each other, there is no such topology, or
       libtpu is missing.
   """
-  # Before JAX looks for devices: a TPU that is here is left alone.
+  # Before JAX looks for devices: a TPU of this machine is left alone.
   jax.config.update('jax_platforms', 'cpu')
   devices = find_devices(topology)
+  check(experiment, with_checkpoints=False)
   if output is not None:
     pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
-  device_mesh = mesh(devices=devices)
-  plan = train.make_plan(
-    mesh=device_mesh,
-    student_rules=student_rules,
-    student=student,
-    train_dataset=train_dataset,
-    method=method,
-    optimizer=optimizer,
-    learning_rate=learning_rate,
-    seed=seed,
-    max_grad_norm=max_grad_norm,
-    num_microbatches=num_microbatches,
-    max_decode_len=max_decode_len,
-  )
-  pretrained.check_dtype('TEACHER_DTYPE', teacher_dtype)
-  if teacher is None and teacher_checkpoint_path is not None:
-    teacher = pretrained.open_checkpoint(
-      teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH'
-    ).config
-  if teacher is None and plan.needs_teacher:
-    raise ValueError(
-      'This method needs a teacher: set TEACHER, its shape (such as '
-      'gin/models/published_teacher.gin does from TEACHER_SIZE), or '
-      'TEACHER_CHECKPOINT_PATH, which tells it.'
-    )
-  placement = partitioning.Placement(device_mesh, teacher_rules)
-  teacher_model = teacher_params = None
-  if teacher is not None:
-    teacher_model = train.like_student(teacher, student, placement)
-    teacher_params = _constants(teacher_model, teacher_dtype)
-  pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
-  if reward_model is None and reward_checkpoint_path is not None:
-    reward_model = pretrained.open_checkpoint(
-      reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH'
-    ).config
-  ids = student.special_ids(
-    min(model.vocab_size for model in (student, teacher) if model)
-  )
-  score = reward_params = None
-  reward = method.reward
-  if reward is not None:
-    judge = None
-    if reward.needs_model:
-      if reward_model is None:
-        raise ValueError(
-          'This REWARD is given by a model: set REWARD_MODEL, its shape (see '
-          'configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH, which tells it.'
-        )
-      judge = train.like_student(reward_model, student, placement)
-      reward_params = _constants(judge, reward_dtype)
-    score = reward.make_score(_WordVocabulary(), ids, judge)
-  batch = train.abstract_batch(train_dataset, device_mesh)
-  lengths = {
-    'batch_size': train_dataset.batch_size,
-    'input_length': train_dataset.task_feature_lengths['inputs'],
-    'target_length': train_dataset.task_feature_lengths['targets'],
-  }
-
-  rows_on_a_device = train_dataset.batch_size // device_mesh.shape['data']
+  planned = _plan(experiment, experiment.mesh.make(devices))
   console.log(
     f'Compiling the step for {len(devices)} x {devices[0].device_kind}.'
   )
   start = time.monotonic()
   given = {
-    'student_params': _bytes_on_a_device(plan.state.params),
-    'optimizer_state': _bytes_on_a_device(plan.state.opt_state),
-    'teacher_params': _bytes_on_a_device(teacher_params),
-    'reward_params': _bytes_on_a_device(reward_params),
-    'batch': _bytes_on_a_device(batch),
+    'student_params': _bytes_on_a_device(planned.plan.state.params),
+    'optimizer_state': _bytes_on_a_device(planned.plan.state.opt_state),
+    'teacher_params': _bytes_on_a_device(planned.teacher.params),
+    'reward_params': _bytes_on_a_device(planned.reward.params),
+    'batch': _bytes_on_a_device(planned.batch),
   }
   compiled, refusal = _compile(
     _available(topology),
     sum(given.values()),
-    plan.make_train_step(teacher=teacher_model, ids=ids, score=score),
-    plan.state,
-    Frozen(teacher_params, reward_params),
-    batch,
+    planned.train_step,
+    planned.plan.state,
+    Frozen(planned.teacher.params, planned.reward.params),
+    planned.batch,
   )
   compile_seconds = time.monotonic() - start
+  needs_teacher = experiment.method.needs_teacher_checkpoint
   report = {
     'topology': topology,
     'device_kind': devices[0].device_kind,
     'num_devices': len(devices),
-    'mesh': dict(device_mesh.shape),
-    'student': _describe(student, plan.state.params),
-    'teacher': teacher and _describe(teacher, teacher_params),
-    'reward': reward_params and _describe(reward_model, reward_params),
-    'batch_size': train_dataset.batch_size,
-    'num_microbatches': num_microbatches,
-    'feature_lengths': dict(train_dataset.task_feature_lengths),
-    'num_ids': ids.num_ids,
+    **_describe_run(experiment, planned),
     'compile_seconds': round(compile_seconds, 1),
-    **_memory(topology, compiled, refusal, given, plan.needs_teacher),
-    'caches': costs.cache_bytes(
-      student,
-      **lengths | {'batch_size': rows_on_a_device},
-    )
-    // plan.student.placement.num_shards('heads'),
-    **_times(
-      compiled,
-      roofline.on_a_device(
-        student,
-        teacher if plan.needs_teacher else None,
-        **lengths,
-        num_microbatches=num_microbatches,
-        data=device_mesh.shape['data'],
-        student_model=plan.student.placement.num_shards('mlp'),
-        teacher_model=placement.num_shards('mlp'),
-        teacher_weight_bytes=_itemsize(teacher_params),
-        # Gradient and parameters are read, as is what is kept of both; all but
-        # the gradient is written.
-        optimizer_bytes=3 * _bytes_on_a_device(plan.state.params)
-        + 2 * _bytes_on_a_device(plan.state.opt_state),
-      ),
-      topology,
-      lengths['target_length'],
-      samples=method.policy.student_data_fraction > 0.0,
-    ),
-    'not_counted': _not_counted(method.policy, reward),
+    **_memory(topology, compiled, refusal, given, needs_teacher),
+    **_costs(experiment, planned, compiled, topology),
+    'not_counted': _not_counted(experiment.method),
     'versions': _versions(),
   }
   if output is not None:
     pathlib.Path(output).write_text(json.dumps(report, indent=2) + '\n')
   print(format_report(report))
   return report
+
+
+class _Planned(NamedTuple):
+  """A step and its arguments: shapes, dtypes and shardings."""
+
+  plan: build.Plan
+  teacher: build.Model
+  reward: build.Model
+  batch: Batch
+  train_step: Callable[..., Any]
+  num_ids: int
+  mesh: jax.sharding.Mesh
+
+
+def _plan(experiment: Experiment, mesh: jax.sharding.Mesh) -> _Planned:
+  """Builds what `train` builds, without files."""
+  plan = build.make_plan(experiment, mesh)
+  student = experiment.student.config
+  teacher, reward_model = _shapes(experiment)
+  ids = student.special_ids(
+    min(model.vocab_size for model in (student, teacher) if model)
+  )
+  teacher = build.plan_frozen(
+    teacher, experiment.teacher.dtype, experiment, mesh
+  )
+  reward_model = build.plan_frozen(
+    reward_model, experiment.reward_model.dtype, experiment, mesh
+  )
+  score = None
+  if experiment.method.reward is not None:
+    score = experiment.method.reward.make_score(
+      _WordVocabulary(), ids, reward_model.module
+    )
+  train_step = build.make_train_step(
+    experiment, plan, teacher=teacher.module, ids=ids, score=score
+  )
+  batch = build.abstract_batch(experiment.data.train, mesh)
+  return _Planned(
+    plan, teacher, reward_model, batch, train_step, ids.num_ids, mesh
+  )
+
+
+def _shapes(
+  experiment: Experiment,
+) -> tuple[ModelConfig | None, ModelConfig | None]:
+  """Returns the shapes of the teacher and of the reward's model.
+
+  Raises:
+    ValueError: one is needed, and neither its shape nor a checkpoint is named.
+  """
+  method = experiment.method
+  teacher = _shape(experiment.teacher, 'TEACHER_CHECKPOINT_PATH')
+  if teacher is None and method.needs_teacher_checkpoint:
+    raise ValueError(
+      'This method needs a teacher: set experiment.Teacher.config, its shape '
+      '(gin/models/published.gin sets it from TEACHER_SIZE), or '
+      'TEACHER_CHECKPOINT_PATH, which has it.'
+    )
+  if method.reward is None or not method.reward.needs_model:
+    return teacher, None
+  reward = _shape(experiment.reward_model, 'REWARD_CHECKPOINT_PATH')
+  if reward is None:
+    raise ValueError(
+      'This REWARD needs a model: set experiment.RewardModel.config, its shape '
+      '(see configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH, which has it.'
+    )
+  return teacher, reward
+
+
+def _shape(part: Teacher | RewardModel, setting: str) -> ModelConfig | None:
+  if part.config is not None or part.checkpoint_path is None:
+    return part.config
+  return pretrained.open_checkpoint(part.checkpoint_path, setting).config
+
+
+def _describe_run(experiment: Experiment, planned: _Planned) -> dict[str, Any]:
+  """Returns the part of the report that names what was compiled."""
+  dataset = experiment.data.train
+  models = {
+    'student': (planned.plan.student, planned.plan.state.params),
+    'teacher': planned.teacher[:2],
+    'reward': planned.reward[:2],
+  }
+  return {
+    'mesh': dict(planned.mesh.shape),
+    **{
+      role: module and _describe(module.config, params)
+      for role, (module, params) in models.items()
+    },
+    'batch_size': dataset.batch_size,
+    'num_microbatches': experiment.optimization.num_microbatches,
+    'feature_lengths': dict(dataset.task_feature_lengths),
+    'num_ids': planned.num_ids,
+  }
+
+
+def _costs(
+  experiment: Experiment,
+  planned: _Planned,
+  compiled: jax.stages.Compiled | None,
+  topology: str,
+) -> dict[str, Any]:
+  """Returns the parts of the report about caches and times."""
+  dataset = experiment.data.train
+  data = planned.mesh.shape['data']
+  student = planned.plan.student
+  lengths = {
+    'batch_size': dataset.batch_size,
+    'input_length': dataset.task_feature_lengths['inputs'],
+    'target_length': dataset.task_feature_lengths['targets'],
+  }
+  teacher = experiment.method.needs_teacher and planned.teacher.module
+  teacher_placement = partitioning.Placement(
+    planned.mesh, experiment.teacher.axis_rules
+  )
+  caches = costs.cache_bytes(
+    student.config, **lengths | {'batch_size': dataset.batch_size // data}
+  )
+  phases = roofline.on_a_device(
+    student.config,
+    teacher.config if teacher else None,
+    **lengths,
+    num_microbatches=experiment.optimization.num_microbatches,
+    data=data,
+    student_model=student.placement.num_shards('mlp'),
+    teacher_model=teacher_placement.num_shards('mlp'),
+    teacher_weight_bytes=_itemsize(planned.teacher.params),
+    # Gradient, parameters and the optimizer's state are read; all but the
+    # gradient are written.
+    optimizer_bytes=3 * _bytes_on_a_device(planned.plan.state.params)
+    + 2 * _bytes_on_a_device(planned.plan.state.opt_state),
+  )
+  return {
+    'caches': caches // student.placement.num_shards('heads'),
+    **_times(
+      compiled,
+      phases,
+      topology,
+      lengths['target_length'],
+      samples=experiment.method.policy.student_data_fraction > 0.0,
+    ),
+  }
 
 
 def find_devices(topology: str) -> Sequence[jax.Device]:
@@ -301,17 +332,6 @@ class _WordVocabulary:
     ]
 
 
-def _constants(model, dtype):
-  """Returns the shapes of parameters that no step changes, as `train` does."""
-  params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, dtype or 'float32', sharding=x.sharding
-    ),
-    abstract_params(model),
-  )
-  return stack_layers(params) if model.config.scan_layers else params
-
-
 def _compile(
   available, given, *arguments
 ) -> tuple[jax.stages.Compiled | None, str | None]:
@@ -319,7 +339,7 @@ def _compile(
   if available is not None and given > available:
     return None, _NOT_COMPILED
   try:
-    return train.compile_step(*arguments), None
+    return build.compile_step(*arguments), None
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
@@ -406,12 +426,12 @@ def _times(compiled, cost, topology, max_decode_len, *, samples):
   }
 
 
-def _not_counted(policy, reward) -> list[str]:
+def _not_counted(method: Method) -> list[str]:
   """Returns what a step does beside its phases."""
   parts = []
-  if policy.needs_teacher:
+  if method.policy.needs_teacher:
     parts.append('outputs that the teacher writes')
-  if reward is not None:
+  if method.reward is not None:
     parts.append('the reward')
   return parts
 
@@ -526,8 +546,9 @@ def _verdict(report: dict[str, Any]) -> str:
   missing = report['left'] and -report['left']
   return (
     f'It does not fit: {_size(missing)} are missing on each device. A larger '
-    'slice or MESH_MODEL, more NUM_MICROBATCHES, REMAT=True, and '
-    'ACTIVATION_DTYPE or TEACHER_DTYPE=bfloat16 take less.'
+    'slice or experiment.MeshConfig.model, more\n'
+    'experiment.Optimization.num_microbatches, REMAT=True, and '
+    'ACTIVATION_DTYPE or experiment.Teacher.dtype=bfloat16 take less.'
     + (f'\nThe compiler: {report["refusal"]}' if report['refusal'] else '')
   )
 

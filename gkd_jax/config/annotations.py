@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the value of a setting may be, as the function that takes it says."""
+"""Checks the type of a setting against the parameter that it is bound to."""
 
 import inspect
 import math
@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any
 
-# Kind of annotation -> what is written for it in a gin file.
+# Kind of annotation -> what to write for it in a gin file.
 _WRITTEN = {
   'bool': 'True or False',
   'int': 'a whole number',
@@ -35,20 +35,20 @@ _LITERALS = (
   *(bool, int, float, complex, str, bytes),
   *(list, tuple, dict, set, type(None)),
 )
-# Of these there is nothing that could be written in a gin file.
+# These cannot be written in a gin file.
 _ARRAYS = {'Array', 'ndarray', 'number'}
-# What is larger overflows somewhere inside.
+# A larger number overflows an int32 somewhere.
 _MAX_INT = 2**31 - 1
 
 
 def check(setting: str, value: Any, annotation: Any) -> None:
-  """Raises ValueError if a value is of another type than is wanted.
+  """Raises ValueError if a value's type is not that of its parameter.
 
   Args:
-    setting: what it is called in gin.
-    value: a literal; whatever else it is stands for a function.
-    annotation: of the parameter that takes it, as `inspect.signature` has it.
-      One with a type that is not known here takes any value.
+    setting: its name in gin.
+    value: a literal; anything else stands for a function.
+    annotation: of the parameter, from `inspect.signature`. With a type that is
+      unknown here any value is accepted.
   """
   kinds = _kinds(annotation)
   if 'complex' in kinds:  # jax.typing.ArrayLike: what counts as a number
@@ -67,7 +67,7 @@ def check(setting: str, value: Any, annotation: Any) -> None:
 
 
 def _kinds(annotation: Any) -> list[str]:
-  """Returns the names of the types that an annotation allows."""
+  """Returns the names of the types in an annotation."""
   if annotation in (inspect.Parameter.empty, Any):
     return ['Any']
   if isinstance(annotation, str):  # evaluating it could import what it names
@@ -82,7 +82,7 @@ def _kinds(annotation: Any) -> list[str]:
 
 
 def _is(value: Any, kind: str) -> bool:
-  """Whether a value may be where this kind is wanted."""
+  """Whether a value is of a kind."""
   if kind == 'int':
     is_int = isinstance(value, int) and not isinstance(value, bool)
     return is_int and abs(value) <= _MAX_INT

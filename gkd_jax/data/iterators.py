@@ -146,7 +146,8 @@ class TrainIterator(Iterator[Batch]):
         raise files.DoesNotFit(
           f'{directory} has the positions {", ".join(there) or "of nothing"}, '
           f'but not {name}: this run deals its data to {self._num_shards} '
-          'shard(s). Set NUM_DATA_SHARDS to the number that it was dealt to.'
+          'shard(s). Set experiment.Data.num_shards to the number that it was '
+          'dealt to.'
         )
       try:
         tf.train.Checkpoint(iterator=iterator).read(path).assert_consumed()

@@ -34,6 +34,11 @@ with epy.lazy_imports():
 FEATURES = ('inputs', 'targets')
 
 
+def set_tfds_data_dir(folder: str) -> None:
+  """Sets the folder in which TFDS finds its data."""
+  seqio.set_tfds_data_dir_override(folder)
+
+
 def find(
   name: str, module: str | None, arguments: Mapping[str, Any] | None
 ) -> seqio.Task | seqio.Mixture:
@@ -233,7 +238,7 @@ def first_examples(
       f'TRAIN_NUM_EXAMPLES is {num_examples}, but the examples of '
       f'{task.name!r} '
       + (
-        'come from a cache (USE_CACHED_TASKS).'
+        'come from a cache (datasets.DatasetConfig.use_cached).'
         if use_cached
         else 'are mixed from several tasks.'
       )

@@ -123,7 +123,7 @@ def compared_outputs_are_in_one_microbatch(setup: Setup) -> None:
       f'The credit compares at least {credit.min_rows} outputs of a microbatch '
       "(REWARD_BASELINE = 'batch_mean' is the mean reward of the other "
       f'outputs), but BATCH_SIZE {batch_size} in {setup.num_microbatches} '
-      f'NUM_MICROBATCHES leaves {rows}. Use larger microbatches, or another '
+      f'microbatches leaves {rows}. Use larger microbatches, or another '
       "REWARD_BASELINE: 'self_critical' or 'none'."
     )
 

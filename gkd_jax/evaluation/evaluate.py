@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from gkd_jax import build
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import pretrained
-from gkd_jax.data import datasets, iterators, vocabularies
+from gkd_jax.data import datasets, iterators
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, rewards
 from gkd_jax.evaluation import diversity, programs
+from gkd_jax.experiment import check_decodings
 from gkd_jax.models.interface import Model
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console, files
@@ -307,25 +309,10 @@ class Evaluation:
     )
 
 
-def check_decodings(decodings: Mapping[str, Any]) -> None:
-  """Raises ValueError if a value is no way to draw outputs."""
-  for name, decoding in decodings.items():
-    if not isinstance(decoding, programs.Decoding):
-      raise ValueError(
-        f'DECODINGS: {name!r} must be @sampler.SamplerConfig() or '
-        f'@beam_search.BeamConfig(), got {decoding!r}.'
-      )
-
-
 def _num_outputs(
   decodings: Mapping[str, programs.Decoding], num_samples: int
 ) -> dict[str, int]:
   """Returns {decoding: outputs for each input}."""
-  if not decodings:
-    raise ValueError(
-      'DECODINGS is empty: name at least one way to draw outputs, e.g. '
-      "{'greedy': @greedy/sampler.SamplerConfig()}."
-    )
   check_decodings(decodings)
   if num_samples < 1:
     raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_samples}.')
@@ -417,53 +404,37 @@ def evaluate_checkpoint(
   _num_outputs(decodings, num_samples)  # raises before anything is loaded
   diversity.check_tokenizer(self_bleu_tokenize)
   rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
-  pretrained.check_dtype('REWARD_DTYPE', reward_dtype)
+  pretrained.check_dtype('evaluate_checkpoint.reward_dtype', reward_dtype)
   mesh = partitioning.make_mesh()
   partitioning.check_spread('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
-  vocabulary = datasets.get_vocabulary(dataset)
   source = pretrained.open_checkpoint(checkpoint_path)
-  ids = datasets.special_ids(dataset, vocabulary, source.config)
-  load = functools.partial(
-    pretrained.load_for_task,
-    vocabulary=vocabularies.describe(vocabulary),
-    ids=ids,
-    mesh=mesh,
-  )
-  student, params, folder = load(checkpoint_path)
-  teacher = teacher_params = None
+  task = build.open_task(dataset, source.config)
+
+  def load(path, setting, dtype=None):
+    if path is None:
+      return build.NO_MODEL
+    return build.load_model(build.open_source(path, task, setting), mesh, dtype)
+
+  student = load(checkpoint_path, 'CHECKPOINT_PATH')
   origin = {
-    'checkpoint': str(folder),
+    'checkpoint': str(student.folder),
     'task': dataset.mixture_or_task_name,
   }
-  if teacher_checkpoint_path is not None:
-    teacher, teacher_params, folder = load(
-      teacher_checkpoint_path, setting='TEACHER_CHECKPOINT_PATH'
-    )
-    origin['teacher_checkpoint'] = str(folder)
+  teacher = load(teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH')
+  if teacher.folder is not None:
+    origin['teacher_checkpoint'] = str(teacher.folder)
   mean_reward = None
   if reward is not None:
-    reward_model = reward_params = None
-    if reward_checkpoint_path is not None:
-      reward_model, reward_params, _ = load(
-        reward_checkpoint_path,
-        dtype=reward_dtype,
-        setting='REWARD_CHECKPOINT_PATH',
-      )
-    score = reward.make_score(vocabulary, ids, reward_model)
-    rewards.check_score(
-      score,
-      reward_params,
-      batch_size=dataset.batch_size,
-      lengths=dataset.task_feature_lengths,
-    )
+    model = load(reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH', reward_dtype)
+    score = build.make_score(reward, task, model, dataset)
     mean_reward = programs.make_mean_reward(
-      reward, score, reward_params, ids=ids, mesh=mesh
+      reward, score, model.params, ids=task.ids, mesh=mesh
     )
   evaluation = Evaluation(
     dataset,
-    student,
-    teacher,
-    teacher_params,
+    student.module,
+    teacher.module,
+    teacher.params,
     decodings,
     seed=seed,
     mesh=mesh,
@@ -471,8 +442,8 @@ def evaluate_checkpoint(
     self_bleu_tokenize=self_bleu_tokenize,
     mean_reward=mean_reward,
   )
-  values, table = evaluation(params)
-  write_samples(output_dir, dataset.split, evaluation.samples(params))
+  values, table = evaluation(student.params)
+  write_samples(output_dir, dataset.split, evaluation.samples(student.params))
   path = write_results(
     output_dir, dataset.split, {**origin, **values, **evaluation.notes}
   )

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from gkd_jax import build
 from gkd_jax.batch import SpecialIds
 from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, iterators, predictions, vocabularies
 from gkd_jax.decoding import sampler
 from gkd_jax.evaluation import programs
-from gkd_jax.models.params import abstract_params
-from gkd_jax.models.registry import make_model
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import console
 
@@ -51,23 +50,21 @@ def infer(
   predictions.check_not_there(path)
   mesh = partitioning.make_mesh()
   partitioning.check_spread('INFER_BATCH_SIZE', dataset.batch_size, mesh)
-  tokenizer = datasets.get_vocabulary(dataset)
-  vocabulary = vocabularies.describe(tokenizer)
   lengths = dict(dataset.task_feature_lengths)
   source = pretrained.open_checkpoint(checkpoint_path)
-  ids = datasets.special_ids(dataset, tokenizer, source.config)
-  pretrained.check_fits(source, vocabulary, ids)
-  inputs = iterators.InferenceDataset(dataset, ids.pad)
-  model = make_model(source.config, partitioning.Placement(mesh))
+  task = build.open_task(dataset, source.config)
+  source = build.open_source(checkpoint_path, task)
+  inputs = iterators.InferenceDataset(dataset, task.ids.pad)
+  module = build.make_model(source.config, mesh)
   write = programs.make_write(
-    model,
+    module,
     decoding,
     num_outputs=num_samples,
     max_decode_len=lengths['targets'],
-    ids=ids,
+    ids=task.ids,
     seed=seed,
     mesh=mesh,
-    vocabulary=tokenizer,
+    vocabulary=task.vocabulary,
   )
   step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
   provenance = {
@@ -77,7 +74,7 @@ def infer(
     'task_arguments': dataset.task_arguments,
     'split': dataset.split,
     'max_examples': dataset.num_examples,
-    'vocabulary': vocabulary,
+    'vocabulary': task.description,
     'task_feature_lengths': lengths,
     'decoding': repr(decoding),
     'num_samples': num_samples,
@@ -90,8 +87,7 @@ def infer(
   if hosts.is_first():
     writer = predictions.Writer(path, provenance, dataset.batch_size)
   first = hosts.from_first(writer.num_examples if writer else 0)
-  console.log(f'Model: {source}')
-  params = source.load(abstract_params(model), None)
+  params = build.load_model(source, mesh).params
   if first:
     console.log(f'Going on after {first:,} examples.')
   total = inputs.size()
@@ -103,9 +99,9 @@ def infer(
     writer.append(
       [
         [
-          _line(inputs, example, tokens, ids)
+          _line(inputs, example, tokens, task.ids)
           for tokens in of_one
-          if (tokens != ids.pad).any()
+          if (tokens != task.ids.pad).any()
         ]
         for example, of_one in zip(examples, tokens_BNT, strict=False)
       ]

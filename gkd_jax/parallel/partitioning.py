@@ -74,8 +74,8 @@ def standard_logical_axis_rules(
   dims = (parameter_partitioning_dims, activation_partitioning_dims)
   if dims not in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2)):
     raise ValueError(
-      'PARAMETER_PARTITIONING_DIMS must be 1 or 2, or 0, and '
-      'ACTIVATION_PARTITIONING_DIMS 1 or 2 (with 0 only 1); got '
+      'parameter_partitioning_dims must be 1 or 2, or 0, and '
+      'activation_partitioning_dims 1 or 2 (with 0 only 1); got '
       f'{parameter_partitioning_dims!r} and {activation_partitioning_dims!r}.'
     )
   model = 'model' if parameter_partitioning_dims else None
@@ -199,8 +199,9 @@ def rows_of_host(batch_size: int, mesh: Mesh) -> tuple[int, int]:
   if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
     raise ValueError(
       f'The rows of a batch on the devices of host {jax.process_index()} are '
-      f'not one after the other: {spans}. Choose MESH_MODEL so that it divides '
-      'the devices of a host, or is a multiple of their number.'
+      f'not one after the other: {spans}. Choose '
+      'experiment.MeshConfig.model so that it divides the devices of a host, '
+      'or is a multiple of their number.'
     )
   return spans[0][0], spans[-1][1]
 

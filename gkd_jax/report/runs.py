@@ -28,14 +28,19 @@ FREE = (
   'EVALUATOR_NUM_EXAMPLES',
   'EVAL_BATCH_SIZE',
   'EVAL_PERIOD',
-  'LOG_PERIOD',
-  'MESH_DATA',
-  'MESH_MODEL',
   'MODEL_DIR',
-  'NUM_MICROBATCHES',
   'RANDOM_SEED',
   'REMAT',
-  'USE_CACHED_TASKS',
+  'datasets.DatasetConfig.use_cached',
+  'experiment.Data.num_shards',
+  'experiment.Keep.best_metric',
+  'experiment.Keep.best_mode',
+  'experiment.Keep.last',
+  'experiment.MeshConfig.data',
+  'experiment.MeshConfig.model',
+  'experiment.Optimization.num_microbatches',
+  'experiment.Schedule.log_period',
+  'experiment.Schedule.max_skipped_steps',
 )
 _INITIAL = 'INITIAL_CHECKPOINT_PATH'
 _TEACHER = 'TEACHER_CHECKPOINT_PATH'
@@ -188,7 +193,8 @@ def _read(folder: pathlib.Path) -> Run:
       for name, value in run.curve[-1].items()
       if name.startswith('validation/')
     }
-    where = (run.task, settings.get('EVAL_SPLIT', 'validation'))
+    split = settings.get('eval/datasets.DatasetConfig.split', 'validation')
+    where = (run.task, split)
     run = dataclasses.replace(run, results={where: {'step': steps, **values}})
   rewards = [line[REWARD] for line in lines if REWARD in line]
   if rewards:  # of what it wrote in the last tenth of its training

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages and progress for the person who waits, on stderr."""
+"""Messages and progress on stderr."""
 
 import sys
 import time
@@ -10,10 +10,16 @@ from gkd_jax.parallel import hosts
 
 
 class Progress:
-  """Shows how far training is: a bar on a terminal, plain lines elsewhere."""
+  """Shows the progress of training: a bar on a terminal, lines elsewhere."""
 
   def __init__(self, total_steps: int, first_step: int, every_seconds: float):
-    """Args: steps in all, steps done, and how often a plain line is due."""
+    """Starts the clock.
+
+    Args:
+      total_steps: of the run.
+      first_step: steps that are done already.
+      every_seconds: between plain lines.
+    """
     self._total = total_steps
     self._first = self._step = first_step
     self._every = every_seconds
@@ -27,7 +33,7 @@ class Progress:
   def update(
     self, step: int, *, loss: float, on_policy: float, tokens_per_second: float
   ) -> None:
-    """Shows the state after `step`: loss in nats, on-policy share so far."""
+    """Shows the metrics after `step`: loss in nats, on-policy share so far."""
     figures = (
       f'loss {loss:.4f}  on-policy {on_policy:.0%}  '
       f'{tokens_per_second:,.0f} target tokens/s'
@@ -52,10 +58,7 @@ class Progress:
 
 
 def log(text: str) -> None:
-  """Prints a line for the person who waits, without breaking the bar.
-
-  The first host does.
-  """
+  """Prints a line without breaking the progress bar, on the first host."""
   if not hosts.is_first():
     return
   tqdm.tqdm.write(text, file=sys.stderr)

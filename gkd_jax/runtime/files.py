@@ -10,7 +10,7 @@ from gkd_jax.parallel import hosts
 def write_whole(path: str | os.PathLike, text: str) -> None:
   """Writes a file whole or not at all, and makes its folder.
 
-  The first host does.
+  Only the first host of a run writes.
   """
   if not hosts.is_first():
     return
@@ -26,4 +26,4 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
 
 
 class DoesNotFit(ValueError):
-  """A checkpoint is whole, but of something else."""
+  """A checkpoint is complete, but does not fit this run."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where numbers go: JSON lines, TensorBoard, and the terminal."""
+"""Writes metrics as JSON lines and for TensorBoard."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _FLUSH_SECONDS = 120.0
 class MetricWriter:
   """Appends scalars to a folder's `metrics.jsonl` and TensorBoard file.
 
-  The first host does.
+  Only the first host of a run writes.
   """
 
   def __init__(self, run_dir: str | os.PathLike, first_step: int):
@@ -27,8 +27,8 @@ class MetricWriter:
 
     Args:
       run_dir: of the run.
-      first_step: the run goes on after this step: what an interrupted run
-        wrote beyond it will be written again, and is dropped.
+      first_step: the run resumes after this step. Lines that an interrupted run
+        wrote of later steps are dropped: they will be written again.
     """
     self._file = self._board = None
     if not hosts.is_first():
@@ -36,10 +36,10 @@ class MetricWriter:
     path = pathlib.Path(run_dir) / 'metrics.jsonl'
     if path.exists():
       _keep_through_step(path, first_step)
-    # Nothing is kept back that would be written when the file is closed.
+    # Unbuffered: closing the file must not write, which fails on a full disk.
     self._file = path.open('ab', buffering=0)
-    # tensorboardX's SummaryWriter has a thread that writes. It would die of a
-    # full disk, and whoever writes next would wait for it without end.
+    # tensorboardX's SummaryWriter writes in a thread. A full disk kills it, and
+    # the next write then blocks forever.
     self._board = event_file_writer.EventsWriter(
       os.path.join(run_dir, 'events')
     )
@@ -48,7 +48,7 @@ class MetricWriter:
     self._add(step=first_step + 1, session_log=start)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Writes the scalars of a step, at once visible to others."""
+    """Writes the scalars of a step, unbuffered."""
     if self._file is None:
       return
     line = (json.dumps({'step': step, **scalars}) + '\n').encode()
@@ -63,7 +63,7 @@ class MetricWriter:
       self._add(step=step, summary=summary.text(name, markdown))
 
   def _add(self, **fields):
-    """Writes an event to TensorBoard, visible after a while."""
+    """Writes an event to TensorBoard; it is flushed now and then."""
     self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
     if time.monotonic() >= self._flush_at:
       self._board.flush()
@@ -77,7 +77,7 @@ class MetricWriter:
 
 
 def _keep_through_step(path: pathlib.Path, step: int) -> None:
-  """Drops later lines, and one that was cut off while it was written."""
+  """Drops the lines of later steps, and a last line that was cut off."""
   kept, damaged = [], 0
   *whole, _ = path.read_text(errors='replace').split('\n')
   for line in whole:
@@ -90,17 +90,17 @@ def _keep_through_step(path: pathlib.Path, step: int) -> None:
     aside = path.with_name(f'damaged_{path.name}')
     shutil.copy(path, aside)
     console.log(
-      f'{path} has {damaged} lines that cannot be read. They are left out; as '
-      f'it was, it is in {aside.name}.'
+      f'{path} has {damaged} lines that cannot be read. They are dropped; the '
+      f'original file is kept as {aside.name}.'
     )
   files.write_whole(path, ''.join(kept))
 
 
 def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
-  """Returns the lines of a run's `metrics.jsonl`; none if there is none."""
+  """Returns the lines of a run's `metrics.jsonl`, [] without such a file."""
   path = pathlib.Path(run_dir) / 'metrics.jsonl'
   if not path.exists():
     return []
-  # The last line may be cut off: by the end of a run, or half written now.
+  # The last line may be incomplete: cut off, or being written now.
   *whole, _ = path.read_text().split('\n')
   return [json.loads(line) for line in whole]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a run save before it stops, and keeps its folder in order."""
+"""Handles SIGTERM and Ctrl-C, so that a run saves before it stops."""
 
 import contextlib
 import os
@@ -12,31 +12,31 @@ from gkd_jax.runtime import console
 
 
 class Interrupted(KeyboardInterrupt):
-  """A signal asked the run to stop.
+  """The run stops because of a signal.
 
   Attributes:
-    exit_code: that the process ends with: 75 (EX_TEMPFAIL, "try again") after
-      SIGTERM, as a scheduler sends it; 130 after Ctrl-C, as shells have it.
+    exit_code: of the process: 75 (EX_TEMPFAIL, "try again") after a scheduler's
+      SIGTERM; 130 after Ctrl-C, as in shells.
   """
 
   def __init__(self, message: str, exit_code: int):
-    """Keeps what to say and how to end."""
+    """Sets the message and the exit code."""
     super().__init__(message)
     self.exit_code = exit_code
 
 
 class Signals:
-  """Notes SIGTERM and Ctrl-C; a second Ctrl-C ends the process as usual.
+  """Records SIGTERM and Ctrl-C; a second Ctrl-C ends the process as usual.
 
-  With several hosts JAX notes SIGTERM, and all hosts agree on where to stop:
+  With several hosts JAX handles SIGTERM, and all hosts agree on where to stop:
   see `hosts.reached_preemption`.
 
   Attributes:
-    received: the first one's number; None: there was none.
+    received: number of the first signal; None: there was none.
   """
 
   def __init__(self):
-    """Nothing was received yet, and nothing is noted."""
+    """Installs no handler yet; see `noted`."""
     self.received: int | None = None
     self._at_once = False
 
@@ -46,7 +46,7 @@ class Signals:
 
   @contextlib.contextmanager
   def noted(self) -> Iterator[None]:
-    """Within it signals are noted; outside they end the process."""
+    """Within it signals are recorded; outside they end the process."""
     is_main = threading.current_thread() is threading.main_thread()
     if hosts.are_several() or not is_main:
       yield  # Python lets no other thread handle signals
@@ -61,9 +61,9 @@ class Signals:
 
   @contextlib.contextmanager
   def at_once(self) -> Iterator[None]:
-    """Within it a signal raises `Interrupted`, one that came before, too.
+    """Within it a signal raises `Interrupted`, even one received before.
 
-    With several hosts none does: they `check`.
+    With several hosts none does: those call `check`.
     """
     self._at_once = True
     try:
@@ -73,7 +73,7 @@ class Signals:
       self._at_once = False
 
   def stops(self) -> bool:
-    """Whether the run is to stop; all hosts ask, equally often."""
+    """Whether the run is to stop. All hosts must call it equally often."""
     if hosts.reached_preemption():
       self.received = signal.SIGTERM
     return self.received is not None
@@ -90,12 +90,12 @@ class Signals:
     if self.received is None:
       self.received = number
       name = signal.Signals(number).name
-      console.log(f'{name}: saving what there is, then stopping.')
+      console.log(f'{name}: saving, then stopping.')
     if self._at_once:
       self._raise_if_received()
 
   def _raise_if_received(self):
     if self.received is not None:
       raise Interrupted(
-        'Interrupted. The same command goes on from there.', self.exit_code
+        'Interrupted. The same command resumes the run.', self.exit_code
       )

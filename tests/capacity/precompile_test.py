@@ -2,7 +2,6 @@
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gkd_jax import train
+from gkd_jax import build
 from gkd_jax.capacity import costs, precompile, roofline
 from gkd_jax.data import datasets
 from gkd_jax.decoding import sampler
@@ -28,7 +27,7 @@ from gkd_jax.distill import (
 )
 from gkd_jax.models.params import count_params
 from gkd_jax.models.t5 import T5Config
-from tests import conftest, tiny
+from tests import conftest, experiments
 
 STUDENT = T5Config(259, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
 LARGER_STUDENT = dataclasses.replace(STUDENT, vocab_size=264)
@@ -36,7 +35,7 @@ TEACHER = T5Config(262, 16, 2, 6, 14, 1, 1)
 JSD = '--gin_file=configs/cmudict_g2p/on_policy_jsd_0.9.gin'
 SFT = '--gin_file=configs/cmudict_g2p/sft.gin'
 TINY_TEACHER = (
-  '--gin.TEACHER=@teacher/t5.T5Config()',
+  '--gin.experiment.Teacher.config=@teacher/t5.T5Config()',
   *(
     f'--gin.teacher/t5.T5Config.{name}={value}'
     for name, value in {
@@ -79,6 +78,13 @@ DATASET = datasets.DatasetConfig('none', conftest.LENGTHS, batch_size=8)
 FOR_CPU = {'train_dataset': DATASET, 'topology': 'cpu:1'}
 
 
+def plan(topology, output=None, **settings):
+  """Calls precompile with an experiment of these settings."""
+  return precompile.precompile(
+    experiments.experiment(total_steps=7, **settings), topology, output
+  )
+
+
 class Stop(Exception):
   pass
 
@@ -95,7 +101,7 @@ def what_is_compiled(monkeypatch):
       raise Stop
 
     with monkeypatch.context() as patch:
-      patch.setattr(train, 'compile_step', stop)
+      patch.setattr(build, 'compile_step', stop)
       with pytest.raises(Stop):
         function(*arguments, **keywords)
     return given
@@ -118,10 +124,7 @@ def test_the_program_is_the_one_that_train_runs(
     teacher_checkpoint_path=str(tmp_path / 'teacher'),
   )
   precompiled, *abstract = what_is_compiled(
-    precompile.precompile,
-    **tiny.with_method(settings),
-    **FOR_CPU,
-    teacher=TEACHER,
+    plan, **settings, **FOR_CPU, teacher=TEACHER
   )
 
   def describe(x):
@@ -147,8 +150,8 @@ def test_a_rewards_model_is_compiled_in(what_is_compiled):
   }
 
   step, *arguments = what_is_compiled(
-    precompile.precompile,
-    **tiny.with_method(settings),
+    plan,
+    **settings,
     **FOR_CPU,
     teacher=TEACHER,
     reward_model=judge,
@@ -162,32 +165,19 @@ def test_a_rewards_model_is_compiled_in(what_is_compiled):
   assert {'divergence', 'reward', 'reward_baseline'} <= metrics.keys()
 
 
-def test_its_settings_are_those_of_train():
-  own = inspect.signature(precompile.precompile).parameters
-  trains = inspect.signature(train.train).parameters
-  plans = inspect.signature(train.make_plan).parameters
-
-  assert own.keys() - trains.keys() == {'topology', 'output'}
-  assert own.keys() >= plans.keys()
-  for name in own.keys() & trains.keys():
-    assert own[name].default == trains[name].default, name
-
-
 # --- What it reports ----------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
   output = tmp_path_factory.mktemp('report') / 'new' / 'report.json'
-  returned = precompile.precompile(
-    **tiny.with_method(
-      {
-        **SETTINGS,
-        'student': LARGER_STUDENT,
-        'policy': policies.dataset(),
-        'num_microbatches': 1,
-      }
-    ),
+  returned = plan(
+    **{
+      **SETTINGS,
+      'student': LARGER_STUDENT,
+      'policy': policies.dataset(),
+      'num_microbatches': 1,
+    },
     **FOR_CPU,
     teacher=TEACHER,
     teacher_dtype='bfloat16',
@@ -237,16 +227,14 @@ def test_it_says_what_was_compiled(report):
 
 def test_a_teacher_for_evaluation_alone_takes_its_room_too():
   alone, beside = (
-    precompile.precompile(
-      **tiny.with_method(
-        {
-          **SETTINGS,
-          'policy': policies.dataset(),
-          'objective': objectives.Objective(
-            divergence_weight=0.0, likelihood_weight=1.0
-          ),
-        }
-      ),
+    plan(
+      **{
+        **SETTINGS,
+        'policy': policies.dataset(),
+        'objective': objectives.Objective(
+          divergence_weight=0.0, likelihood_weight=1.0
+        ),
+      },
       **FOR_CPU,
       teacher=teacher,
     )['memory']
@@ -303,7 +291,7 @@ def simulated(tmp_path_factory):
     [
       *(sys.executable, '-X', 'importtime', '-m', 'gkd_jax.main'),
       *('--run_mode=precompile', '--topology=cpu:8', f'--output={output}'),
-      *(JSD, *TINY_TEACHER, '--gin.MESH_MODEL=2'),
+      *(JSD, *TINY_TEACHER, '--gin.experiment.MeshConfig.model=2'),
     ],
     cwd=conftest.ROOT,
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
@@ -381,11 +369,11 @@ def test_neither_tensorflow_nor_seqio_is_loaded(simulated):
 
 PRETRAINED = """
 from __gin__ import dynamic_registration
-from gkd_jax import divergences
+from gkd_jax import experiment
+from gkd_jax.distill import divergences
+from gkd_jax.models import registry
 include 'gin/runs/train.gin'
 include 'gin/models/published.gin'
-include 'gin/models/published_teacher.gin'
-include 'gin/optimizers/adafactor.gin'
 include 'gin/methods/on_policy_gkd.gin'
 include 'gin/vocabularies/sentencepiece.gin'
 MIXTURE_OR_TASK_NAME = 'xsum'
@@ -397,7 +385,8 @@ DROPOUT_RATE = 0.1
 REMAT = True
 ACTIVATION_DTYPE = 'bfloat16'
 TEACHER_SIZE = 't5_1_1_xl'
-TEACHER_DTYPE = 'bfloat16'
+experiment.Teacher.dtype = 'bfloat16'
+experiment.Teacher.config = @teacher/registry.published()
 DIVERGENCE = @divergences.reverse_kl
 LEARNING_RATE = 3e-4
 TRAIN_STEPS = 10
@@ -454,19 +443,22 @@ def refused(run_main):
     ([SFT, '--topology=v5e'], ['--topology=v5e is none', 'v5e:4x4', 'cpu:8']),
     ([SFT, '--topology=h100:8'], ['is none', 'v4, v5e, v5p, v6e']),
     ([SFT, '--topology=cpu:0'], ['--topology=cpu:0 is none']),
-    ([SFT, '--topology=cpu:1', '--gin.MESH_MODEL=3'], ['does not use the 1']),
+    (
+      [SFT, '--topology=cpu:1', '--gin.experiment.MeshConfig.model=3'],
+      ['does not use the 1'],
+    ),
     ([JSD, '--topology=cpu:1'], ['needs a teacher', 'TEACHER_SIZE']),
     (
-      [JSD, '--topology=cpu:1', '--gin.TEACHER_DTYPE=bf16'],
-      ['TEACHER_DTYPE must be'],
+      [JSD, '--topology=cpu:1', '--gin.experiment.Teacher.dtype=bf16'],
+      ['experiment.Teacher.dtype must be'],
     ),
     (
       [
         '--gin_file=configs/xsum/rl_gkd.gin',
         '--topology=cpu:1',
-        '--gin.REWARD_MODEL=None',
+        '--gin.experiment.RewardModel.config=None',
       ],
-      ['REWARD is given by a model', 'REWARD_MODEL'],
+      ['REWARD needs a model', 'RewardModel.config'],
     ),
     (
       [SFT, '--topology=cpu:1', '--gin_file=gin/models/from_checkpoint.gin'],
@@ -478,7 +470,7 @@ def refused(run_main):
     ),
     (
       ['--gin_file=configs/quickstart.gin', '--topology=cpu:1'],
-      ['sets nothing of train.train', 'gin/runs/train.gin'],
+      ['sets nothing of run_folder.Run', 'gin/runs/train.gin'],
     ),
   ],
 )
@@ -556,7 +548,7 @@ def test_a_slice_that_libtpu_does_not_know_is_refused():
 def test_a_step_is_compiled_for_a_slice_and_fits(run_main, tmp_path):
   finished = run_main(
     '--run_mode=precompile',
-    *(JSD, *TINY_TEACHER, '--gin.MESH_MODEL=2'),
+    *(JSD, *TINY_TEACHER, '--gin.experiment.MeshConfig.model=2'),
     *('--topology=v5e:2x2', f'--output={tmp_path}/report.json'),
   )
 
@@ -582,15 +574,13 @@ def test_a_step_is_compiled_for_a_slice_and_fits(run_main, tmp_path):
   ],
 )
 def test_a_student_larger_than_the_chips_does_not_fit(width, refusal):
-  report = precompile.precompile(
-    **tiny.with_method(
-      SETTINGS
-      | {
-        'student': T5Config(259, width, 1, 4, width, 1, 1),
-        'policy': policies.dataset(),
-        'num_microbatches': 1,
-      }
-    ),
+  report = plan(
+    **SETTINGS
+    | {
+      'student': T5Config(259, width, 1, 4, width, 1, 1),
+      'policy': policies.dataset(),
+      'num_microbatches': 1,
+    },
     train_dataset=DATASET,
     teacher=TEACHER,
     topology='v5e:2x2',

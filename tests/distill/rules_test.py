@@ -67,7 +67,7 @@ BROKEN = {
     (
       {'credit': REINFORCE},
       {'batch_size': 4, 'num_microbatches': 4},
-      'NUM_MICROBATCHES leaves 1',
+      'microbatches leaves 1',
     )
   ],
 }

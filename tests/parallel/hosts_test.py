@@ -35,16 +35,16 @@ ARGUMENTS = (
       'NUM_DECODER_LAYERS': 1,
       'TRAIN_STEPS': NUM_STEPS,
       'BATCH_SIZE': 32,
-      'NUM_DATA_SHARDS': 4,
+      'experiment.Data.num_shards': 4,
       'LEARNING_RATE': 0.01,
       'WARMUP_STEPS': 2,
-      'LOG_PERIOD': 1,
+      'experiment.Schedule.log_period': 1,
       'EVAL_PERIOD': 0,
       'CHECKPOINT_PERIOD': 2,
       'EVAL_BATCH_SIZE': 32,
       'EVALUATOR_NUM_EXAMPLES': 40,
       'INITIAL_CHECKPOINT_PATH': None,
-      'STUDENT_PARAMETER_PARTITIONING_DIMS': 2,
+      'experiment.Student.parameter_partitioning_dims': 2,
     }.items()
   ),
   '--gin.final_eval/datasets.DatasetConfig.num_examples=40',
@@ -191,7 +191,7 @@ def test_one_host_alone_writes_metrics_and_speaks(one, killed):
 
 TERMINATED = (
   '--gin.TRAIN_STEPS=100000',
-  '--gin.MESH_MODEL=2',  # both have all rows
+  '--gin.experiment.MeshConfig.model=2',  # both have all rows
 )
 
 

@@ -51,7 +51,7 @@ def test_rules_are_those_of_t5x(activations, parameters):
 
 @pytest.mark.parametrize('dims', [(3, 1), (1, 0), (0, 2), ('1', 1)], ids=str)
 def test_rules_that_there_are_not_are_refused(dims):
-  with pytest.raises(ValueError, match='PARAMETER_PARTITIONING_DIMS must be'):
+  with pytest.raises(ValueError, match='parameter_partitioning_dims must be'):
     partitioning.standard_logical_axis_rules(*dims)
 
 

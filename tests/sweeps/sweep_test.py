@@ -340,7 +340,10 @@ GRID = {{'a': {{'good': {{'BETA': 0.5}}, 'bad': {{'BETTA': 0.5}}}}}}
   ['settings', 'message'],
   [
     ({'FINAL_EVAL': None}, 'make it write none'),
-    ({'TEST_SPLIT': 'validation'}, 'make it write eval_validation.json'),
+    (
+      {'final_eval/datasets.DatasetConfig.split': 'validation'},
+      'make it write eval_validation.json',
+    ),
   ],
 )
 def test_a_run_that_would_never_be_done_is_refused_before_any_run(
@@ -362,9 +365,7 @@ GRID = {{'a': {{'b': {settings}}}}}
   )
 
   assert refused.code == 1
-  assert 'a=b/seed_0 cannot be run: it is done when it has written' in (
-    refused.err
-  )
+  assert 'a=b/seed_0 cannot be run: the sweep waits for' in (refused.err)
   assert message in refused.err
   assert not (tmp_path / 'out').exists()
 

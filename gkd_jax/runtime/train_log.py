@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics of training steps: averaged, written, shown, and checked."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gkd_jax.batch import Batch
+from gkd_jax.parallel import hosts
+from gkd_jax.runtime import console, metrics
+
+SKIPPED_STEPS = 'skipped_steps.jsonl'
+_PROGRESS_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSettings:
+  """What a log writes, and when.
+
+  Attributes:
+    total_steps: of the run.
+    period: steps whose metrics are averaged into one line.
+    max_skipped_steps: in a row, after which the run is to stop.
+    learning_rate: step -> rate.
+    raise_failure: raises what went wrong on the host during a step, if anything
+      did; see `rewards.Reward`.
+    after_first_step: called once.
+  """
+
+  total_steps: int
+  period: int
+  max_skipped_steps: int
+  learning_rate: Callable[[int], float]
+  raise_failure: Callable[[], None] = lambda: None
+  after_first_step: Callable[[], None] = lambda: None
+
+
+class TrainLog:
+  """Reads the metrics of a step after the next one was dispatched.
+
+  So the host waits for a step only while the device works on the next.
+  """
+
+  def __init__(
+    self,
+    settings: LogSettings,
+    writer: metrics.MetricWriter,
+    run_dir: pathlib.Path,
+    first_step: int,
+  ):
+    """Starts after `first_step`."""
+    self._settings = settings
+    self._writer = writer
+    self._skipped_path = run_dir / SKIPPED_STEPS
+    self._progress = console.Progress(
+      settings.total_steps, first_step, _PROGRESS_SECONDS
+    )
+    self._after_first_step = settings.after_first_step
+    self._skipped: list[str] = []  # messages, of the steps just before
+    self._pending = None
+    self._window: list[dict[str, float]] = []
+    self._on_policy: list[float] = []
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves the time since the last line out of the next one's speed."""
+    self._clock = time.monotonic()
+
+  @property
+  def too_many_skipped(self) -> bool:
+    """Whether as many steps were skipped in a row as there may be."""
+    return len(self._skipped) >= self._settings.max_skipped_steps
+
+  def raise_if_too_many_skipped(self) -> None:
+    """Raises FloatingPointError if `too_many_skipped`."""
+    if self.too_many_skipped:
+      raise FloatingPointError(
+        f'{len(self._skipped)} steps in a row were skipped, and '
+        'experiment.Schedule.max_skipped_steps is '
+        f'{self._settings.max_skipped_steps}. They changed nothing, and the '
+        'run is saved. Lower LEARNING_RATE or set '
+        'experiment.Optimization.max_grad_norm, and start again in another '
+        f'MODEL_DIR; {self._skipped_path} has the batches.'
+      )
+
+  def dispatched(
+    self, step: int, step_metrics: dict[str, jax.Array], batch: Batch
+  ) -> None:
+    """Logs the step before, and keeps this one for later.
+
+    Args:
+      step: that the device works on.
+      step_metrics: of this step, not ready yet.
+      batch: that it is trained on.
+    """
+    self.flush()
+    self._pending = (step, step_metrics, batch)
+
+  def flush(self) -> None:
+    """Waits for the pending step, if any, and logs it."""
+    if self._pending is None:
+      return
+    step, device_metrics, batch = self._pending
+    self._pending = None
+    values = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
+    self._settings.raise_failure()
+    if self._after_first_step is not None:
+      self._after_first_step()
+      self._after_first_step = None
+    if not math.isfinite(values['param_norm']):
+      raise FloatingPointError(
+        f'Step {step}: the parameters are not finite any more. Lower '
+        'LEARNING_RATE or set experiment.Optimization.max_grad_norm, and start '
+        'again: the run resumes from its last checkpoint.'
+      )
+    if math.isfinite(values['loss']) and math.isfinite(values['grad_norm']):
+      self._skipped = []
+      self._window.append(values)
+    else:
+      self._skip(step, values, batch)
+    self._on_policy.append(values['on_policy'])
+    if step % self._settings.period == 0:
+      self._write(step)
+
+  def close(self) -> None:
+    """Logs the pending step, and closes the writer and the progress bar."""
+    self.flush()
+    self._progress.close()
+    self._writer.close()
+
+  def _write(self, step: int) -> None:
+    """Writes the means over the steps since the last line."""
+    now = time.monotonic()
+    seconds, self._clock = now - self._clock, now
+    window, self._window = self._window, []
+    if not window:
+      return
+    mean = _means(window)
+    tokens_per_second = mean['target_tokens'] * len(window) / seconds
+    self._writer.write(
+      step,
+      {
+        **{f'train/{k}': v for k, v in mean.items()},
+        'train/learning_rate': self._settings.learning_rate(step - 1),
+        'train/steps_per_second': len(window) / seconds,
+        'train/target_tokens_per_second': tokens_per_second,
+      },
+    )
+    self._progress.update(
+      step,
+      loss=mean['loss'],
+      on_policy=sum(self._on_policy) / len(self._on_policy),
+      tokens_per_second=tokens_per_second,
+    )
+
+  def _skip(self, step: int, values: dict[str, float], batch: Batch) -> None:
+    """Reports a step that was skipped, and appends its batch to a file."""
+    message = (
+      f'Step {step} was skipped: loss {values["loss"]}, gradient norm '
+      f'{values["grad_norm"]}.'
+    )
+    self._skipped.append(message)
+    console.log(message)
+    line: dict[str, Any] = {'step': step}
+    for name in ('loss', 'grad_norm'):
+      line[name] = str(values[name])
+    line['inputs'] = hosts.allgather(batch.encoder_input_tokens).tolist()
+    line['targets'] = hosts.allgather(batch.decoder_target_tokens).tolist()
+    if hosts.is_first():
+      with open(self._skipped_path, 'a') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+def _means(window: list[dict[str, float]]) -> dict[str, float]:
+  """Returns the mean of each metric over the steps that have one.
+
+  A step in which the student wrote nothing has no reward, which is NaN.
+  """
+  mean = {}
+  for name in window[0]:
+    known = [v[name] for v in window if not math.isnan(v[name])]
+    if known:
+      mean[name] = sum(known) / len(known)
+  return mean
