@@ -399,7 +399,7 @@ def test_no_file_need_be_named_where_the_shapes_are(
 ):
   (tmp_path / 'mine.gin').write_text(PRETRAINED)
 
-  _, state, teacher_params, batch, _ = what_is_compiled(
+  _, state, frozen, batch = what_is_compiled(
     run_main,
     '--run_mode=precompile',
     f'--gin_file={tmp_path}/mine.gin',
@@ -408,9 +408,9 @@ def test_no_file_need_be_named_where_the_shapes_are(
 
   # Published counts; see tests/model_test.py.
   assert count_params(state.params) == 76_961_152
-  assert count_params(teacher_params) == 2_849_757_184
+  assert count_params(frozen.teacher) == 2_849_757_184
   assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {'float32'}
-  assert {x.dtype.name for x in jax.tree.leaves(teacher_params)} == {'bfloat16'}
+  assert {x.dtype.name for x in jax.tree.leaves(frozen.teacher)} == {'bfloat16'}
   assert [x.shape for x in batch] == [(32, 1024), (32, 64), (32, 64)]
 
 
@@ -486,7 +486,7 @@ def test_a_teachers_shape_may_come_from_its_checkpoint(
 ):
   conftest.save_model(tmp_path / 'teacher', TEACHER)
 
-  _, _, teacher_params, *_ = what_is_compiled(
+  _, _, frozen, _ = what_is_compiled(
     run_main,
     '--run_mode=precompile',
     JSD,
@@ -494,7 +494,7 @@ def test_a_teachers_shape_may_come_from_its_checkpoint(
     f'--gin.TEACHER_CHECKPOINT_PATH={tmp_path}/teacher',
   )
 
-  assert count_params(teacher_params) == num_params(TEACHER)
+  assert count_params(frozen.teacher) == num_params(TEACHER)
 
 
 def test_without_libtpu_it_says_how_to_get_it(refused, monkeypatch):
