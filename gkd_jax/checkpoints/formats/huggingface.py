@@ -282,7 +282,7 @@ def save(
     was = _read_json(source / CONFIG)
   family = _FAMILIES[config.family]
   ids = {theirs: getattr(config, ours) for ours, theirs in _ID_NAMES.items()}
-  values = family.config_to_json(config, was, dtype) | ids
+  values = family.config_to_json(config, was) | ids | {'dtype': dtype}
   names = family.tensor_names(config)
   kept = np.dtype(dtype)
   shards = list(

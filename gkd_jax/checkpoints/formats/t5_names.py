@@ -207,8 +207,16 @@ def check_can_hold(config: ModelConfig) -> None:
     )
 
 
-def config_to_json(config: ModelConfig, was: Mapping[str, Any], dtype: str):
-  """Returns config.json. Of what there was, it keeps `_KEPT_FIELDS`."""
+def config_to_json(
+  config: ModelConfig, was: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns config.json less special ids and dtype.
+
+  Args:
+    config: of the model.
+    was: config.json of the folder that the model came from; some of its fields
+      are kept.
+  """
   scale = config.scales_decoder_outputs
   kind = 'umt5' if config.relpos_bias_per_layer else 't5'
   if was.get('model_type') == 'mt5' and kind == 't5' and not scale:
@@ -234,5 +242,4 @@ def config_to_json(config: ModelConfig, was: Mapping[str, Any], dtype: str):
     # transformers 4 reads the first, 5 the second, which T5 alone has.
     'tie_word_embeddings': scale or config.logits_via_embedding,
     **({'scale_decoder_outputs': scale} if kind == 't5' else {}),
-    'dtype': dtype,
   }
