@@ -53,13 +53,12 @@ def main() -> None:
     panel.axvline(0.0, color='black', linewidth=0.8)
     panel.set_title(title, fontsize=10)
     panel.set_xlabel('gap to the teacher closed, %', fontsize=9)
-    panel.invert_yaxis()
     panel.tick_params(labelsize=9, length=0)
     for side in ('top', 'right', 'left'):
       panel.spines[side].set_visible(False)
     panel.grid(axis='x', color='#dddddd', linewidth=0.6)
     panel.set_axisbelow(True)
-  panels[1].invert_yaxis()  # shared with the first
+  panels[0].invert_yaxis()  # both share it
   figure.tight_layout()
   figure.savefig(FOLDER / 'gap_closed.png', dpi=150)
 
