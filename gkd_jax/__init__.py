@@ -2,8 +2,8 @@
 """On-policy distillation of encoder-decoders in JAX.
 
 The names below are imported when they are first used (PEP 562), so that
-`import gkd_jax` is quick. None of them imports TensorFlow. docs/python_step.py
-is a distillation step in 20 lines.
+`import gkd_jax` is quick. None of them imports TensorFlow. README.md has a
+distillation step written with them.
 """
 
 import importlib

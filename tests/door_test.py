@@ -14,7 +14,13 @@ import gkd_jax
 from tests import conftest, tiny
 
 FIXTURES = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
-STEP = conftest.ROOT / 'docs/python_step.py'
+README = conftest.ROOT / 'README.md'
+
+
+def python_of_readme():
+  """The lines under "Use from Python"."""
+  section = README.read_text(encoding='utf-8').split('## Use from Python\n')[1]
+  return re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
 
 
 def run(code, folder=conftest.ROOT):
@@ -51,12 +57,12 @@ def test_an_unknown_name_is_an_attribute_error():
     _ = gkd_jax.divergence
 
 
-def test_the_documented_step_runs_without_tensorflow(tmp_path):
+def test_the_step_of_the_readme_runs_without_tensorflow(tmp_path):
   shutil.copytree(FIXTURES / 't5_1_1', tmp_path / 'student')
   shutil.copytree(FIXTURES / 'byt5', tmp_path / 'teacher')
 
   printed = run(
-    f'{STEP.read_text()}\nimport sys\n'
+    f'{python_of_readme()}\nimport sys\n'
     "print('loaded:', *{'tensorflow', 'seqio', 'gin'} & {*sys.modules})",
     tmp_path,
   )
