@@ -230,6 +230,24 @@ def open_source(
   return source
 
 
+def open_model_and_task(
+  path: str, dataset: datasets.DatasetConfig
+) -> tuple[pretrained.Pretrained, Task]:
+  """Opens the checkpoint of a model that is evaluated, and its task.
+
+  Args:
+    path: see `pretrained.open_checkpoint`.
+    dataset: of the task.
+
+  Raises:
+    ValueError: there is no checkpoint or task, or they do not fit each other.
+  """
+  source = pretrained.open_checkpoint(path)
+  task = open_task(dataset, source.config)
+  pretrained.check_fits(source, task.description, task.ids)
+  return source, task
+
+
 def make_model(config: ModelConfig, mesh: Mesh) -> interface.Model:
   """Makes a model that is placed on a mesh by the standard rules."""
   return registry.make_model(config, partitioning.Placement(mesh))

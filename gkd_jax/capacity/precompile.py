@@ -40,9 +40,7 @@ from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console
 
 # Instead of a compiler's refusal.
-_NOT_COMPILED = (
-  'it was not asked: what the program is given is too much already'
-)
+_NOT_COMPILED = 'not compiled: the arguments of the program alone are too large'
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -253,7 +251,7 @@ def _costs(
 
 
 def find_devices(topology: str) -> Sequence[jax.Device]:
-  """Returns the devices of a slice, none of which need be there.
+  """Returns the devices of a slice that need not exist.
 
   Args:
     topology: generation and chips along each axis: 'v5e:4x4', 'v4:2x2x4'. Or
@@ -318,7 +316,7 @@ def _simulated_devices(number: int) -> Sequence[jax.Device]:
 
 
 class _WordVocabulary:
-  """Stands for the task's: each word that a reward asks for is one token."""
+  """A stand-in for the task's vocabulary: each word of a reward is a token."""
 
   unk_id = 2
   vocab_size = 2**31 - 1  # ids that a reward names are taken as they are
@@ -335,7 +333,7 @@ class _WordVocabulary:
 def _compile(
   available, given, *arguments
 ) -> tuple[jax.stages.Compiled | None, str | None]:
-  """Returns the program; or why it does not fit."""
+  """Returns the program, or the compiler's reason why it does not fit."""
   if available is not None and given > available:
     return None, _NOT_COMPILED
   try:
@@ -347,12 +345,11 @@ def _compile(
 
 
 def _memory(topology, compiled, refusal, given, needs_teacher):
-  """Returns the part of the report that says what fits.
+  """Returns the part of the report about memory.
 
-  memory: bytes on each device; None where they are not known. `total` is what
-    a run has at its height: arguments, temporaries and program; where the
-    compiler refused, what it says that it needs; where it was not asked, what
-    the program is given.
+  memory: bytes on each device; None where they are unknown. `total` is the peak
+    of a run: arguments, temporaries and program. Where the compiler refused, it
+    is the size in its message; where it was not called, that of the arguments.
   fits: None for simulated devices, whose memory has no limit.
   """
   if compiled is None:
@@ -397,7 +394,7 @@ def _available(topology: str) -> int | None:
 
 
 def _times(compiled, cost, topology, max_decode_len, *, samples):
-  """Returns the part of the report that says what takes how long.
+  """Returns the part of the report about times.
 
   phases: see `roofline.of_phases`.
   step_seconds: of a step in which the student writes, if it ever does; None for
@@ -539,7 +536,7 @@ def _gib(num_bytes: float | None) -> str:
 def _verdict(report: dict[str, Any]) -> str:
   if report['fits'] is None:
     return (
-      'It compiles. How much memory there is, simulated devices do not say.'
+      'It compiles. Simulated devices have no memory limit to compare with.'
     )
   if report['fits']:
     return f'It fits: {_size(report["left"])} are left on each device.'

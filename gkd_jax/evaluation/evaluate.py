@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a student, alone and against its teacher.
+"""Measures a student, by itself and against its teacher.
 
 Task metrics on what a model writes (greedy, sampled, by beam search), its mean
 reward where there is one, and the divergences between the two on the dataset's
@@ -41,7 +41,7 @@ def task_metrics(
   self_bleu_tokenize: str = diversity.WORDS,
   mean_reward: programs.MeanReward | None = None,
 ) -> tuple[dict[str, float], dict[str, list[str]], dict[str, Any]]:
-  """Lets a model write with each decoding, and applies the task's metrics.
+  """Generates outputs with each decoding, and applies the task's metrics.
 
   Args:
     writes: {decoding: (params, row numbers [B], batch) -> tokens [B, n, T]}.
@@ -79,7 +79,7 @@ def task_metrics(
 
 
 class Evaluation:
-  """One split, and all that is measured on it; compiled at its first call.
+  """Everything that is measured on one split; compiled at the first call.
 
   Attributes:
     notes: what the task's metrics said of the student at the last call that is
@@ -172,7 +172,7 @@ class Evaluation:
     self._few = min(config.batch_size, -(-_NUM_SHOWN // spread) * spread)
 
   def names(self) -> list[str]:
-    """Returns the names of what a call measures, without a model's work."""
+    """Returns the names of what a call measures; runs no model."""
     metrics = self._dataset.metric_names()
     if self._mean_reward is not None:
       metrics.append('reward')
@@ -337,19 +337,19 @@ def _samples(decoding: programs.Decoding) -> bool:
 def at_temperatures(
   decodings: Mapping[str, programs.Decoding], temperatures: Sequence[float]
 ) -> dict[str, programs.Decoding]:
-  """Returns the decodings, each that samples at each of the temperatures.
+  """Returns the decodings, with each that samples at each temperature.
 
-  What is named 'sampled' becomes 'sampled_0.1', 'sampled_0.3' and so on.
+  'sampled' becomes 'sampled_0.1', 'sampled_0.3' and so on.
 
   Raises:
-    ValueError: a temperature is not above 0, or there twice.
+    ValueError: a temperature is not above 0, or occurs twice.
   """
   temperatures = [float(t) for t in temperatures]
   is_repeated = len({*temperatures}) < len(temperatures)
   if is_repeated or min(temperatures, default=0.0) <= 0.0:
     raise ValueError(
       'EVAL_TEMPERATURES must be different numbers above 0, such as (0.1, '
-      f'0.3, 0.5, 1.0), got {temperatures}. Greedy decoding is there anyway.'
+      f'0.3, 0.5, 1.0), got {temperatures}. Greedy decoding needs none.'
     )
   result = {}
   for name, decoding in decodings.items():
@@ -381,23 +381,23 @@ def evaluate_checkpoint(
 
   Args:
     checkpoint_path: see `pretrained.open_checkpoint`.
-    output_dir: made if it is not there.
+    output_dir: made if it does not exist.
     dataset: task and split.
     decodings: {name: SamplerConfig or BeamConfig}.
     teacher_checkpoint_path: adds this teacher and the divergences from it.
     seed: of sampling.
-    temperatures: sample at each of these, see `at_temperatures`; None: as the
-      decodings say.
-    num_samples: outputs that a decoding which samples draws for each input;
-      see `Evaluation`.
+    temperatures: to sample at, see `at_temperatures`; None: those of the
+      decodings.
+    num_samples: outputs per input of each decoding that samples; see
+      `Evaluation`.
     self_bleu_tokenize: see `diversity.self_bleu`.
-    reward: adds the mean reward of what is written.
+    reward: adds the mean reward of the outputs.
     reward_checkpoint_path: its model, if it has one.
     reward_dtype: of that model's parameters, 'float32' or 'bfloat16'; None: as
       saved.
 
   Raises:
-    ValueError: a setting, or the checkpoint, cannot be.
+    ValueError: a setting is invalid, or a checkpoint does not fit the task.
   """
   if temperatures is not None:
     decodings = at_temperatures(decodings, temperatures)
@@ -407,15 +407,14 @@ def evaluate_checkpoint(
   pretrained.check_dtype('evaluate_checkpoint.reward_dtype', reward_dtype)
   mesh = partitioning.make_mesh()
   partitioning.check_spread('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
-  source = pretrained.open_checkpoint(checkpoint_path)
-  task = build.open_task(dataset, source.config)
+  source, task = build.open_model_and_task(checkpoint_path, dataset)
 
   def load(path, setting, dtype=None):
     if path is None:
       return build.NO_MODEL
     return build.load_model(build.open_source(path, task, setting), mesh, dtype)
 
-  student = load(checkpoint_path, 'CHECKPOINT_PATH')
+  student = build.load_model(source, mesh)
   origin = {
     'checkpoint': str(student.folder),
     'task': dataset.mixture_or_task_name,

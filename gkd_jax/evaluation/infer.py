@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a model write outputs for a split, into a JSON lines file."""
+"""Writes a model's outputs for a split into a JSON lines file."""
 
 import pathlib
 import re
@@ -10,7 +10,7 @@ import numpy as np
 
 from gkd_jax import build
 from gkd_jax.batch import SpecialIds
-from gkd_jax.checkpoints import checkpoint, pretrained
+from gkd_jax.checkpoints import checkpoint
 from gkd_jax.data import datasets, iterators, predictions, vocabularies
 from gkd_jax.decoding import sampler
 from gkd_jax.evaluation import programs
@@ -30,13 +30,13 @@ def infer(
 ) -> None:
   """Writes `<output_dir>/predictions_<split>.jsonl`; see `predictions`.
 
-  Interrupted, it goes on at the batch where it was, and ends with the same
-  file, byte for byte: what is drawn for an example depends on the seed, its
-  number and the sample's.
+  Resumes an interrupted run at the first missing batch, and ends with the same
+  file, byte for byte: the draws of an example depend only on the seed, its
+  number and the sample's number.
 
   Args:
     checkpoint_path: see `pretrained.open_checkpoint`.
-    output_dir: made if it is not there.
+    output_dir: made if it does not exist.
     dataset: task and split.
     decoding: a SamplerConfig or a BeamConfig.
     num_samples: outputs for each example: different draws, or the best
@@ -44,16 +44,15 @@ def infer(
     seed: of sampling.
 
   Raises:
-    ValueError: something does not fit together, or the file is there already.
+    ValueError: settings do not fit the checkpoint or the task, or the file is
+      complete already.
   """
   path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
   predictions.check_not_there(path)
   mesh = partitioning.make_mesh()
   partitioning.check_spread('INFER_BATCH_SIZE', dataset.batch_size, mesh)
   lengths = dict(dataset.task_feature_lengths)
-  source = pretrained.open_checkpoint(checkpoint_path)
-  task = build.open_task(dataset, source.config)
-  source = build.open_source(checkpoint_path, task)
+  source, task = build.open_model_and_task(checkpoint_path, dataset)
   inputs = iterators.InferenceDataset(dataset, task.ids.pad)
   module = build.make_model(source.config, mesh)
   write = programs.make_write(
@@ -82,16 +81,16 @@ def infer(
     'batch_size': dataset.batch_size,
     'versions': checkpoint.versions(),
   }
-  # All write the outputs together; one of them keeps them.
+  # All hosts compute the outputs; the first one writes them.
   writer = None
   if hosts.is_first():
     writer = predictions.Writer(path, provenance, dataset.batch_size)
   first = hosts.from_first(writer.num_examples if writer else 0)
   params = build.load_model(source, mesh).params
   if first:
-    console.log(f'Going on after {first:,} examples.')
+    console.log(f'Resuming after {first:,} examples.')
   total = inputs.size()
-  said = start = time.monotonic()
+  logged = start = time.monotonic()
   for row_ids_B, inputs_BS, examples in inputs.batches(first):
     tokens_BNT = write(params, row_ids_B, inputs_BS)
     if writer is None:
@@ -106,8 +105,8 @@ def infer(
         for example, of_one in zip(examples, tokens_BNT, strict=False)
       ]
     )
-    if (now := time.monotonic()) - said > _STATUS_SECONDS:
-      said = now
+    if (now := time.monotonic()) - logged > _STATUS_SECONDS:
+      logged = now
       console.log(_progress(writer.num_examples, first, total, now - start))
   if writer is None:
     return

@@ -568,7 +568,7 @@ def test_a_step_is_compiled_for_a_slice_and_fits(run_main, tmp_path):
   ('width', 'refusal'),
   [
     # Parameters and two moments alone are 18.1 GiB,
-    (2**14, 'it was not asked'),
+    (2**14, 'not compiled'),
     # and 13.8: the gradient is too much.
     (14336, 'RESOURCE_EXHAUSTED'),
   ],
