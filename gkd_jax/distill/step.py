@@ -19,7 +19,7 @@ from gkd_jax.distill import chunked_sums, objectives, rewards, rules
 from gkd_jax.distill import credit as credit_lib
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill.methods import Method
-from gkd_jax.distill.policies import Draw
+from gkd_jax.distill.policies import Draw, Rollouts
 from gkd_jax.distill.state import Carried, Frozen, Trained, TrainState
 
 Params = Any
@@ -55,6 +55,24 @@ class Rngs(NamedTuple):
   policy: jax.Array
   sample: jax.Array
   dropout: jax.Array
+
+
+class Rows(NamedTuple):
+  """What the loss reads of a (micro)batch: all of it has rows [B, ...]."""
+
+  batch: Batch
+  rollouts: Rollouts
+  teacher_hidden: jax.Array | None  # [B, T, D'] on the rollouts
+  row_ids_B: jax.Array
+
+
+class Shared(NamedTuple):
+  """What the loss reads, the same for all microbatches."""
+
+  frozen: Frozen
+  teacher_head: Params  # parameters that make the hidden states logits
+  rngs: Rngs
+  carried: Any = ()  # the divergence's state
 
 
 def make_train_step(
@@ -97,8 +115,8 @@ def make_train_step(
   """
   if not method.teacher.needs_checkpoint:
     teacher = student
-  models = Models(student, teacher, method, ids, score)
-  write, grade, loss_sums = _make_parts(models, num_microbatches)
+  models = _check(Models(student, teacher, method, ids, score))
+  loss_sums = _make_loss_sums(models)
   shares_encoder = not models.has_dropout and num_microbatches == 1
 
   def train_step(state, frozen, batch):
@@ -107,83 +125,53 @@ def make_train_step(
     # Gathered once for sampling, both passes, and all microbatches.
     with jax.named_scope('student'):
       params = student.gather_params(state.params)
-    teacher_params = _teacher_params(method, frozen, params, state.carried)
-    row_ids_B = jnp.arange(batch.encoder_input_tokens.shape[0])
-    encoded = encoder_vjp = None
+    encoded = None
     if shares_encoder:  # sampling and loss read the same encoder output
       encoded, encoder_vjp = jax.vjp(
         lambda params: _encode(models, params, batch), params
       )
-
-    rollouts = write(
-      params, teacher_params, batch, row_ids_B, rngs, encoded, state.carried
+    rows, shared, encoded, policy_carried = _write_and_grade(
+      models,
+      params,
+      frozen,
+      batch,
+      rngs,
+      encoded,
+      state.carried,
+      num_microbatches,
     )
-    policy_carried, rollouts = rollouts.carried, rollouts._replace(carried=())
-    if rollouts.batch is not None:
-      batch, rollouts, encoded = (
-        rollouts.batch,
-        rollouts._replace(batch=None),
-        None,
-      )
-    teacher_hidden, teacher_head = grade(teacher_params, batch, rollouts)
 
     def grads_and_sums(rows, microbatch):
-      batch, rollouts, teacher_hidden, row_ids_B = rows
+      dropout = jax.random.fold_in(rngs.dropout, microbatch)
       return jax.grad(loss_sums, argnums=(0, 1), has_aux=True)(
         Trained(params, state.heads),
         encoded,
-        frozen,
-        batch,
-        rollouts,
-        (teacher_hidden, teacher_head),
-        row_ids_B,
-        rngs._replace(dropout=jax.random.fold_in(rngs.dropout, microbatch)),
-        state.carried.divergence,
+        rows,
+        shared._replace(rngs=rngs._replace(dropout=dropout)),
       )
 
     (grads, d_encoded), sums = _over_microbatches(
-      grads_and_sums,
-      (batch, rollouts, teacher_hidden, row_ids_B),
-      num_microbatches,
+      grads_and_sums, rows, num_microbatches
     )
     if d_encoded is not None:
       (d_params,) = encoder_vjp(d_encoded)
-      grads = grads._replace(
-        params=jax.tree.map(jnp.add, grads.params, d_params)
-      )
+      d_params = jax.tree.map(jnp.add, grads.params, d_params)
+      grads = grads._replace(params=d_params)
     count = jnp.maximum(sums.pop('count'), 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    grads = state_lib.trained(*grads)
+    grads = jax.tree.map(lambda g: g / count, state_lib.trained(*grads))
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     means = _means(sums, count, method.credit)
-
-    def update():
-      old = state_lib.trained(state.params, state.heads)
-      updates, opt_state = optimizer.update(grads, state.opt_state, old)
-      new = optax.apply_updates(old, updates)
-      params, heads = new if isinstance(new, Trained) else (new, state.heads)
-      carried = _next_carried(
-        method, state.carried, policy_carried, params, means
-      )
-      return params, opt_state, heads, carried
-
     # A step that is not finite would spoil all that follow.
     with jax.named_scope('optimizer'):
-      params, opt_state, heads, carried = jax.lax.cond(
+      parts = jax.lax.cond(
         is_finite,
-        update,
-        lambda: (state.params, state.opt_state, state.heads, state.carried),
+        lambda: _update(method, optimizer, state, grads, policy_carried, means),
+        lambda: tuple(state[1:]),
       )
-    metrics = {
-      **means,
-      'grad_norm': grad_norm,
-      'param_norm': optax.tree.norm(params),
-    }
-    return (
-      TrainState(state.step + 1, params, opt_state, heads, carried),
-      metrics,
-    )
+    state = TrainState(state.step + 1, *parts)
+    param_norm = optax.tree.norm(state.params)
+    return state, {**means, 'grad_norm': grad_norm, 'param_norm': param_norm}
 
   return train_step
 
@@ -199,9 +187,9 @@ def make_batch_loss(
   Args: see `make_train_step`.
 
   Returns:
-    (student params, frozen, batch, row numbers [B], Rngs) -> (loss, sums). The
-    sums have the loss and its parts, too; all are still to be divided by
-    sums['count'], those of sequences by sums['sequences'].
+    (student params, frozen, batch, Rngs) -> (loss, sums). The sums have the
+    loss and its parts, too; all are still to be divided by sums['count'], those
+    of sequences by sums['sequences'].
 
   Raises:
     ValueError: see `make_train_step`; or a part has state.
@@ -209,37 +197,25 @@ def make_batch_loss(
   check_no_state(method)
   if not method.teacher.needs_checkpoint:
     teacher = student
-  models = Models(student, teacher, method, ids, score)
-  write, grade, loss_sums = _make_parts(models)
+  models = _check(Models(student, teacher, method, ids, score))
+  loss_sums = _make_loss_sums(models)
 
-  def batch_loss(params, frozen, batch, row_ids_B, rngs):
-    teacher_params = _teacher_params(method, frozen, params, Carried())
+  def batch_loss(params, frozen, batch, rngs):
     encoded = None if models.has_dropout else _encode(models, params, batch)
-    rollouts = write(
-      params, teacher_params, batch, row_ids_B, rngs, encoded, Carried()
+    rows, shared, encoded, _ = _write_and_grade(
+      models, params, frozen, batch, rngs, encoded, Carried()
     )
-    if rollouts.batch is not None:
-      batch, rollouts, encoded = (
-        rollouts.batch,
-        rollouts._replace(batch=None),
-        None,
-      )
-    return loss_sums(
-      Trained(params),
-      encoded,
-      frozen,
-      batch,
-      rollouts,
-      grade(teacher_params, batch, rollouts),
-      row_ids_B,
-      rngs,
-    )
+    return loss_sums(Trained(params), encoded, rows, shared)
 
   return batch_loss
 
 
-def _make_parts(models: Models, num_row_chunks: int = 1):
-  """Checks the method; returns the functions `write`, `grade`, `loss_sums`."""
+def _check(models: Models) -> Models:
+  """Returns the models.
+
+  Raises:
+    ValueError: see `make_train_step`.
+  """
   student, teacher, method = models.student, models.teacher, models.method
   rules.check(rules.Setup(method, student.config.dropout_rate))
   if method.objective.needs_teacher:
@@ -248,11 +224,7 @@ def _make_parts(models: Models, num_row_chunks: int = 1):
       for model in (student, teacher)
     )
     rules.check_divergence(method, min(widths))
-  return (
-    _make_write(models, num_row_chunks),
-    _make_grade(models, num_row_chunks),
-    _make_loss_sums(models),
-  )
+  return models
 
 
 def unembed(model) -> chunked_sums.Unembed:
@@ -318,102 +290,132 @@ def _encode(models: Models, params: Params, batch: Batch) -> jax.Array:
     )
 
 
-def _teacher_params(method, frozen, student_params, carried) -> Params:
-  return jax.lax.stop_gradient(
-    method.teacher.params(frozen.teacher, student_params, carried.teacher)
-  )
+def _write_and_grade(
+  models: Models,
+  params: Params,
+  frozen: Frozen,
+  batch: Batch,
+  rngs: Rngs,
+  encoded: jax.Array | None,
+  carried: Carried,
+  num_row_chunks: int = 1,
+) -> tuple[Rows, Shared, jax.Array | None, Any]:
+  """Calls the policy, once, and has the teacher read what it wrote.
 
+  No gradient flows through either.
 
-def _make_write(models: Models, num_row_chunks: int):
-  """Returns the function that calls the policy, once, without gradient.
+  Args:
+    models: of the step.
+    params: of the student.
+    frozen: parameters of the teacher's checkpoint, and of the reward.
+    batch: of the step.
+    rngs: of the step.
+    encoded: [B, S, D] the student's encoder output on the batch, if known.
+    carried: of the state.
+    num_row_chunks: chunks of rows that each layer works on, one at a time.
 
-  (student params, teacher params, batch, row numbers [B], rngs, the student's
-  encoder output [B, S, D] or None, carried) -> Rollouts.
+  Returns:
+    What the loss reads, `encoded` again (None if the rollouts bring other
+    inputs), and the policy's next state.
   """
   method = models.method
-
-  def write(params, teacher_params, batch, row_ids_B, rngs, encoded, carried):
-    params, encoded = jax.lax.stop_gradient((params, encoded))
-
-    def sample(model, params, config, encoded, encoder_scope):
-      inputs = batch.encoder_input_tokens
-      if encoded is None:
-        with jax.named_scope(encoder_scope):
-          encoded = model.apply(
-            {'params': params},
-            inputs,
-            method='encode',
-            **_row_chunks(num_row_chunks),
-          )
-      return rollout_lib.rollout(
-        model,
-        params,
-        inputs,
-        rngs.sample,
-        config,
-        encoded=encoded,
-        row_ids_B=row_ids_B,
-        max_decode_len=batch.decoder_target_tokens.shape[1],
-        ids=models.ids,
-      )
-
-    draw = Draw(
-      rngs.policy,
-      batch,
-      row_ids_B,
-      lambda: sample(
-        models.student,
-        params,
-        method.student_sampler,
-        encoded,
-        'student_encoder',
-      ),
-      lambda: sample(
-        models.teacher,
+  teacher_params = jax.lax.stop_gradient(
+    method.teacher.params(frozen.teacher, params, carried.teacher)
+  )
+  row_ids_B = jnp.arange(batch.encoder_input_tokens.shape[0])
+  rollouts = jax.lax.stop_gradient(
+    method.policy.write(
+      _draw(
+        models,
+        *jax.lax.stop_gradient((params, encoded)),
         teacher_params,
-        method.teacher_sampler,
-        None,
-        'sampling',
-      ),
-      carried.policy,
+        batch,
+        row_ids_B,
+        rngs,
+        carried.policy,
+        num_row_chunks,
+      )
     )
-    return jax.lax.stop_gradient(method.policy.write(draw))
-
-  return write
-
-
-def _make_grade(models: Models, num_row_chunks: int):
-  """Returns the function that has the teacher read the outputs.
-
-  (teacher params, batch, rollouts) -> (hidden states [B, T, D'] or None,
-  parameters that make them logits).
-  """
-  teacher = models.teacher
-
-  def grade(params, batch, rollouts):
-    if not models.method.objective.needs_teacher:
-      return None, None
+  )
+  policy_carried = rollouts.carried
+  if rollouts.batch is not None:
+    batch, encoded = rollouts.batch, None
+  rollouts = rollouts._replace(batch=None, carried=())
+  teacher_hidden = teacher_head = None
+  if method.objective.needs_teacher:
+    teacher = models.teacher
     with jax.named_scope('teacher'):
-      hidden = hidden_states(
+      teacher_hidden = hidden_states(
         teacher,
-        params,
+        teacher_params,
         batch.encoder_input_tokens,
         rollouts.outputs.tokens,
         num_row_chunks=num_row_chunks,
       )
       # Gathered, because each chunk of tokens reads it.
-      return hidden, teacher.head_params(teacher.gather_params(params))
+      teacher_head = teacher.head_params(teacher.gather_params(teacher_params))
+  return (
+    Rows(batch, rollouts, teacher_hidden, row_ids_B),
+    Shared(frozen, teacher_head, rngs, carried.divergence),
+    encoded,
+    policy_carried,
+  )
 
-  return grade
+
+def _draw(
+  models,
+  params,
+  encoded,
+  teacher_params,
+  batch,
+  row_ids_B,
+  rngs,
+  carried,
+  num_row_chunks,
+) -> Draw:
+  """Returns what a policy may use; see `policies.Draw`."""
+  inputs = batch.encoder_input_tokens
+
+  def sample(model, params, config, encoded, encoder_scope):
+    if encoded is None:
+      with jax.named_scope(encoder_scope):
+        encoded = model.apply(
+          {'params': params},
+          inputs,
+          method='encode',
+          **_row_chunks(num_row_chunks),
+        )
+    return rollout_lib.rollout(
+      model,
+      params,
+      inputs,
+      rngs.sample,
+      config,
+      encoded=encoded,
+      row_ids_B=row_ids_B,
+      max_decode_len=batch.decoder_target_tokens.shape[1],
+      ids=models.ids,
+    )
+
+  method = models.method
+  of_student = (models.student, params, method.student_sampler, encoded)
+  of_teacher = (models.teacher, teacher_params, method.teacher_sampler, None)
+  return Draw(
+    rngs.policy,
+    batch,
+    row_ids_B,
+    lambda: sample(*of_student, 'student_encoder'),
+    lambda: sample(*of_teacher, 'sampling'),
+    carried,
+  )
 
 
 def _make_loss_sums(models: Models):
   """Returns the function that a step takes the gradient of.
 
-  (Trained, the student's encoder output [B, S, D] or None: it runs here,
-  frozen, batch, rollouts, what `grade` returned, row numbers [B], rngs, the
-  divergence's state) -> (loss, sums). The loss, too, is a sum, still to be
-  divided by sums['count'].
+  (Trained, the student's encoder output [B, S, D] or None: it runs here, Rows,
+  Shared) -> (loss, sums). The loss, too, is a sum, still to be divided by
+  sums['count'].
   """
   student, method, ids = models.student, models.method, models.ids
   objective, credit = method.objective, method.credit
@@ -422,34 +424,23 @@ def _make_loss_sums(models: Models):
     unembed(models.teacher) if objective.needs_teacher else None,
   )
 
-  def loss_sums(
-    trained,
-    encoded,
-    frozen,
-    batch,
-    rollouts,
-    graded,
-    row_ids_B,
-    rngs,
-    carried=(),
-  ):
-    params = trained.params
-    teacher_hidden, teacher_head = graded
+  def loss_sums(trained, encoded, rows, shared):
+    params, rollouts = trained.params, rows.rollouts
     outputs = rollouts.outputs
     with jax.named_scope('student'):
       student_hidden = hidden_states(
         student,
         params,
-        batch.encoder_input_tokens,
+        rows.batch.encoder_input_tokens,
         outputs.tokens,
         encoded=encoded,
-        dropout_rng=rngs.dropout if models.has_dropout else None,
+        dropout_rng=shared.rngs.dropout if models.has_dropout else None,
       )
     arrays = (
       student.head_params(params),
       student_hidden,
-      teacher_head,
-      teacher_hidden,
+      shared.teacher_head,
+      rows.teacher_hidden,
       outputs.tokens,
     )
     coefficients_BT, count = objectives.coefficients(
@@ -457,22 +448,14 @@ def _make_loss_sums(models: Models):
     )
     worth = None
     if credit is not None:
-      worth = credit.assign(
-        _evidence(
-          models,
-          functools.partial(
-            _log_probs, ids, *unembeds, objective.chunk_tokens, *arrays
-          ),
-          params,
-          encoded,
-          frozen,
-          batch,
-          rollouts,
-          row_ids_B,
-          rngs,
+      log_probs = functools.partial(
+        _log_probs, ids, *unembeds, objective.chunk_tokens, *arrays
+      )
+      worth = jax.lax.stop_gradient(
+        credit.assign(
+          _evidence(models, log_probs, params, encoded, rows, shared)
         )
       )
-      worth = jax.lax.stop_gradient(worth)
     with jax.named_scope('student'):
       sums = chunked_sums.weighted_sums(
         objective.terms(ids),
@@ -481,7 +464,7 @@ def _make_loss_sums(models: Models):
         *arrays,
         coefficients_BT,
         None if worth is None else worth.per_token,
-        _extras(objective, trained.heads, carried, rollouts),
+        _extras(objective, trained.heads, shared.carried, rollouts),
       )
     if worth is not None and worth.per_token is not None:
       sums['loss'] -= worth.total
@@ -514,31 +497,37 @@ def _extras(objective, heads, carried, rollouts) -> chunked_sums.Extras | None:
 
 
 def _evidence(
-  models, log_probs, params, encoded, frozen, batch, rollouts, row_ids_B, rngs
+  models, log_probs, params, encoded, rows, shared
 ) -> credit_lib.Evidence:
   """Returns what a credit may use; see `credit.Evidence`."""
+  method, rollouts = models.method, rows.rollouts
 
   def sample_greedy():
     drawn = rollout_lib.rollout(
       models.student,
       params,
-      batch.encoder_input_tokens,
-      rngs.sample,
+      rows.batch.encoder_input_tokens,
+      shared.rngs.sample,
       sampler.GREEDY,
       encoded=encoded,
-      row_ids_B=row_ids_B,
+      row_ids_B=rows.row_ids_B,
       max_decode_len=rollouts.outputs.tokens.shape[1],
       ids=models.ids,
     )
     return Outputs(drawn.tokens, drawn.weights)
 
+  def score(outputs):
+    return rewards.score(
+      models.score, rows.batch, outputs, shared.frozen.reward
+    )
+
   return credit_lib.Evidence(
     rollouts,
-    row_ids_B,
+    rows.row_ids_B,
     log_probs,
-    functools.partial(rewards.score, models.score, batch, params=frozen.reward),
+    score,
     sample_greedy,
-    models.method.policy.student_data_fraction == 1.0,
+    method.policy.student_data_fraction == 1.0,
   )
 
 
@@ -601,6 +590,16 @@ def check_no_state(method: Method) -> None:
       'A policy, teacher or divergence with state or heads needs a '
       '`TrainState`; train with gkd_jax.main.'
     )
+
+
+def _update(method, optimizer, state, grads, policy_carried, means):
+  """Returns all of the state after a finite step but its number."""
+  old = state_lib.trained(state.params, state.heads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, old)
+  new = optax.apply_updates(old, updates)
+  params, heads = new if isinstance(new, Trained) else (new, state.heads)
+  carried = _next_carried(method, state.carried, policy_carried, params, means)
+  return params, opt_state, heads, carried
 
 
 def _next_carried(method, carried, policy_carried, params, means) -> Carried:

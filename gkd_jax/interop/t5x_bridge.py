@@ -179,7 +179,6 @@ class GKDModel(models.EncoderDecoderModel):
         batch['decoder_target_tokens'],
         batch['decoder_loss_weights'].astype(jnp.float32),
       ),
-      jnp.arange(inputs.shape[0]),
       step_lib.Rngs(
         *jax.random.split(jax.random.key(seed, impl='threefry2x32'), 3)
       ),

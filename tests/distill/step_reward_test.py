@@ -210,9 +210,7 @@ def expected_with_one_token(aim):
       )
     )
     keys = step_lib.Rngs(*jax.random.split(jax.random.key(0), 3))
-    return lambda params: function(
-      params, Frozen(one_token(P)), batch, jnp.arange(2), keys
-    )
+    return lambda params: function(params, Frozen(one_token(P)), batch, keys)
 
   return expected_gradient(
     loss_sums,
@@ -308,7 +306,7 @@ def expected_with_t5(aim, probability_of):
       )
     )
     return lambda params: function(
-      params, Frozen(TEACHER_PARAMS), dataset_of(2), jnp.arange(2), KEYS
+      params, Frozen(TEACHER_PARAMS), dataset_of(2), KEYS
     )
 
   return expected_gradient(loss_sums, STUDENT_PARAMS, OUTPUTS, probability_of)
