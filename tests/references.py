@@ -9,7 +9,23 @@ and their gradients by the student's logits take logits [..., V], -inf allowed;
 Source: Agarwal et al. (2024), arXiv:2306.13649, section 2, Eq. 1 and 2.
 """
 
+import functools
+
 import numpy as np
+
+
+def twin(divergence, suffix=''):
+  """Returns what a divergence of gkd_jax should be, with the same settings.
+
+  Args:
+    divergence: a function, or a functools.partial of one.
+    suffix: '_gradient' for its gradient by the student's logits.
+  """
+  if isinstance(divergence, functools.partial):
+    return functools.partial(
+      twin(divergence.func, suffix), **divergence.keywords
+    )
+  return globals()[divergence.__name__ + suffix]
 
 
 def log_softmax(logits):

@@ -218,6 +218,8 @@ def _check(models: Models) -> Models:
   """
   student, teacher, method = models.student, models.teacher, models.method
   rules.check(rules.Setup(method, student.config.dropout_rate))
+  if method.needs_teacher and teacher is None:
+    raise ValueError('This method needs a teacher, and `teacher` is None.')
   if method.objective.needs_teacher:
     widths = (
       getattr(model.config, 'vocab_size', models.ids.num_ids)

@@ -11,26 +11,16 @@ from gkd_jax.distill import divergences
 from tests import references
 
 
-def _with_beta(function, beta):
-  return functools.partial(function, beta=beta)
+def jsd(beta):
+  return functools.partial(divergences.generalized_jsd, beta=beta)
 
 
-def _menu(module, suffix=''):
-  """Every divergence, or its reference, or its reference's gradient."""
-  jsd = getattr(module, 'generalized_jsd' + suffix)
-  return {
-    'forward_kl': getattr(module, 'forward_kl' + suffix),
-    'reverse_kl': getattr(module, 'reverse_kl' + suffix),
-    'jsd(0.1)': _with_beta(jsd, 0.1),
-    'jsd(0.5)': _with_beta(jsd, 0.5),
-    'jsd(0.9)': _with_beta(jsd, 0.9),
-    'total_variation': getattr(module, 'total_variation' + suffix),
-  }
-
-
-DIVERGENCES = _menu(divergences)
-REFERENCES = _menu(references)
-GRADIENTS = _menu(references, '_gradient')
+# All that are reported, and more of the JSD.
+DIVERGENCES = divergences.REPORTED | {'jsd_0.1': jsd(0.1), 'jsd_0.9': jsd(0.9)}
+REFERENCES = {name: references.twin(d) for name, d in DIVERGENCES.items()}
+GRADIENTS = {
+  name: references.twin(d, '_gradient') for name, d in DIVERGENCES.items()
+}
 
 each_divergence = pytest.mark.parametrize('name', DIVERGENCES)
 # Logits of an untrained model, and of one that is nearly always sure.
@@ -90,24 +80,24 @@ PAIRS = {
 VALUES = {
   'forward_kl': (1.101868135794281, 0.226568035991470, 0.473124398001376),
   'reverse_kl': (1.002104199063751, 0.252134916178797, 0.498556165654414),
-  'jsd(0.1)': (0.092673940230354, 0.020294717371902, 0.041915615573155),
-  'jsd(0.5)': (0.230645487904113, 0.057111054421979, 0.114692741532649),
-  'jsd(0.9)': (0.086496500775969, 0.022009429773397, 0.043598625334183),
+  'jsd_0.1': (0.092673940230354, 0.020294717371902, 0.041915615573155),
+  'jsd_0.5': (0.230645487904113, 0.057111054421979, 0.114692741532649),
+  'jsd_0.9': (0.086496500775969, 0.022009429773397, 0.043598625334183),
   'total_variation': (0.6, 0.3, 0.45),
 }
 KNOWN_GRADIENTS = {
   ('forward_kl', 'A'): (-0.6, 0.1, 0.5),
   ('reverse_kl', 'A'): (-0.294801434812, -0.178991727287, 0.473793162099),
-  ('jsd(0.1)', 'A'): (-0.043684250222, 0.005001648184, 0.038682602038),
-  ('jsd(0.5)', 'A'): (-0.081287964624, -0.008571506186, 0.089859470810),
-  ('jsd(0.9)', 'A'): (-0.026094472912, -0.011894230706, 0.037988703618),
+  ('jsd_0.1', 'A'): (-0.043684250222, 0.005001648184, 0.038682602038),
+  ('jsd_0.5', 'A'): (-0.081287964624, -0.008571506186, 0.089859470810),
+  ('jsd_0.9', 'A'): (-0.026094472912, -0.011894230706, 0.037988703618),
   ('total_variation', 'A'): (-0.09, 0.03, 0.06),
   ('forward_kl', 'C'): (-0.2, 0.15, -0.1, 0.15),
   ('reverse_kl', 'C'): (
     *(-0.246442013973, 0.087147485227),
     *(-0.067537360242, 0.226831888988),
   ),
-  ('jsd(0.1)', 'C'): (
+  ('jsd_0.1', 'C'): (
     *(-0.018233812432, 0.012926140251),
     *(-0.008308657101, 0.013616329282),
   ),
@@ -199,9 +189,9 @@ def test_divergence_lies_between_its_bounds(name, scale):
   most = {
     'forward_kl': math.inf,
     'reverse_kl': math.inf,
-    'jsd(0.1)': references.largest_jsd(0.1),
-    'jsd(0.5)': math.log(2.0),
-    'jsd(0.9)': references.largest_jsd(0.9),
+    'jsd_0.1': references.largest_jsd(0.1),
+    'jsd_0.5': math.log(2.0),
+    'jsd_0.9': references.largest_jsd(0.9),
     'total_variation': 1.0,
   }[name]
 
@@ -256,8 +246,8 @@ def test_jsd_of_swapped_models_is_jsd_of_one_minus_beta(beta):
 def test_jsd_of_beta_and_of_one_minus_beta_are_not_interchangeable(pair):
   teacher, student = map(log_of, PAIRS[pair])
 
-  low, low_grad = value_and_grad('jsd(0.1)', teacher, student)
-  high, high_grad = value_and_grad('jsd(0.9)', teacher, student)
+  low, low_grad = value_and_grad('jsd_0.1', teacher, student)
+  high, high_grad = value_and_grad('jsd_0.9', teacher, student)
 
   # The known values differ by 4 to 8 %, the directions of the gradients by 13
   # degrees and more.
@@ -408,9 +398,9 @@ def test_an_id_that_only_the_teacher_masks_costs_a_finite_amount(name, mask):
 @pytest.mark.parametrize(
   ('name', 'want'),
   [
-    ('jsd(0.1)', 0.325082973391448),
-    ('jsd(0.5)', 0.693147180559945),
-    ('jsd(0.9)', 0.325082973391448),
+    ('jsd_0.1', 0.325082973391448),
+    ('jsd_0.5', 0.693147180559945),
+    ('jsd_0.9', 0.325082973391448),
     ('total_variation', 1.0),
     ('forward_kl', 1e9),  # infinite; 1e9 stands for it
     ('reverse_kl', 1e9),
@@ -514,3 +504,68 @@ def test_trl_bug_nan_gradient_of_reverse_kl_with_infinite_logits():
   )
   # Three terms below 1: a few roundings of 6e-8.
   np.testing.assert_allclose(grad, want, rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def mine(*, teacher_logits, student_logits, scale=1.0):
+  return scale * (teacher_logits - student_logits).max(axis=-1)
+
+
+def test_reported_names_are_those_that_the_functions_have():
+  assert {name: divergences.name_of(d) for name, d in DIVERGENCES.items()} == {
+    name: name for name in DIVERGENCES
+  }
+
+
+@pytest.mark.parametrize(
+  ('function', 'name'),
+  [
+    (mine, 'mine'),
+    (functools.partial(mine, scale=0.3), 'mine_0.3'),
+    # As gin wraps a function whose settings it has bound.
+    (
+      functools.wraps(divergences.generalized_jsd)(
+        lambda **logits: divergences.generalized_jsd(beta=0.7, **logits)
+      ),
+      'jsd_0.7',
+    ),
+  ],
+)
+def test_a_divergence_is_reported_under_its_own_name(function, name):
+  own = divergences.Divergence(function)
+
+  assert divergences.reported(own) == {name: function} | divergences.REPORTED
+
+
+def test_a_divergence_may_be_given_a_name():
+  own = divergences.Divergence(mine, name='yours')
+
+  assert list(divergences.reported(own)) == ['yours', *divergences.REPORTED]
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {'reads': ('author',)},
+    {'init': dict, 'update': lambda carried, means: carried},
+    {'init_heads': lambda rng: {}},
+  ],
+)
+def test_what_needs_more_than_logits_is_measured_in_training_alone(settings):
+  own = divergences.Divergence(mine, **settings)
+
+  assert divergences.reported(own) == divergences.REPORTED
+
+
+@pytest.mark.parametrize(
+  ('settings', 'text'),
+  [
+    ({'reads': ('logits',)}, r"Divergence.reads may have .* got \['logits'\]"),
+    ({'init': dict}, 'init and Divergence.update belong together'),
+  ],
+)
+def test_parts_of_a_divergence_that_do_not_fit_are_refused(settings, text):
+  with pytest.raises(ValueError, match=text):
+    divergences.Divergence(mine, **settings)

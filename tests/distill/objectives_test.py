@@ -19,12 +19,7 @@ def _jsd(module, beta, suffix=''):
   return functools.partial(function, beta=beta)
 
 
-DIVERGENCES = {
-  'forward_kl': divergences.forward_kl,
-  'reverse_kl': divergences.reverse_kl,
-  'jsd(0.1)': _jsd(divergences, 0.1),
-  'total_variation': divergences.total_variation,
-}
+DIVERGENCES = divergences.REPORTED | {'jsd_0.1': _jsd(divergences, 0.1)}
 # Whatever can be minimised, alone and together.
 OBJECTIVES = {
   **{
@@ -40,13 +35,8 @@ OBJECTIVES = {
 }
 # The same in float64: (value, gradient by the student's logits).
 REFERENCES = {
-  'forward_kl': (references.forward_kl, references.forward_kl_gradient),
-  'reverse_kl': (references.reverse_kl, references.reverse_kl_gradient),
-  'jsd(0.1)': (_jsd(references, 0.1), _jsd(references, 0.1, '_gradient')),
-  'total_variation': (
-    references.total_variation,
-    references.total_variation_gradient,
-  ),
+  name: (references.twin(d), references.twin(d, '_gradient'))
+  for name, d in DIVERGENCES.items()
 }
 
 
@@ -703,7 +693,7 @@ def test_settings_that_mean_nothing_are_refused_at_once(settings, text):
   ('beta', 'divergence'),
   [
     (0, DIVERGENCES['forward_kl']),
-    (0.1, DIVERGENCES['jsd(0.1)']),
+    (0.1, DIVERGENCES['jsd_0.1']),
     (0.9, _jsd(divergences, 0.9)),
     (1, DIVERGENCES['reverse_kl']),
   ],
@@ -800,7 +790,7 @@ def test_trl_bug_cross_entropy_mixed_in_unasked():
   """TRL pull request 5731: half the loss was likelihood, in silence."""
   outputs, student, teacher = random_batch()
   others = outputs._replace(tokens=np.where(outputs.tokens == 5, 6, 5))
-  objective = OBJECTIVES['jsd(0.1)']
+  objective = OBJECTIVES['jsd_0.1']
 
   got = mean_loss(objective, others, student, teacher)
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.data import datasets, iterators
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.decoding import rollout as rollout_lib
-from gkd_jax.distill import objectives, rewards
+from gkd_jax.distill import divergences, objectives, rewards
 from gkd_jax.evaluation import programs
 from tests import conftest, references, tiny
 from tests.letter_models import (
@@ -172,27 +173,41 @@ def test_draws_for_one_input_differ(draws):
 # --- Divergences --------------------------------------------------------------
 
 
+def largest_ratio(*, teacher_logits, student_logits):
+  """A user's own: the largest log-ratio among the teacher's five best ids."""
+  log_p, log_q = map(jax.nn.log_softmax, (teacher_logits, student_logits))
+  best, ids = jax.lax.top_k(log_p, 5)
+  return jnp.max(best - jnp.take_along_axis(log_q, ids, axis=-1), axis=-1)
+
+
+def largest_ratio_reference(*, teacher_logits, student_logits):
+  log_p, log_q = map(references.log_softmax, (teacher_logits, student_logits))
+  ids = np.argsort(-log_p, axis=-1)[..., :5]
+  ratios = np.take_along_axis(log_p - log_q, ids, axis=-1)
+  return ratios.max(axis=-1)
+
+
+OWN = divergences.Divergence(largest_ratio)
+
+
 @pytest.fixture(scope='module')
-def scores(dataset, student_params, teacher_params):
-  score = programs.make_divergences(STUDENT, TEACHER, ids=IDS, **SETTINGS)
-  return score(student_params, teacher_params, dataset)
+def measured(dataset, student_params, teacher_params):
+  measure = programs.make_divergences(
+    STUDENT, TEACHER, own=OWN, ids=IDS, **SETTINGS
+  )
+  return measure(student_params, teacher_params, dataset)
 
 
 @pytest.mark.parametrize(
   'name, divergence',
   [
-    ('forward_kl', references.forward_kl),
-    ('reverse_kl', references.reverse_kl),
-    (
-      'jsd_0.5',
-      lambda **logits: references.generalized_jsd(beta=0.5, **logits),
-    ),
-    ('total_variation', references.total_variation),
+    *((name, references.twin(d)) for name, d in divergences.REPORTED.items()),
+    ('largest_ratio', largest_ratio_reference),
   ],
 )
 @pytest.mark.parametrize('on', ['on_dataset_outputs', 'on_student_outputs'])
 def test_divergences_are_those_of_the_float64_reference(
-  scores,
+  measured,
   examples,
   sampled,
   student_params,
@@ -217,12 +232,12 @@ def test_divergences_are_those_of_the_float64_reference(
 
   # float32 logits of size 10, and sums of 7 x 259 terms.
   np.testing.assert_allclose(
-    scores[f'{on}/{name}'], per_output.mean(), rtol=1e-4
+    measured[f'{on}/{name}'], per_output.mean(), rtol=1e-4
   )
 
 
 def test_the_likelihood_of_the_datasets_outputs_is_measured(
-  scores, examples, student_params
+  measured, examples, student_params
 ):
   outputs = examples.decoder_target_tokens
   logits = logits_of(
@@ -235,7 +250,7 @@ def test_the_likelihood_of_the_datasets_outputs_is_measured(
   per_output = (nll * weights).sum(axis=1) / weights.sum(axis=1)
 
   np.testing.assert_allclose(
-    scores['on_dataset_outputs/nll'], per_output.mean(), rtol=1e-4
+    measured['on_dataset_outputs/nll'], per_output.mean(), rtol=1e-4
   )
 
 
