@@ -164,14 +164,14 @@ def make_train_step(
     means = _means(sums, count, method.credit)
     # A step that is not finite would spoil all that follow.
     with jax.named_scope('optimizer'):
-      parts = jax.lax.cond(
+      params, opt_state, heads, carried = jax.lax.cond(
         is_finite,
         lambda: _update(method, optimizer, state, grads, policy_carried, means),
         lambda: tuple(state[1:]),
       )
-    state = TrainState(state.step + 1, *parts)
-    param_norm = optax.tree.norm(state.params)
-    return state, {**means, 'grad_norm': grad_norm, 'param_norm': param_norm}
+    norms = {'grad_norm': grad_norm, 'param_norm': optax.tree.norm(params)}
+    state = TrainState(state.step + 1, params, opt_state, heads, carried)
+    return state, means | norms
 
   return train_step
 
@@ -246,7 +246,7 @@ def hidden_states(
   *,
   encoded: jax.Array | None = None,
   dropout_rng: jax.Array | None = None,
-  num_row_chunks: int = 1,
+  num_microbatches: int = 1,
 ) -> jax.Array:
   """Runs a model on inputs and outputs, up to the projection: [B, T, D].
 
@@ -257,10 +257,10 @@ def hidden_states(
     target_tokens: [B, T] int32.
     encoded: [B, S, D], the encoder's output where it is known already.
     dropout_rng: turns dropout on.
-    num_row_chunks: chunks of rows that each layer works on, one at a time.
+    num_microbatches: parts of the rows that each layer works on in turn.
   """
   keywords = {'deterministic': dropout_rng is None}
-  keywords |= _row_chunks(num_row_chunks)
+  keywords |= _microbatches(num_microbatches)
   if dropout_rng is not None:
     encoder_rng, decoder_rng = jax.random.split(dropout_rng)
   apply = functools.partial(model.apply, {'params': params})
@@ -280,7 +280,7 @@ def hidden_states(
   )
 
 
-def _row_chunks(number: int) -> dict[str, int]:
+def _microbatches(number: int) -> dict[str, int]:
   """Returns keywords of a model's methods."""
   return {'num_microbatches': number} if number > 1 else {}
 
@@ -300,7 +300,7 @@ def _write_and_grade(
   rngs: Rngs,
   encoded: jax.Array | None,
   carried: Carried,
-  num_row_chunks: int = 1,
+  num_microbatches: int = 1,
 ) -> tuple[Rows, Shared, jax.Array | None, Any]:
   """Calls the policy, once, and has the teacher read what it wrote.
 
@@ -314,7 +314,7 @@ def _write_and_grade(
     rngs: of the step.
     encoded: [B, S, D] the student's encoder output on the batch, if known.
     carried: of the state.
-    num_row_chunks: chunks of rows that each layer works on, one at a time.
+    num_microbatches: parts of the rows that each layer works on in turn.
 
   Returns:
     What the loss reads, `encoded` again (None if the rollouts bring other
@@ -335,7 +335,7 @@ def _write_and_grade(
         row_ids_B,
         rngs,
         carried.policy,
-        num_row_chunks,
+        num_microbatches,
       )
     )
   )
@@ -352,7 +352,7 @@ def _write_and_grade(
         teacher_params,
         batch.encoder_input_tokens,
         rollouts.outputs.tokens,
-        num_row_chunks=num_row_chunks,
+        num_microbatches=num_microbatches,
       )
       # Gathered, because each chunk of tokens reads it.
       teacher_head = teacher.head_params(teacher.gather_params(teacher_params))
@@ -373,7 +373,7 @@ def _draw(
   row_ids_B,
   rngs,
   carried,
-  num_row_chunks,
+  num_microbatches,
 ) -> Draw:
   """Returns what a policy may use; see `policies.Draw`."""
   inputs = batch.encoder_input_tokens
@@ -385,7 +385,7 @@ def _draw(
           {'params': params},
           inputs,
           method='encode',
-          **_row_chunks(num_row_chunks),
+          **_microbatches(num_microbatches),
         )
     return rollout_lib.rollout(
       model,

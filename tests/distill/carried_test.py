@@ -408,7 +408,9 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
     state = saved.state
   first = int(state.step)
   for number in range(first + 1, NUM_STEPS + 1):
-    state, _ = step(state, state_lib.Frozen(), Batch(*batch))
+    before = state
+    state, _ = step(before, state_lib.Frozen(), Batch(*batch))
+    assert all(x.is_deleted() for x in jax.tree.leaves(before))
     if number == 2:
       checkpoints.save(state, NoData(), train_seconds=0.0)
     if number == kill_after:
