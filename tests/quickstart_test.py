@@ -112,7 +112,7 @@ def test_the_page_is_printed_first_and_the_finding_last(finished, folder):
   first, *_, last = finished.stdout.splitlines()
 
   assert first == f'Report:  {folder / "report.html"}'
-  assert last.startswith('Found (1 seed), share of the gap')
+  assert last.startswith('Found: ') and '(one seed)' in last
 
 
 def test_report_figures_and_checkpoints_are_there(finished, folder):

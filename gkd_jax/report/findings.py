@@ -21,21 +21,28 @@ def of(section: Section) -> str:
   if len(ranked) < 2:
     return ''
   if 'gap_closed' in ranked[0].means:
-    what = 'share of the gap between initial student and teacher that is closed'
     metric, form, scale, unit = 'gap_closed', '{:.1f}', 100.0, ' %'
   else:
-    what = tables.axis_label(section.metric)
     metric, form, scale, unit = section.metric, '{:.2f}', 1.0, ''
   values = [
-    f'{group.name} {tables.format_mean(group.means[metric], form, scale)}{unit}'
+    tables.format_mean(group.means[metric], form, scale) + unit
     for group in ranked[:_MAX_NAMED]
   ]
-  if rest := len(ranked) - _MAX_NAMED:
-    values += [f'{rest} others behind'] if rest > 0 else []
+  names = [group.name for group in ranked[:_MAX_NAMED]]
+  others = [f'{n} {v}' for n, v in zip(names[1:], values[1:], strict=True)]
+  if len(ranked) > _MAX_NAMED:
+    others.append(f'{len(ranked) - _MAX_NAMED} more are behind')
+  if metric == 'gap_closed':
+    first = (
+      f'{names[0]} closes {values[0]} of the gap between the initial student '
+      'and the teacher'
+    )
+  else:
+    first = f'{names[0]} ends at {values[0]} ({tables.axis_label(metric)})'
   seeds = sorted({len(group.runs) for group in ranked})
   count = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[0]}'
-  count += ' seed' if seeds[-1] == 1 else ' seeds'
-  return f'Found ({count}), {what}: {", ".join(values)}{_trend(ranked)}.'
+  count = 'one seed' if seeds == [1] else f'{count} seeds'
+  return f'Found: {", ".join([first, *others])} ({count}){_trend(ranked)}.'
 
 
 def _ranked(section: Section) -> list[Group]:
@@ -69,10 +76,10 @@ def _trend(ranked: Sequence[Group]) -> str:
     return ''
   if shares == sorted(shares, reverse=True):
     return (
-      '. The larger the share of outputs that the student writes, the better, '
+      ': the larger the share of outputs that the student writes, the better, '
       'as in the GKD paper'
     )
   return (
-    '. A larger share of outputs that the student writes was not always better '
+    ': a larger share of outputs that the student writes was not always better '
     'here, unlike in the GKD paper'
   )

@@ -149,7 +149,7 @@ def test_the_report_says_what_was_compared_and_what_not(folder):
   assert '13 runs of cmudict_g2p, measured on its test split.' in text
   assert 'Main metric: WER %, greedy, lower is better.' in text
   assert 'Means ± standard errors over 3 seeds.' in text
-  assert 'Found (3 seeds), share of the gap' in text
+  assert 'Found: ImitKD closes 78.3 ± 11.7 % of the gap' in text
   assert '![Methods](methods.png)' in text
   assert '- Data efficiency: needs a method trained on two or more' in text
   assert re.search(r'- \S+/seed_3/skd: not done: .* step 500 of 1000', text)
@@ -179,7 +179,7 @@ def test_what_is_printed_is_the_table_and_where_it_is(finished):
   assert '| ImitKD                    | 30.00 ± 5.77 ' in finished.out
   first, *_, last, _ = finished.out.splitlines()
   assert re.fullmatch(r'Report: +\S+/report\.html', first)
-  assert last.startswith('Found (3 seeds), share of the gap')
+  assert last.startswith('Found: ImitKD closes 78.3 ± 11.7 % of the gap')
   assert 'seed_3/skd: not done' in finished.out
 
 
