@@ -137,6 +137,8 @@ def _run(argv: Sequence[str]) -> None:
   if _RUN_MODE.value == _WORKER:
     from gkd_jax.sweeps import worker
 
+    process.keep_compiled_programs()
+    process.keep_memory()
     worker.serve(_run_again)
     return
   files = _check_flags(argv)
