@@ -159,7 +159,7 @@ def _loop(
   compiled = _compile(training, state, batch)
   log = train_log.TrainLog(training.log, writer, training.run_dir, first_step)
   clock = time.monotonic()
-  with training.signals.noted():
+  with training.signals.recorded():
     for step in range(first_step + 1, total_steps + 1):
       if batch is None:
         batch = training.put_batch(next(training.iterator))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the devices send each other in a compiled program.
+"""Collective operations of a compiled program.
 
-Read from the program's text: XLA's analysis of costs tells nothing of it. What
-is found is what the compiler made, not what the code asked for.
+They are read from the text of the optimized program: XLA's cost analysis does
+not report them.
 """
 
 import collections
@@ -32,17 +32,17 @@ _OP_NAME = re.compile(r'op_name="(?P<name>[^"]*)"')
 
 
 class Collective(NamedTuple):
-  """One exchange between devices.
+  """One collective operation.
 
   Attributes:
     kind: 'all-gather', 'all-reduce', ...
-    op_name: what JAX calls the operation that it is for; where the compiler
-      forgot, the loop that it stands in.
-    in_decode_loop: whether it happens for each token that is sampled.
-    times: that it happens in a step, if all outputs are as long as can be.
-    received: bytes that a device gets of others each time.
+    op_name: JAX's name of the operation that needs it; where the compiler
+      dropped it, that of the enclosing loop.
+    in_decode_loop: whether it runs for each sampled token.
+    times: number of executions in a step, if all outputs have full length.
+    received: bytes that a device receives from others each time.
 
-  A loop whose length only the program knows is taken for `max_decode_len` long.
+  A loop of data-dependent length counts as `max_decode_len` iterations.
   """
 
   kind: str
@@ -65,11 +65,11 @@ def find(text: str, max_decode_len: int) -> list[Collective]:
 
   Args:
     text: of the optimized program, `compiled.as_text()`.
-    max_decode_len: how often the loops run whose end is not known beforehand;
-      of these, those in the scope 'sampling' (see `policies.rollout`) sample.
+    max_decode_len: iterations of loops of data-dependent length. Of these, the
+      ones in the scope 'sampling' are decode loops.
 
   Returns:
-    Each that the program holds, once.
+    Each collective of the program, once.
   """
   computations, entry = _parse(text)
   found: dict[str, Collective] = {}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of on-policy distillation has to compute and to move.
+"""Lower bounds of the FLOPs and memory traffic of an on-policy step.
 
-Counted by hand from the shapes: XLA's own analysis counts the body of a loop
-once, however often it runs. A multiplication and an addition are two FLOPs;
-only matrix products are counted, all else is less than a hundredth of them.
-Bytes are what has to come from memory, or go there, even if everything that is
-used twice in a row stays in a cache. So both are floors.
+They are computed from the shapes: XLA's own analysis counts the body of a loop
+once, however often it runs. A multiplication and an addition are two FLOPs.
+Only matrix products are counted; everything else is less than 1 % of them.
+Bytes are those that must be read from or written to memory even if everything
+that is used twice in a row stays in a cache.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from gkd_jax.models.interface import ModelConfig
 
 
 class Cost(NamedTuple):
-  """Of a phase, on all devices together."""
+  """FLOPs and bytes of a phase, on all devices together."""
 
   flops: float
   bytes: float
@@ -23,15 +23,15 @@ class Cost(NamedTuple):
     return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
   def times(self, n: float) -> 'Cost':
-    """Returns the cost of doing it n times."""
+    """Returns n times this cost."""
     return Cost(n * self.flops, n * self.bytes)
 
   def seconds(self, peak_flops: float, bandwidth: float) -> float:
-    """Returns the least time it takes.
+    """Returns the minimum time.
 
     Args:
-      peak_flops: FLOPs a second, of the type that is multiplied.
-      bandwidth: bytes a second, from memory.
+      peak_flops: FLOPs per second, for the dtype of the products.
+      bandwidth: bytes per second, from memory.
     """
     return max(self.flops / peak_flops, self.bytes / bandwidth)
 
@@ -50,7 +50,7 @@ def of_step(
 ) -> dict[str, Cost]:
   """Returns the cost of each phase of an on-policy step.
 
-  The outputs are as long as they may be. Without dropout and microbatches the
+  All outputs have full length. Without dropout and microbatches the
   student's encoder runs once, for sampling and for the loss.
 
   Args:
@@ -101,7 +101,7 @@ def of_step(
 
 
 def count_weights(config: ModelConfig) -> int:
-  """Returns how many numbers the matrices hold: all but norms and biases."""
+  """Returns the number of parameters in matrices: all but norms and biases."""
   c = config
   encoder = c.num_encoder_layers * (_attention(c) + _mlp(c))
   decoder = c.num_decoder_layers * (2 * _attention(c) + _mlp(c))
@@ -112,7 +112,7 @@ def count_weights(config: ModelConfig) -> int:
 def cache_bytes(
   config: ModelConfig, *, batch_size: int, input_length: int, target_length: int
 ) -> int:
-  """Returns what the keys and values take that sampling keeps."""
+  """Returns the bytes of the KV cache of sampling."""
   c = config
   width = {'float32': 4, 'bfloat16': 2}[c.dtype]
   tokens = batch_size * (input_length + target_length)

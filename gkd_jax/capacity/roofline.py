@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a step takes on a TPU slice at the least, phase by phase.
+"""Lower bounds of the time of a step on a TPU slice, phase by phase.
 
-A chip computes, reads its memory, and hears from others at the same time, each
-at the speed that is published: the slowest of the three is what a phase takes.
-FLOPs and bytes are counted from the shapes (`costs`), what is received is read
+A chip computes, reads its memory, and receives data from others at the same
+time, each at its published speed: the slowest of the three bounds a phase.
+FLOPs and bytes are computed from the shapes (`costs`), received bytes are read
 from the compiled program (`collectives`).
 """
 
@@ -23,11 +23,11 @@ class Chip(NamedTuple):
   Attributes:
     hbm: memory of a chip in GiB, as published.
     available: GiB of it that libtpu's compiler (0.0.42) leaves to a program.
-    flops: a second, of bfloat16 products; products of float32 are rounded to
-      these by default.
-    bandwidth: bytes a second, from the chip's memory.
-    interconnect: bytes a second that a chip receives, over all its links.
-    config: how libtpu is to see the chip's cores; None: its default.
+    flops: per second, of bfloat16 products; by default float32 products are
+      rounded to these.
+    bandwidth: bytes per second, from the chip's memory.
+    interconnect: bytes per second that a chip receives, over all its links.
+    config: libtpu's configuration of the chip's cores; None: its default.
   """
 
   hbm: float
@@ -66,7 +66,7 @@ def on_a_device(
   teacher_weight_bytes: int,
   optimizer_bytes: int,
 ) -> dict[str, Cost]:
-  """Returns what one device has to compute and to move in each phase.
+  """Returns the cost of each phase on one device.
 
   Args:
     student: its shape.
@@ -74,13 +74,13 @@ def on_a_device(
     batch_size: of all devices.
     input_length: tokens.
     target_length: tokens.
-    num_microbatches: parts that the batch is worked through in.
-    data: devices that share the batch.
-    student_model: devices that share each of the student's products (and, in
-      phase 'student', the teacher's projection to the vocabulary).
-    teacher_model: likewise.
-    teacher_weight_bytes: of one of its weights in memory.
-    optimizer_bytes: that a device moves to update its part of the state.
+    num_microbatches: parts that the batch is split into.
+    data: devices that the batch is sharded over.
+    student_model: devices that each matrix product of the student is sharded
+      over; in phase 'student' also the teacher's projection to the vocabulary.
+    teacher_model: likewise, of the teacher.
+    teacher_weight_bytes: size of one of its weights in memory.
+    optimizer_bytes: traffic of a device to update its part of the state.
   """
   cost = costs.of_step(
     student,
@@ -105,13 +105,13 @@ def of_phases(
   collectives: Sequence[Collective] | None,
   chip: Chip | None,
 ) -> dict[str, dict[str, Any]]:
-  """Returns figures of each phase, as JSON can hold them.
+  """Returns the figures of each phase, for JSON.
 
   Args:
     cost: of each, on one device.
-    collectives: of the program; those of no phase are phase 'other'. None: it
-      was not compiled.
-    chip: None: nothing is said of time.
+    collectives: of the program; those of no phase are in phase 'other'. None:
+      the program was not compiled.
+    chip: None: no times are returned.
 
   Returns:
     {phase: {'flops', 'bytes': from memory, 'received': bytes from other
@@ -154,7 +154,7 @@ def summary(
 ) -> list[dict[str, Any]]:
   """Returns the collectives by phase and kind, most bytes first, for JSON.
 
-  `times`: that such a one happens in a step. `received`: bytes in a step.
+  `times` is the number of executions in a step, `received` bytes in a step.
   """
   sums: dict[tuple, dict[str, Any]] = {}
   for one in collectives:

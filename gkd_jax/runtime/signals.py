@@ -36,7 +36,7 @@ class Signals:
   """
 
   def __init__(self):
-    """Installs no handler yet; see `noted`."""
+    """Installs no handler yet; see `recorded`."""
     self.received: int | None = None
     self._at_once = False
 
@@ -45,14 +45,14 @@ class Signals:
     return 130 if self.received == signal.SIGINT else os.EX_TEMPFAIL
 
   @contextlib.contextmanager
-  def noted(self) -> Iterator[None]:
+  def recorded(self) -> Iterator[None]:
     """Within it signals are recorded; outside they end the process."""
     is_main = threading.current_thread() is threading.main_thread()
     if hosts.are_several() or not is_main:
       yield  # Python lets no other thread handle signals
       return
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, self._note) for number in numbers]
+    before = [signal.signal(number, self._record) for number in numbers]
     try:
       yield
     finally:
@@ -83,7 +83,7 @@ class Signals:
     self.stops()
     self._raise_if_received()
 
-  def _note(self, number, frame):
+  def _record(self, number, frame):
     del frame
     if self.received is not None and number == signal.SIGINT:
       raise KeyboardInterrupt

@@ -242,7 +242,7 @@ def run(
   shown = progress.Progress(len(jobs), len(done), width)
   signals = signals_lib.Signals()
   try:
-    with signals.noted(), signals.at_once():
+    with signals.recorded(), signals.at_once():
       while waiting or busy:
         for job in list(waiting):
           if broken := [name for name in job.needs if name in failed]:

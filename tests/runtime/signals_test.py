@@ -18,7 +18,7 @@ def send(number):
 def test_a_signal_is_noted_and_the_work_goes_on():
   signals = signals_lib.Signals()
 
-  with signals.noted():
+  with signals.recorded():
     assert signals.received is None
     send(signal.SIGTERM)
     assert signals.received == signal.SIGTERM
@@ -31,7 +31,7 @@ def test_a_check_after_a_signal_raises_with_the_code_to_end_with(number, code):
   signals = signals_lib.Signals()
 
   with pytest.raises(signals_lib.Interrupted) as error:
-    with signals.noted():
+    with signals.recorded():
       signals.check()
       send(number)
       signals.check()
@@ -42,7 +42,7 @@ def test_a_check_after_a_signal_raises_with_the_code_to_end_with(number, code):
 def test_a_second_ctrl_c_does_not_wait():
   signals = signals_lib.Signals()
 
-  with signals.noted():
+  with signals.recorded():
     send(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
       send(signal.SIGINT)
@@ -51,7 +51,7 @@ def test_a_second_ctrl_c_does_not_wait():
 def test_afterwards_signals_do_what_they_did():
   before = signal.getsignal(signal.SIGTERM)
 
-  with signals_lib.Signals().noted():
+  with signals_lib.Signals().recorded():
     assert signal.getsignal(signal.SIGTERM) != before
 
   assert signal.getsignal(signal.SIGTERM) == before
