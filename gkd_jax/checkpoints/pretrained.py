@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
-from jax.sharding import Mesh
 
 from gkd_jax.batch import SpecialIds
 from gkd_jax.checkpoints import checkpoint
@@ -25,7 +24,6 @@ from gkd_jax.models.interface import EXECUTION_FIELDS, Model, ModelConfig
 from gkd_jax.models.params import abstract_params
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.parallel.partitioning import Placement
-from gkd_jax.runtime import console
 
 Params = Any
 
@@ -212,37 +210,6 @@ def load_model(path: str, dtype: str | None = None) -> tuple[Model, Params]:
     source.config, Placement(partitioning.make_mesh())
   )
   return model, source.load(abstract_params(model), dtype)
-
-
-def load_for_task(
-  path: str,
-  vocabulary: str,
-  ids: SpecialIds,
-  mesh: Mesh,
-  dtype: str | None = None,
-  setting: str = 'CHECKPOINT_PATH',
-) -> tuple[Model, Params, epath.Path]:
-  """Loads a model for a task, and logs its description.
-
-  Args:
-    path: see `open_checkpoint`.
-    vocabulary: see `check_fits`.
-    ids: see `check_fits`.
-    mesh: where the parameters go.
-    dtype: of the parameters; None: as saved.
-    setting: the path's name in gin, for errors.
-
-  Returns:
-    The model, its parameters, and the folder they came from.
-
-  Raises:
-    ValueError: no checkpoint, or its vocabulary is not the task's.
-  """
-  source = open_checkpoint(path, setting)
-  check_fits(source, vocabulary, ids)
-  console.log(f'Model: {source}')
-  model = registry.make_model(source.config, Placement(mesh))
-  return model, source.load(abstract_params(model), dtype), source.folder
 
 
 def config_of(path: str, **changes) -> ModelConfig:

@@ -36,6 +36,9 @@ from gkd_jax.distill.methods import Method
 from gkd_jax.distill.state import Frozen
 from gkd_jax.models import registry
 from gkd_jax.models.interface import Model, ModelConfig
+from gkd_jax.models.params import abstract_params
+from gkd_jax.parallel import partitioning
+from gkd_jax.runtime import console
 
 Params = Any
 Metrics = dict[str, clu_metrics.Metric]
@@ -103,19 +106,19 @@ class GKDModel(models.EncoderDecoderModel):
     """Reads the teacher onto a mesh with the axes 'data' and 'model'."""
     if self._teacher_checkpoint_path is None:
       return None
-    vocabulary = self.output_vocabulary
-    teacher, params, _ = pretrained.load_for_task(
-      self._teacher_checkpoint_path,
-      vocabularies.describe(vocabulary),
-      self._ids,
-      mesh,
-      setting='TEACHER_CHECKPOINT_PATH',
+    source = pretrained.open_checkpoint(
+      self._teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH'
     )
-    # It computes as the student does.
+    pretrained.check_fits(
+      source, vocabularies.describe(self.output_vocabulary), self._ids
+    )
+    console.log(f'Teacher: {source}')
+    # It computes in the student's dtype.
     config = dataclasses.replace(
-      teacher.config, dtype=self._student.config.dtype
+      source.config, dtype=self._student.config.dtype
     )
-    return registry.make_model(config, teacher.placement), params
+    teacher = registry.make_model(config, partitioning.Placement(mesh))
+    return teacher, source.load(abstract_params(teacher), None)
 
   @contextlib.contextmanager
   def with_teacher(

@@ -91,13 +91,7 @@ def test_the_setting_that_names_a_wrong_path_is_said(tmp_path):
   with pytest.raises(ValueError, match='^INITIAL_CHECKPOINT_PATH: .*nowhere'):
     pretrained.config_of(nowhere)
   with pytest.raises(ValueError, match='^TEACHER_CHECKPOINT_PATH: .*nowhere'):
-    pretrained.load_for_task(
-      nowhere,
-      BYTES,
-      tiny.special_ids(259),
-      MESH,
-      setting='TEACHER_CHECKPOINT_PATH',
-    )
+    pretrained.open_checkpoint(nowhere, 'TEACHER_CHECKPOINT_PATH')
 
 
 # --- Whether it fits ----------------------------------------------------------
@@ -148,18 +142,18 @@ def test_the_tokenizer_of_a_hugging_face_folder_must_be_the_tasks(tmp_path):
 
 
 def test_a_model_with_fewer_ids_than_the_task_is_refused():
+  source = pretrained.open_checkpoint(HUGGING_FACE / 't5_1_1')
+
   with pytest.raises(ValueError, match='embeds 40 ids, but .* has 259'):
-    pretrained.load_for_task(
-      HUGGING_FACE / 't5_1_1', BYTES, tiny.special_ids(259), MESH
-    )
+    pretrained.check_fits(source, BYTES, tiny.special_ids(259))
 
 
 def test_a_model_may_have_more_ids_than_the_task():
-  model, _, _ = pretrained.load_for_task(
-    HUGGING_FACE / 't5_1_1', 'x', tiny.special_ids(33), MESH
-  )
+  source = pretrained.open_checkpoint(HUGGING_FACE / 't5_1_1')
 
-  assert model.config.vocab_size == 40
+  pretrained.check_fits(source, 'x', tiny.special_ids(33))
+
+  assert source.config.vocab_size == 40
 
 
 # --- Loading ------------------------------------------------------------------
@@ -170,9 +164,7 @@ def test_a_model_may_have_more_ids_than_the_task():
 )
 @pytest.mark.parametrize('dtype', [None, 'float32', 'bfloat16'])
 def test_parameters_come_in_the_type_that_is_asked_for(name, kept, dtype):
-  _, params, _ = pretrained.load_for_task(
-    HUGGING_FACE / name, 'x', tiny.special_ids(33), MESH, dtype
-  )
+  _, params = pretrained.load_model(HUGGING_FACE / name, dtype)
 
   assert {x.dtype for x in jax.tree.leaves(params)} == {
     jnp.dtype(dtype or kept)
