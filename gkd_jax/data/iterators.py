@@ -86,8 +86,8 @@ class TrainIterator(Iterator[Batch]):
     """Returns numpy arrays [rows of this host, ...].
 
     Raises:
-      ValueError: a row holds the pad id; or, the first time, the position
-        cannot be saved.
+      ValueError: a row has the pad id before other ids; or, the first time,
+        the position cannot be saved.
     """
     parts = [next(iterator) for iterator in self._iterators.values()]
     batch = _to_batch(
@@ -190,29 +190,29 @@ def _to_batch(
   """Returns what `_feature_converter` made, padded with the model's pad id.
 
   Raises:
-    ValueError: a row holds the pad id.
+    ValueError: see `_check_padding`.
   """
 
   def ids(name):
     shifted = features[name].astype(np.int32)
-    _check_holds_no_pad(shifted - 1, pad_id, task_name)
-    return np.where(shifted == 0, pad_id, shifted - 1).astype(np.int32)
+    tokens = np.where(shifted == 0, pad_id, shifted - 1).astype(np.int32)
+    _check_padding(tokens, pad_id, task_name)
+    return tokens
 
-  return Batch(
-    ids('encoder_input_tokens'),
-    ids('decoder_target_tokens'),
-    features['decoder_loss_weights'].astype(np.float32),
-  )
+  inputs, targets = ids('encoder_input_tokens'), ids('decoder_target_tokens')
+  # A task may pad its rows itself.
+  weights = features['decoder_loss_weights'] * (targets != pad_id)
+  return Batch(inputs, targets, weights.astype(np.float32))
 
 
-def _check_holds_no_pad(ids: np.ndarray, pad_id: int, task_name: str) -> None:
-  """Raises ValueError if ids of a task's rows are the model's pad id."""
-  if (ids == pad_id).any():
+def _check_padding(tokens: np.ndarray, pad_id: int, task_name: str) -> None:
+  """Raises ValueError if the pad id stands before other ids of a row."""
+  is_pad = tokens == pad_id
+  if (is_pad[..., :-1] & ~is_pad[..., 1:]).any():
     raise ValueError(
-      f'A row of task {task_name!r} holds the id {pad_id}, which is padding to '
-      'the model and would not be read. Its preprocessors must give ids of '
-      'words alone, and its vocabulary must be the one that the model was '
-      'trained with.'
+      f'A row of task {task_name!r} has the id {pad_id} before other ids. It '
+      'is padding to the model, which would not read it. Give the task the '
+      'vocabulary that the model was trained with.'
     )
 
 
@@ -475,10 +475,8 @@ class InferenceDataset:
       shape = (size, config.task_feature_lengths['inputs'])
       inputs = np.full(shape, self._pad_id, np.int32)
       for row, features in zip(inputs, part, strict=False):
-        _check_holds_no_pad(
-          features['inputs'], self._pad_id, config.mixture_or_task_name
-        )
         row[: len(features['inputs'])] = features['inputs']
+      _check_padding(inputs, self._pad_id, config.mixture_or_task_name)
       yield (
         np.arange(first_example, first_example + size, dtype=np.int32),
         inputs,

@@ -652,8 +652,8 @@ def test_the_last_batch_of_an_evaluation_is_filled_up_with_padding(other_ids):
   np.testing.assert_array_equal(batch.decoder_loss_weights[2], [0.0] * 3)
 
 
-def test_rows_that_hold_the_pad_id_are_refused(other_ids):
-  said = "A row of task 'other_ids' holds the id 0, which is padding"
+def test_rows_with_the_pad_id_before_other_ids_are_refused(other_ids):
+  said = "A row of task 'other_ids' has the id 0 before other ids"
 
   with pytest.raises(ValueError, match=said):
     next(iterators.TrainIterator(other_ids, seed=0, pad_id=0))
