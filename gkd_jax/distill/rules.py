@@ -188,7 +188,8 @@ def check_signature(divergence: Divergence) -> None:
     # Partially: gin binds the other parameters where no signature shows it.
     signature.bind_partial(**dict.fromkeys(divergence.keywords))
   except TypeError as e:
+    wanted = ' and '.join(divergence.keywords)
     raise ValueError(
-      'Objective.divergence must be a function of '
-      f'{", ".join(divergence.keywords)}, such as @divergences.forward_kl: {e}.'
+      f'Objective.divergence must be a function of {wanted}, such as '
+      f'@divergences.forward_kl: {e}.'
     ) from e

@@ -168,7 +168,7 @@ def test_a_type_error_inside_a_divergence_is_its_own():
 @pytest.mark.parametrize(
   ('divergence', 'text'),
   [
-    (lambda p, q: p[..., 0], 'a function of teacher_logits, student_logits'),
+    (lambda p, q: p[..., 0], 'a function of teacher_logits and student_logits'),
     (
       lambda *, teacher_logits, student_logits: student_logits,
       r'must map logits \[..., V\] to \[...\]',
