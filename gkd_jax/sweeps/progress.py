@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the runs of a sweep are: a live table, or a line a minute."""
 
+import functools
 import json
 import os
 import pathlib
@@ -117,8 +118,15 @@ def steps(folder: pathlib.Path) -> tuple[int, int | None]:
   config = folder / 'config.gin'
   if not config.is_file():
     return 0, None
-  total = runs_lib.read_settings(config.read_text()).get('TRAIN_STEPS')
+  total = _num_steps(config, config.stat().st_mtime_ns)
   return _last_training_line(folder).get('step', 0), total
+
+
+@functools.lru_cache
+def _num_steps(config: pathlib.Path, changed: int) -> int | None:
+  """Returns TRAIN_STEPS; a file is read again when it has `changed`."""
+  del changed
+  return runs_lib.read_settings(config.read_text()).get('TRAIN_STEPS')
 
 
 def measured(result: pathlib.Path) -> list[str]:
