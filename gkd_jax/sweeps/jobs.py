@@ -67,11 +67,11 @@ def add_flags(jobs: Sequence[Job], flags: Sequence[str]) -> list[Job]:
 
 
 def check_gin_files(files: Iterable[str], setting: str) -> None:
-  """Raises ValueError if one is not there.
+  """Raises ValueError if one does not exist.
 
   Args:
     files: paths as on the command line.
-    setting: that names them.
+    setting: that lists them.
   """
   for file in files:
     if not _find(file).is_file():
@@ -81,12 +81,12 @@ def check_gin_files(files: Iterable[str], setting: str) -> None:
 def check_arguments(
   jobs: Iterable[Job], check: Callable[[Sequence[str], str], None]
 ) -> None:
-  """Raises ValueError if a job that is not done could not be run.
+  """Raises ValueError if a job that is not done cannot run.
 
   Args:
     jobs: to be run.
     check: (arguments, name of the result) -> None; raises ValueError if gin
-      does not take them, or a run with them would not write that file.
+      rejects them, or if a run with them would not write that file.
   """
   for job in jobs:
     if job.result.exists():
@@ -101,11 +101,11 @@ def check_same(path: pathlib.Path, jobs: Sequence[Job]) -> None:
   """Refuses to mix runs of different settings in one folder.
 
   Args:
-    path: of the file in that folder that says what they are; it is written.
+    path: of the file in that folder that records them; it is written.
     jobs: to be run.
 
   Raises:
-    ValueError: the folder of one was made with another command, or other gin
+    ValueError: the folder of a job was made by another command, from other gin
       files, or after another job.
   """
   now: dict[str, list[str]] = {}

@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every point of a grid with every seed, each with its own command.
 
-A grid has axes, an axis has points. Where an axis is a macro, a tuple lists its
-values; otherwise a dict gives each point a label, and says what it sets:
+A grid has axes, an axis has points. An axis that is a macro lists its values in
+a tuple. Any other axis is a dict from the label of a point to its settings:
 
     {'STUDENT_DATA_FRACTION': (0.0, 1.0),
      'divergence': {'reverse_kl': {'DIVERGENCE': '@divergences.reverse_kl'},
                     ...}}
 
-The folders of the runs have the names of their points:
+The folder of a run is named after its point:
 `student_data_fraction=1.0,divergence=reverse_kl/seed_0`.
 
-What a run is, is said by a gin file, or by a dict (of a point, of the
-experiment, of a run that comes before the grid) of these, all optional:
+A run is described by a gin file, or by a dict (of a point, of the experiment,
+of a run before the grid) with these keys, all optional:
 
-    gin_file  a file, or a tuple of files; the last one wins
+    gin_file  a file, or a tuple of files; later ones override earlier ones
     run_mode  'train' (the default), 'infer' or 'eval'
-    result    file in the run's folder that is there when it is done; by default
-              eval_test.json, and predictions_train.jsonl of 'infer'
-    for_each  ('seed', an axis, ...): there is one of it for each of their
-              points, with their settings. Only for what comes before the grid
-    MACRO     any other name is a setting, as after --gin.
+    result    file in the run's folder that exists when the run is done; by
+              default eval_test.json, or predictions_train.jsonl of 'infer'
+    for_each  ('seed', an axis, ...): one run for each of their points, with the
+              settings of that point. Only of runs before the grid
+    MACRO     any other key is a setting, as after --gin.
 
-In a text, {seed}, {axis} and {name of what comes before} stand for the seed,
-the label of the point, and that run's folder.
+In a text, {seed}, {axis} and {name of a run before the grid} are replaced by
+the seed, the label of the point, and the folder of that run.
 """
 
 import itertools
@@ -64,31 +64,30 @@ def sweep(
   check: Callable[[Sequence[str], str], None] | None = None,
   flags: Sequence[str] = (),
 ) -> None:
-  """Runs a grid, or what is left of it.
+  """Runs the points of a grid that are not done.
 
   Args:
     output_dir: of all runs; made if it is not there.
-    grid: {axis: values of the macro, or {label: what the point sets}}.
-    experiment: what all points have in common; None where an axis has a gin
-      file for each point.
+    grid: {axis: values of the macro, or {label: settings of the point}}.
+    experiment: of all points; None if an axis has a gin file for each point.
     seeds: RANDOM_SEED of the runs of each point.
     settings: {macro: value} of all points.
-    before: {name: a run, or the path of one that is there already}, each after
-      those that it uses.
+    before: {name: a run, or the path of an existing one}, each after the runs
+      that it uses.
     num_parallel: processes at a time.
     runs_per_process: runs that a process does one after another; 1: each run
-      has a process of its own; None: as many as there are.
+      has its own process; None: any number.
     report: compare the runs in `output_dir` when all are done, with these
       settings of `report.report`: 'title', 'metric', 'mode', 'tuned'. None:
       no report.
-    print_commands: print the commands that can be run now, side by side, one a
+    print_commands: print the commands that can run now, in any order, one a
       line, and stop.
     check: see `jobs.check_arguments`.
-    flags: of gkd_jax.main, that all runs get.
+    flags: of gkd_jax.main, for all runs.
 
   Raises:
-    ValueError: the grid makes no sense; gin does not take a point's settings;
-      the folder holds other runs; or, when all others are done, a run failed.
+    ValueError: the grid is not valid; gin rejects a point's settings; the
+      folder holds other runs; or, after all others are done, a run failed.
   """
   folder = pathlib.Path(output_dir)
   if num_parallel < 1:
