@@ -22,14 +22,13 @@ def entailment(
   max_input_len: int | None = None,
   log_probability: bool = False,
 ) -> rewards.Reward:
-  """How surely the input entails the output, says a T5 trained to tell.
+  """The probability that the input entails the output, by a T5 trained for it.
 
   The model (REWARD_CHECKPOINT_PATH) shares the task's vocabulary. It reads
-  `premise: <input> hypothesis: <output>`, put together from tokens, and its
-  first token decides: the reward is the probability of `entailed` where only
-  `entailed` and `not_entailed` can be said. By default the two are between 0
-  and 1, as bounded as JSD is; logarithms punish what is surely not entailed
-  without bound. An output without any word is judged as all others are.
+  `premise: <input> hypothesis: <output>`, joined as tokens. The reward is the
+  probability that its first token is `entailed`, normalised over `entailed` and
+  `not_entailed`: between 0 and 1. Its logarithm has no lower bound. An output
+  without any word is scored like every other.
 
   Args:
     task_prefix: dropped from the start of inputs that begin with it, e.g.
@@ -109,7 +108,7 @@ def premise_and_hypothesis(
   max_input_len: int | None,
   ids: SpecialIds,
 ) -> jax.Array:
-  """Puts the input of an entailment model together, from tokens.
+  """Joins the input of an entailment model from tokens.
 
   Args:
     encoder_input_tokens: [B, S] int32 the premise, with EOS and pad after it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good an output is: r(x, y), what the objective's third term maximises.
+"""Rewards: how good an output is, r(x, y). A credit maximises it.
 
 A reward is traced into the step; no gradient flows through it. To add one,
 write a function that returns a `Reward` and name it in a gin file. Any Python
@@ -27,26 +27,26 @@ Vocabulary = Any
 Score = Callable[[Batch, Outputs, Params], jax.Array]
 TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
-# Stands where there is no token, so that it equals none; _NEITHER likewise, in
-# what is compared with it.
+# Fills places without a token, so that they equal no token. _NEITHER does so in
+# the array that is compared, so that two such places are not equal.
 NOTHING, _NEITHER = -1, -2
 
-# XLA's CPU client copies less than 100 KiB at once, and leaves more to threads
-# of its own. Where several CPU devices wait for each other none is left, and a
-# callback would wait for its arguments for ever.
+# XLA's CPU client copies less than 100 KiB at once and larger arrays in threads
+# of its own. When several CPU devices wait for each other no thread is free,
+# and a callback would wait for its arguments forever.
 _CALLBACK_BYTES = 64 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """One way to say how good an output is.
+  """One measure of how good an output is.
 
   Attributes:
     make_score: (vocabulary of the task, special ids, model or None) -> Score.
       It raises ValueError where a setting does not suit the vocabulary.
     needs_model: whether a model scores; its parameters are the step's argument.
-    raise_failure: raises what has gone wrong on the host, if anything has. A
-      step cannot: where devices wait for each other, it would never end.
+    raise_failure: raises the error that occurred on the host, if any. A step
+      cannot raise it: devices that wait for each other would never end.
   """
 
   make_score: Callable[[Vocabulary, SpecialIds, Any], Score]
@@ -57,7 +57,7 @@ class Reward:
 def check_model(
   reward: Reward | None, checkpoint_path: str | None, dtype: str | None
 ) -> None:
-  """Raises ValueError unless there is a model just where one is asked."""
+  """Raises ValueError unless a model is given exactly if the reward has one."""
   needs_model = reward is not None and reward.needs_model
   if needs_model and checkpoint_path is None:
     raise ValueError(
@@ -81,7 +81,7 @@ def score(
   Args:
     function: what `Reward.make_score` returned.
     batch: inputs, and the dataset's own outputs.
-    outputs: to be judged.
+    outputs: to be scored.
     params: of the reward's model; None if it has none.
 
   Raises:
@@ -104,12 +104,12 @@ def check_score(
   batch_size: int,
   lengths: Mapping[str, int],
 ) -> None:
-  """Traces a reward, so that what it refuses is refused before a compilation.
+  """Traces a reward, so that its errors come before a compilation.
 
   Args:
     function: what `Reward.make_score` returned.
     params: of the reward's model, as arrays or shapes; None if it has none.
-    batch_size: rows that are to be judged at a time.
+    batch_size: rows that are scored at a time.
     lengths: {'inputs': S, 'targets': T} of these.
 
   Raises:
