@@ -20,6 +20,8 @@ import pytest
 
 from tests import conftest
 
+pytestmark = pytest.mark.slow
+
 TPU_VM = ('launch_tpu_vm', '--name=tpu', '--zone=z')
 XPK = ('launch_xpk', '--name=w', '--cluster=c', '--zone=z', '--tpu_type=v5e-16')
 SLURM = ('launch_slurm', '--nodes=2', '--gpus_per_node=8')
