@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import logging
 import os
 import pathlib
 import random
+import re
 import shutil
 import struct
 import sys
@@ -219,6 +221,34 @@ def words(batches):
   ]
 
 
+def tree_of(folder):
+  """{path: content} of all files below a folder."""
+  return {
+    path.relative_to(folder): path.read_bytes()
+    for path in folder.rglob('*')
+    if path.is_file()
+  }
+
+
+@contextlib.contextmanager
+def names_of_compiled():
+  """Gives a list that gets the name of every function that jax compiles."""
+  import jax
+
+  names = []
+
+  class Listener(logging.Handler):
+    def emit(self, record):
+      if match := re.match(r'Compiling jit\((.+?)\)', record.getMessage()):
+        names.append(match[1])
+
+  listener, logger = Listener(), logging.getLogger('jax')
+  logger.addHandler(listener)
+  with jax.log_compiles():
+    yield names
+  logger.removeHandler(listener)
+
+
 @pytest.fixture(scope='session')
 def letters() -> str:
   """The name of a task of short words; its split 'empty' is empty."""
@@ -312,29 +342,31 @@ def train_letters(letters) -> Callable[..., str]:
       letters, LENGTHS, **({'batch_size': 8, 'split': split} | changes)
     )
 
+  settings = {
+    'student': T5Config(264, 12, 2, 4, 10, 1, 1),
+    'train_dataset': dataset('train'),
+    'policy': policies.dataset(),
+    'objective': objectives.Objective(
+      divergence_weight=0.0, likelihood_weight=1.0
+    ),
+    'optimizer': optax.adamw,
+    'learning_rate': optax.constant_schedule(1e-2),
+    'total_steps': 1,
+    'seed': 0,
+    'log_period': 1,
+  }
+
   def run(run_dir, **changes) -> str:
     of_run = {
       name: changes.pop(name) for name in ('config_text',) if name in changes
     }
-    settings = {
-      'student': T5Config(264, 12, 2, 4, 10, 1, 1),
-      'train_dataset': dataset('train'),
-      'policy': policies.dataset(),
-      'objective': objectives.Objective(
-        divergence_weight=0.0, likelihood_weight=1.0
-      ),
-      'optimizer': optax.adamw,
-      'learning_rate': optax.constant_schedule(1e-2),
-      'total_steps': 1,
-      'seed': 0,
-      'log_period': 1,
-    }
     said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-      train.train(
-        experiments.experiment(**(settings | changes)),
-        run_folder.Run(model_dir=str(run_dir), **of_run),
-      )
+    experiment = experiments.experiment(**(settings | changes))
+    with (
+      contextlib.redirect_stderr(said),
+      experiments.compiled_once(experiment),
+    ):
+      train.train(experiment, run_folder.Run(model_dir=str(run_dir), **of_run))
     return said.getvalue()
 
   run.dataset = dataset

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiments from one flat set of settings, which tests change one by one."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import pytest
 
+from gkd_jax import build
 from gkd_jax import experiment as experiment_lib
 from gkd_jax.decoding import sampler
+from gkd_jax.distill import credit, entailment, objectives, policies
+from gkd_jax.models.t5 import T5Config
 
 # Setting -> (part of an experiment, its field).
 FIELDS = {
@@ -83,3 +89,50 @@ def experiment(
   if mesh is not None:
     made['mesh'] = GivenMesh(mesh())
   return experiment_lib.Experiment(**made)
+
+
+_compiled = {}
+
+
+@contextlib.contextmanager
+def compiled_once(experiment: experiment_lib.Experiment) -> Iterator[None]:
+  """Within it a step is not compiled again that an equal experiment had.
+
+  Tracing takes most of the time of a tiny run. Equal are parts made of the same
+  objects: `policies.student()` is another one each time.
+  """
+  compile_step = build.compile_step
+
+  def compile_or_find(train_step, *arguments):
+    parts = {
+      field.name: getattr(experiment, field.name)
+      for field in dataclasses.fields(experiment)
+      if field.name not in ('data', 'schedule', 'evaluation', 'keep')
+    }
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), arguments)
+    schedule = experiment.schedule
+    key = (*parts.values(), schedule.seed, schedule.total_steps, str(shapes))
+    if key not in _compiled:
+      _compiled[key] = compile_step(train_step, *arguments)
+    return _compiled[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, 'compile_step', compile_or_find)
+    yield
+
+
+STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1)
+NLI = functools.partial(
+  entailment.entailment, premise='p:', hypothesis=' h:', entailed='1'
+)
+
+
+def learning_from(reward, **changes):
+  """Settings of a run that learns from a reward alone."""
+  settings = {
+    'student': STUDENT,
+    'policy': policies.student(),
+    'objective': objectives.Objective(divergence_weight=0.0),
+    'credit': credit.reinforce(reward, 1.0),
+  }
+  return settings | changes

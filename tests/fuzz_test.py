@@ -402,6 +402,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(
   jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / 'run'), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', PARTS)
 @pytest.mark.parametrize('damage', [emptied, garbage])
 def test_a_damaged_teacher_is_refused(start, teacher, tmp_path, part, damage):
@@ -432,6 +433,7 @@ def exported(run_main, teacher, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', [emptied, cut_off, garbage, removed])
 @pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
 def test_a_damaged_hugging_face_folder_is_refused(

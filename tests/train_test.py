@@ -5,9 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import logging
 import os
-import re
 import shutil
 import signal
 import time
@@ -24,9 +22,7 @@ from gkd_jax.checkpoints import checkpoint
 from gkd_jax.data import iterators
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import (
-  credit,
   divergences,
-  entailment,
   objectives,
   policies,
   rewards,
@@ -36,7 +32,9 @@ from gkd_jax.models.params import param_shapes
 from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.runtime import metrics as metrics_lib
 from gkd_jax.runtime.signals import Interrupted
-from tests import conftest
+from tests import conftest, experiments
+
+pytestmark = pytest.mark.slow
 
 # How fast it went is not the same twice.
 TIMING = {
@@ -58,33 +56,7 @@ def arrays(run_dir, item):
     return checkpointer.restore(checkpoint.find(run_dir) / item)
 
 
-def tree_of(folder):
-  """{path: content} of all files below a folder."""
-  return {
-    path.relative_to(folder): path.read_bytes()
-    for path in folder.rglob('*')
-    if path.is_file()
-  }
-
-
 STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
-
-
-@contextlib.contextmanager
-def names_of_compiled():
-  """Gives a list that gets the name of every function that jax compiles."""
-  names = []
-
-  class Listener(logging.Handler):
-    def emit(self, record):
-      if match := re.match(r'Compiling jit\((.+?)\)', record.getMessage()):
-        names.append(match[1])
-
-  listener, logger = Listener(), logging.getLogger('jax')
-  logger.addHandler(listener)
-  with jax.log_compiles():
-    yield names
-  logger.removeHandler(listener)
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +94,7 @@ def distil(train_letters, teacher):
 def whole(distil, tmp_path_factory):
   """A run from start to end: its folder, what it said, what was compiled."""
   folder = tmp_path_factory.mktemp('whole')
-  with names_of_compiled() as compiled:
+  with conftest.names_of_compiled() as compiled:
     said = distil(folder)
   return types.SimpleNamespace(folder=folder, said=said, compiled=compiled)
 
@@ -220,7 +192,7 @@ def send_sigterm():
   ],
   ids=lambda param: param[0].__name__,
 )
-def resumed(request, distil, tmp_path_factory):
+def resumed(request, distil, whole, tmp_path_factory):
   """The same run, ended before its time, and started again."""
   end, step = request.param
   folder = tmp_path_factory.mktemp('resumed')
@@ -324,13 +296,13 @@ def test_the_comparison_above_is_of_steps_that_differ(whole):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole, distil):
-  before = tree_of(whole.folder)
+  before = conftest.tree_of(whole.folder)
 
   said = distil(whole.folder)
 
   assert 'Compiled' not in said
   assert said.splitlines()[-1] == f'Done: {whole.folder}'
-  after = tree_of(whole.folder)
+  after = conftest.tree_of(whole.folder)
   assert after == before
 
 
@@ -628,38 +600,6 @@ def test_parameters_that_are_not_finite_end_the_run_unsaved(
   assert not list(tmp_path.glob('checkpoint_*'))
 
 
-# --- What is refused, before anything is compiled or written ------------------
-
-
-@pytest.fixture
-def refused(train_letters, tmp_path):
-  """Calls train, which must refuse; returns what it says."""
-
-  def refused(**changes):
-    folder = tmp_path / 'run'
-    before = tree_of(folder)
-    with names_of_compiled() as compiled:
-      with pytest.raises(ValueError) as error:
-        train_letters(folder, **changes)
-    assert compiled == []
-    assert tree_of(folder) == before
-    return str(error.value)
-
-  return refused
-
-
-@pytest.mark.parametrize('num_data_shards', [3, 16])
-def test_the_shards_of_the_data_have_equal_parts_of_a_batch(
-  refused, num_data_shards
-):
-  message = refused(num_data_shards=num_data_shards)
-
-  assert (
-    f'experiment.Data.num_shards {num_data_shards} must divide BATCH_SIZE 8'
-    in message
-  )
-
-
 def test_a_schedule_may_be_infinite_but_in_a_minimum(train_letters, tmp_path):
   def inverse_square_root(step):
     return 0.01 * jnp.minimum(step**-0.5, step * 4**-1.5)  # 0 ** -0.5
@@ -667,162 +607,6 @@ def test_a_schedule_may_be_infinite_but_in_a_minimum(train_letters, tmp_path):
   train_letters(tmp_path, learning_rate=inverse_square_root, total_steps=1)
 
   assert metrics_lib.read(tmp_path)[0]['train/learning_rate'] == 0.0
-
-
-def test_a_batch_must_be_divisible_by_the_devices(refused):
-  three = types.SimpleNamespace(shape={'data': 3, 'model': 1})
-
-  assert 'times the 3 devices of the data axis' in refused(mesh=lambda: three)
-
-
-@pytest.mark.parametrize('split', ['eval_dataset', 'final_eval_dataset'])
-def test_an_evaluated_batch_must_be_divisible_by_the_devices(
-  refused, train_letters, split
-):
-  two = types.SimpleNamespace(shape={'data': 2, 'model': 1})
-  odd = train_letters.dataset('validation', batch_size=5)
-
-  message = refused(mesh=lambda: two, **{split: odd})
-
-  assert 'EVAL_BATCH_SIZE 5 must be divisible by the 2 devices' in message
-
-
-def test_a_batch_that_two_devices_share_must_have_even_parts(refused):
-  two = types.SimpleNamespace(shape={'data': 2, 'model': 1})
-
-  message = refused(num_microbatches=8, mesh=lambda: two)
-
-  assert 'num_microbatches 8 times the 2' in message
-
-
-def test_the_student_must_embed_the_whole_vocabulary(refused):
-  small = dataclasses.replace(STUDENT, vocab_size=256)
-
-  message = refused(student=small)
-
-  assert (
-    "embeds 256 ids, but the vocabulary of task 'letters' has 259" in message
-  )
-  assert 'VOCAB_SIZE' in message
-
-
-@pytest.mark.parametrize(
-  'dataset', ['train_dataset', 'eval_dataset', 'final_eval_dataset']
-)
-def test_an_empty_split_is_refused(refused, train_letters, dataset):
-  message = refused(**{dataset: train_letters.dataset('empty')})
-
-  assert message == "Split 'empty' of task 'letters' is empty."
-
-
-def test_a_teachers_outputs_for_what_is_evaluated_are_refused(
-  refused, train_letters, tmp_path
-):
-  written = conftest.write_predictions(
-    tmp_path / 'predictions_test.jsonl',
-    [([5, 1], [6, 1])],
-    train_letters.dataset('train'),
-    split='test',
-  )
-
-  message = refused(
-    train_dataset=written, final_eval_dataset=train_letters.dataset('test')
-  )
-
-  assert "was written for the split 'test', on which this run is eva" in message
-
-
-def test_predictions_of_another_task_are_refused(
-  refused, train_letters, tmp_path
-):
-  written = conftest.write_predictions(
-    tmp_path / 'predictions_train.jsonl',
-    [([5, 1], [6, 1])],
-    dataclasses.replace(
-      train_letters.dataset('train'), mixture_or_task_name='arithmetic_cot'
-    ),
-  )
-
-  message = refused(
-    train_dataset=train_letters.dataset(
-      'train', predictions=written.predictions
-    )
-  )
-
-  assert "written for task 'arithmetic_cot'; this run has 'letters'" in message
-
-
-def test_a_checkpoint_path_where_nothing_is(refused, tmp_path):
-  message = refused(initial_checkpoint_path=str(tmp_path / 'nowhere'))
-
-  assert message.startswith('INITIAL_CHECKPOINT_PATH: ')
-  assert 'nowhere is not there' in message
-
-
-def test_an_initial_checkpoint_of_another_shape(refused, teacher):
-  message = refused(
-    initial_checkpoint_path=str(teacher),
-    student=dataclasses.replace(STUDENT, mlp_dim=11),
-  )
-
-  assert 'mlp_dim: 10 in the checkpoint, 11 in STUDENT' in message
-
-
-def test_a_teacher_of_another_shape_than_said(refused, teacher):
-  message = refused(
-    teacher_checkpoint_path=str(teacher),
-    teacher=dataclasses.replace(STUDENT, mlp_dim=11, dtype='bfloat16'),
-  )
-
-  # Its type of numbers is the student's, whatever is said.
-  assert message.endswith(
-    'does not fit the model:\n  mlp_dim: 10 in the checkpoint, 11 in '
-    'experiment.Teacher.config (None takes any)'
-  )
-
-
-def test_a_teacher_with_another_vocabulary(refused, tmp_path):
-  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
-
-  message = refused(teacher_checkpoint_path=str(tmp_path / 'other'))
-
-  assert (
-    'vocabulary: SentencePiece 264 ids in the checkpoint, ByteVocabulary 259 '
-    'ids wanted' in message
-  )
-
-
-def test_the_folder_of_another_run_is_refused_with_what_differs(
-  refused, tmp_path
-):
-  (tmp_path / 'run').mkdir()
-  (tmp_path / 'run' / 'config.gin').write_text('SEED = 0\nBATCH_SIZE = 8\n')
-
-  message = refused(config_text=lambda: 'SEED = 1\nBATCH_SIZE = 8\n')
-
-  assert 'holds another run' in message
-  assert '  -SEED = 0\n  +SEED = 1\n' in message
-  assert 'BATCH_SIZE' not in message
-
-
-def test_a_long_path_to_the_run_is_no_difference(refused, tmp_path):
-  def config(seed, folder):
-    return f"MODEL_DIR = \\\n    '/{folder}/of/runs'\nSEED = {seed}\n"
-
-  (tmp_path / 'run').mkdir()
-  (tmp_path / 'run' / 'config.gin').write_text(config(0, 'old'))
-
-  message = refused(config_text=lambda: config(1, 'new'))
-
-  assert '  -SEED = 0\n  +SEED = 1\n' in message
-  assert 'of/runs' not in message
-
-
-def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):
-  (tmp_path / 'run' / 'checkpoint_5').mkdir(parents=True)
-  (tmp_path / 'run' / 'checkpoint_5' / 'precious').write_text('x')
-
-  assert 'holds files but no config.gin' in refused()
 
 
 def test_teacher_and_student_may_fill_their_embeddings_up_differently(
@@ -850,22 +634,6 @@ def test_teacher_and_student_may_fill_their_embeddings_up_differently(
 # --- Rewards ------------------------------------------------------------------
 
 
-def learning_from(reward, **changes):
-  """Settings of a run that learns from a reward alone."""
-  settings = {
-    'student': dataclasses.replace(STUDENT, dropout_rate=0.0),
-    'policy': policies.student(),
-    'objective': objectives.Objective(divergence_weight=0.0),
-    'credit': credit.reinforce(reward, 1.0),
-  }
-  return settings | changes
-
-
-NLI = functools.partial(
-  entailment.entailment, premise='p:', hypothesis=' h:', entailed='1'
-)
-
-
 @pytest.fixture(scope='module')
 def judge(tmp_path_factory):
   """An entailment model of another shape than the student's."""
@@ -877,12 +645,12 @@ def judge(tmp_path_factory):
 def test_a_model_that_gives_rewards_is_read_and_neither_trained_nor_saved(
   train_letters, judge, tmp_path
 ):
-  before = tree_of(judge)
+  before = conftest.tree_of(judge)
 
-  with names_of_compiled() as compiled:
+  with conftest.names_of_compiled() as compiled:
     said = train_letters(
       tmp_path / 'run',
-      **learning_from(NLI()),
+      **experiments.learning_from(experiments.NLI()),
       reward_checkpoint_path=str(judge),
       total_steps=3,
       eval_dataset=train_letters.dataset('validation'),
@@ -898,7 +666,7 @@ def test_a_model_that_gives_rewards_is_read_and_neither_trained_nor_saved(
   assert len({line['train/reward'] for line in lines}) == 3
   assert all(0.0 < line['train/reward'] < 1.0 for line in lines)
   assert all('train/reward_baseline' in line for line in lines)
-  assert tree_of(judge) == before
+  assert conftest.tree_of(judge) == before
   saved = checkpoint.saved_shapes(checkpoint.find(tmp_path / 'run'))
   assert saved == param_shapes(T5(STUDENT))
 
@@ -916,7 +684,7 @@ def test_a_python_function_of_texts_gives_rewards(train_letters, tmp_path):
 
   train_letters(
     tmp_path / 'run',
-    **learning_from(rewards.python_function(reward)),
+    **experiments.learning_from(rewards.python_function(reward)),
     total_steps=2,
   )
 
@@ -943,7 +711,7 @@ def test_a_python_function_that_fails_ends_the_run_and_is_named(
   with pytest.raises(RuntimeError) as error:
     train_letters(
       tmp_path / 'run',
-      **learning_from(rewards.python_function(fails)),
+      **experiments.learning_from(rewards.python_function(fails)),
       total_steps=9,
       checkpoint_period=1,
     )
@@ -959,7 +727,7 @@ def test_a_python_function_that_fails_ends_the_run_and_is_named(
 def test_a_reward_is_the_mean_over_the_steps_that_have_one(
   train_letters, tmp_path
 ):
-  settings = learning_from(
+  settings = experiments.learning_from(
     rewards.rouge_l(),
     policy=policies.mixture(0.5),
     total_steps=8,
@@ -979,37 +747,3 @@ def test_a_reward_is_the_mean_over_the_steps_that_have_one(
       if 'train/reward' in step
     ]
     assert line['train/reward'] == pytest.approx(np.mean(values), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-  ('changes', 'text'),
-  [
-    (learning_from(rewards.exact_match('')), 'exact_match.marker is'),
-    (
-      learning_from(rewards.Reward(lambda v, i, m: lambda b, y, p: y.weights)),
-      r'shape \(8,\), but gives \(8, 7\)',
-    ),
-  ],
-)
-def test_a_reward_that_cannot_be_learnt_from(refused, changes, text):
-  message = refused(**learning_from(rewards.exact_match()) | changes)
-
-  assert re.search(text, message)
-
-
-def test_a_limit_that_would_cut_an_output_that_is_to_be_judged(refused, judge):
-  message = refused(
-    **learning_from(NLI(max_input_len=12)), reward_checkpoint_path=str(judge)
-  )
-
-  assert 'max_input_len is 12, but an output can be 7 tokens' in message
-
-
-def test_a_model_that_gives_rewards_with_another_vocabulary(refused, tmp_path):
-  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
-
-  message = refused(
-    **learning_from(NLI()), reward_checkpoint_path=str(tmp_path / 'other')
-  )
-
-  assert 'vocabulary: SentencePiece 264 ids in the checkpoint' in message

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run refuses before anything is compiled or written."""
+
+import dataclasses
+import re
+import types
+
+import pytest
+
+from gkd_jax.distill import rewards
+from gkd_jax.models.t5 import T5Config
+from tests import conftest, experiments
+
+STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('teacher')
+  conftest.save_model(folder, dataclasses.replace(STUDENT, dropout_rate=0.0))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def judge(tmp_path_factory):
+  """An entailment model of another shape than the student's."""
+  folder = tmp_path_factory.mktemp('judge')
+  conftest.save_model(folder, T5Config(260, 8, 1, 4, 8, 1, 1))
+  return folder
+
+
+@pytest.fixture
+def refused(train_letters, tmp_path):
+  """Calls train, which must refuse; returns what it says."""
+
+  def refused(**changes):
+    folder = tmp_path / 'run'
+    before = conftest.tree_of(folder)
+    with conftest.names_of_compiled() as compiled:
+      with pytest.raises(ValueError) as error:
+        train_letters(folder, **changes)
+    assert compiled == []
+    assert conftest.tree_of(folder) == before
+    return str(error.value)
+
+  return refused
+
+
+@pytest.mark.parametrize('num_data_shards', [3, 16])
+def test_the_shards_of_the_data_have_equal_parts_of_a_batch(
+  refused, num_data_shards
+):
+  message = refused(num_data_shards=num_data_shards)
+
+  assert (
+    f'experiment.Data.num_shards {num_data_shards} must divide BATCH_SIZE 8'
+    in message
+  )
+
+
+def test_a_batch_must_be_divisible_by_the_devices(refused):
+  three = types.SimpleNamespace(shape={'data': 3, 'model': 1})
+
+  assert 'times the 3 devices of the data axis' in refused(mesh=lambda: three)
+
+
+@pytest.mark.parametrize('split', ['eval_dataset', 'final_eval_dataset'])
+def test_an_evaluated_batch_must_be_divisible_by_the_devices(
+  refused, train_letters, split
+):
+  two = types.SimpleNamespace(shape={'data': 2, 'model': 1})
+  odd = train_letters.dataset('validation', batch_size=5)
+
+  message = refused(mesh=lambda: two, **{split: odd})
+
+  assert 'EVAL_BATCH_SIZE 5 must be divisible by the 2 devices' in message
+
+
+def test_a_batch_that_two_devices_share_must_have_even_parts(refused):
+  two = types.SimpleNamespace(shape={'data': 2, 'model': 1})
+
+  message = refused(num_microbatches=8, mesh=lambda: two)
+
+  assert 'num_microbatches 8 times the 2' in message
+
+
+def test_the_student_must_embed_the_whole_vocabulary(refused):
+  small = dataclasses.replace(STUDENT, vocab_size=256)
+
+  message = refused(student=small)
+
+  assert (
+    "embeds 256 ids, but the vocabulary of task 'letters' has 259" in message
+  )
+  assert 'VOCAB_SIZE' in message
+
+
+@pytest.mark.parametrize(
+  'dataset', ['train_dataset', 'eval_dataset', 'final_eval_dataset']
+)
+def test_an_empty_split_is_refused(refused, train_letters, dataset):
+  message = refused(**{dataset: train_letters.dataset('empty')})
+
+  assert message == "Split 'empty' of task 'letters' is empty."
+
+
+def test_a_teachers_outputs_for_what_is_evaluated_are_refused(
+  refused, train_letters, tmp_path
+):
+  written = conftest.write_predictions(
+    tmp_path / 'predictions_test.jsonl',
+    [([5, 1], [6, 1])],
+    train_letters.dataset('train'),
+    split='test',
+  )
+
+  message = refused(
+    train_dataset=written, final_eval_dataset=train_letters.dataset('test')
+  )
+
+  assert "was written for the split 'test', on which this run is eva" in message
+
+
+def test_predictions_of_another_task_are_refused(
+  refused, train_letters, tmp_path
+):
+  written = conftest.write_predictions(
+    tmp_path / 'predictions_train.jsonl',
+    [([5, 1], [6, 1])],
+    dataclasses.replace(
+      train_letters.dataset('train'), mixture_or_task_name='arithmetic_cot'
+    ),
+  )
+
+  message = refused(
+    train_dataset=train_letters.dataset(
+      'train', predictions=written.predictions
+    )
+  )
+
+  assert "written for task 'arithmetic_cot'; this run has 'letters'" in message
+
+
+def test_a_checkpoint_path_where_nothing_is(refused, tmp_path):
+  message = refused(initial_checkpoint_path=str(tmp_path / 'nowhere'))
+
+  assert message.startswith('INITIAL_CHECKPOINT_PATH: ')
+  assert 'nowhere is not there' in message
+
+
+def test_an_initial_checkpoint_of_another_shape(refused, teacher):
+  message = refused(
+    initial_checkpoint_path=str(teacher),
+    student=dataclasses.replace(STUDENT, mlp_dim=11),
+  )
+
+  assert 'mlp_dim: 10 in the checkpoint, 11 in STUDENT' in message
+
+
+def test_a_teacher_of_another_shape_than_said(refused, teacher):
+  message = refused(
+    teacher_checkpoint_path=str(teacher),
+    teacher=dataclasses.replace(STUDENT, mlp_dim=11, dtype='bfloat16'),
+  )
+
+  # Its type of numbers is the student's, whatever is said.
+  assert message.endswith(
+    'does not fit the model:\n  mlp_dim: 10 in the checkpoint, 11 in '
+    'experiment.Teacher.config (None takes any)'
+  )
+
+
+def test_a_teacher_with_another_vocabulary(refused, tmp_path):
+  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
+
+  message = refused(teacher_checkpoint_path=str(tmp_path / 'other'))
+
+  assert (
+    'vocabulary: SentencePiece 264 ids in the checkpoint, ByteVocabulary 259 '
+    'ids wanted' in message
+  )
+
+
+def test_the_folder_of_another_run_is_refused_with_what_differs(
+  refused, tmp_path
+):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.gin').write_text('SEED = 0\nBATCH_SIZE = 8\n')
+
+  message = refused(config_text=lambda: 'SEED = 1\nBATCH_SIZE = 8\n')
+
+  assert 'holds another run' in message
+  assert '  -SEED = 0\n  +SEED = 1\n' in message
+  assert 'BATCH_SIZE' not in message
+
+
+def test_a_long_path_to_the_run_is_no_difference(refused, tmp_path):
+  def config(seed, folder):
+    return f"MODEL_DIR = \\\n    '/{folder}/of/runs'\nSEED = {seed}\n"
+
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.gin').write_text(config(0, 'old'))
+
+  message = refused(config_text=lambda: config(1, 'new'))
+
+  assert '  -SEED = 0\n  +SEED = 1\n' in message
+  assert 'of/runs' not in message
+
+
+def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):
+  (tmp_path / 'run' / 'checkpoint_5').mkdir(parents=True)
+  (tmp_path / 'run' / 'checkpoint_5' / 'precious').write_text('x')
+
+  assert 'holds files but no config.gin' in refused()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'text'),
+  [
+    (
+      experiments.learning_from(rewards.exact_match('')),
+      'exact_match.marker is',
+    ),
+    (
+      experiments.learning_from(
+        rewards.Reward(lambda v, i, m: lambda b, y, p: y.weights)
+      ),
+      r'shape \(8,\), but gives \(8, 7\)',
+    ),
+  ],
+)
+def test_a_reward_that_cannot_be_learnt_from(refused, changes, text):
+  message = refused(
+    **experiments.learning_from(rewards.exact_match()) | changes
+  )
+
+  assert re.search(text, message)
+
+
+def test_a_limit_that_would_cut_an_output_that_is_to_be_judged(refused, judge):
+  message = refused(
+    **experiments.learning_from(experiments.NLI(max_input_len=12)),
+    reward_checkpoint_path=str(judge),
+  )
+
+  assert 'max_input_len is 12, but an output can be 7 tokens' in message
+
+
+def test_a_model_that_gives_rewards_with_another_vocabulary(refused, tmp_path):
+  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
+
+  message = refused(
+    **experiments.learning_from(experiments.NLI()),
+    reward_checkpoint_path=str(tmp_path / 'other'),
+  )
+
+  assert 'vocabulary: SentencePiece 264 ids in the checkpoint' in message
