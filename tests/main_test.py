@@ -277,7 +277,7 @@ def start_and_end(start_main, tmp_path):
       time.sleep(0.05)
     time.sleep(seconds)
     process.send_signal(number)
-    process.wait(timeout=60)
+    process.wait()
     return process
 
   return start_and_end

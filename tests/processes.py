@@ -53,7 +53,7 @@ class Process:
   def kill(self) -> None:
     self._process.kill()
 
-  def wait(self, timeout: float = 300.0) -> int:
+  def wait(self, timeout: float = 1200.0) -> int:
     """Waits for its end; returns its exit code, as subprocess does."""
     self._process.join(timeout)
     code = self.poll()
