@@ -19,11 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gkd_jax import train
 from gkd_jax.checkpoints import checkpoint
 from gkd_jax.data import iterators
 from gkd_jax.models.t5 import T5Config
 from gkd_jax.runtime import metrics as metrics_lib
+from gkd_jax.runtime import run_folder
 from tests import conftest
 
 # Reading what Orbax wrote is done in many tasks, which all fail.
@@ -92,7 +92,7 @@ def start(run_main, letters, teacher, tmp_path, monkeypatch):
 
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a_file').touch()
-  monkeypatch.setattr(train, '_save_manifest', stop)
+  monkeypatch.setattr(run_folder, 'save_manifest', stop)
   monkeypatch.setattr(
     iterators.TrainIterator, '__init__', lambda *_, **__: None
   )
