@@ -168,7 +168,9 @@ def check_divergence(method: Method, vocab_size: int) -> None:
     keywords['heads'] = jax.eval_shape(
       lambda: divergence.init_heads(jax.random.key(0))
     )
-  value = jax.eval_shape(divergence.function, **keywords)
+  # A new function each time: JAX would not trace the same one twice, but gin
+  # may have bound other settings to it since, and records what is read.
+  value = jax.eval_shape(lambda **kw: divergence.function(**kw), **keywords)
   if getattr(value, 'shape', None) != shape or not jnp.issubdtype(
     value.dtype, jnp.floating
   ):
