@@ -68,10 +68,6 @@ def mode_of(arguments):
   return modes[-1].removeprefix('--run_mode=') if modes else 'train'
 
 
-# Stands for the pretrained models that a command names.
-BYT5 = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures/byt5'
-
-
 @pytest.fixture
 def build(run_main, small_vocabulary, monkeypatch):
   """Builds all parts of an experiment, and does nothing with them.
@@ -101,7 +97,7 @@ def build(run_main, small_vocabulary, monkeypatch):
   monkeypatch.setattr('gkd_jax.checkpoints.pretrained.open_checkpoint', find)
 
   def substitute(argument):
-    argument = re.sub(r'=models/byt5\S*', f'={BYT5}', argument)
+    argument = re.sub(r'=models/byt5\S*', f'={conftest.BYT5}', argument)
     return argument.replace(
       '=models/spiece.model', f'={small_vocabulary.sentencepiece_model_file}'
     )
@@ -149,7 +145,9 @@ def jobs_of(run_main, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs_lib, 'run', keep_and_stop)
     with pytest.raises(Stop):
       run_main(
-        *(re.sub(r'=models/byt5\S*', f'={BYT5}', a) for a in arguments),
+        *(
+          re.sub(r'=models/byt5\S*', f'={conftest.BYT5}', a) for a in arguments
+        ),
         f'--gin.MODEL_DIR={tmp_path}',
       )
     return kept
@@ -161,9 +159,12 @@ def jobs_of(run_main, tmp_path, monkeypatch):
 def test_all_points_of_a_sweep_build_all_their_parts(path, build, jobs_of):
   arguments = [*documented_command(path), '--gin.SEEDS=(0,)']
   if 'VOCABULARY_PATH' in header(path):  # the models are there before
-    arguments += [f'--gin.TEACHER={BYT5}', f'--gin.INITIAL_STUDENT={BYT5}']
+    arguments += [
+      f'--gin.TEACHER={conftest.BYT5}',
+      f'--gin.INITIAL_STUDENT={conftest.BYT5}',
+    ]
   if 'STUDENTS = ' in path.read_text():  # so are the students
-    arguments.append(f'--gin.STUDENTS={BYT5}')
+    arguments.append(f'--gin.STUDENTS={conftest.BYT5}')
   jobs = jobs_of(arguments)
 
   assert len(jobs) >= 4

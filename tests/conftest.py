@@ -49,6 +49,9 @@ def configure_jax() -> None:
 
 configure_jax()
 
+# A tiny model of Hugging Face's; stands for the models that a command names.
+BYT5 = ROOT / 'tests/checkpoints/formats/huggingface_fixtures/byt5'
+
 # Beside the project; what needs them skips where they are not.
 SHARED_DATA = ROOT.parent / 'shared' / 'data'
 T5_VOCABULARY = SHARED_DATA / 't5_sentencepiece.model'

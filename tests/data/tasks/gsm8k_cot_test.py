@@ -369,7 +369,7 @@ def test_the_fragment_takes_files(run_main, tmp_path):
     '--gin_file=gin/runs/eval.gin',
     '--gin_file=gin/tasks/gsm8k_cot.gin',
     "--gin.GSM8K_FILES={'test': 'nowhere.jsonl'}",
-    '--gin.CHECKPOINT_PATH=x',
+    f'--gin.CHECKPOINT_PATH={conftest.BYT5}',
     '--gin.EVAL_OUTPUT_DIR=x',
   )
 
