@@ -202,7 +202,7 @@ def test_what_gin_allows_and_the_function_takes_is_accepted(start, bindings):
       "MIXTURE_OR_TASK_MODULE: './my.py' is no name of a Python module",
     ),
     ('TRAIN_STEPS=1+2j', '--gin.TRAIN_STEPS=1+2j is not a gin value'),
-    ('STUDENT=3', 'STUDENT must be the shape of a model, such as @model.T5C'),
+    ('STUDENT=3', 'STUDENT must be the shape of a model, such as @t5.T5C'),
   ],
 )
 def test_what_a_setting_cannot_be_is_refused(start, binding, message):

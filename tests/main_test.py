@@ -719,7 +719,7 @@ def test_a_command_line_that_makes_no_sense_is_refused(
     ),
     (
       [FORWARD_KL, *NO_FILES, '--gin.DIVERGENCE=reverse_kl'],
-      ['divergence must be a function', '@divergences.forward_kl'],
+      ['DIVERGENCE must be a function', '@divergences.forward_kl'],
     ),
     (
       [FORWARD_KL, *NO_FILES, '--gin.POLICY=student'],
