@@ -117,7 +117,7 @@ BROKEN = [
   (
     'reward_model_is_there_where_one_is_read',
     {'reward_checkpoint_path': 'x'},
-    'no model is asked for a reward',
+    'REWARD uses no model',
   ),
   (
     'reward_model_is_there_where_one_is_read',

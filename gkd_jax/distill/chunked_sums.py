@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums over tokens of functions of both models' logits, chunk by chunk.
 
-No `[B, T, V]` array exists: hidden states are projected to the vocabulary,
-compared and differentiated while a chunk's logits are there. Arrays that the
-functions read must be arguments of `weighted_sums`: it has a gradient of its
-own (jax.custom_vjp), so its functions must not close over traced arrays.
+No `[B, T, V]` array exists: each chunk of tokens is projected to the
+vocabulary, compared and differentiated before the next. `weighted_sums` has a
+custom gradient (jax.custom_vjp), so its functions must not close over traced
+arrays: whatever they read is an argument.
 """
 
 import functools
@@ -19,10 +19,10 @@ Unembed = Callable[[Head, jax.Array], jax.Array]  # (head, [..., D]) -> [..., V]
 
 
 class Extras(NamedTuple):
-  """What functions of the logits read besides.
+  """Further inputs of the functions of logits.
 
   Attributes:
-    heads: parameters that are learnt beside the student; they get a gradient.
+    heads: parameters that are learnt beside the student; differentiable.
     carried: state of the method; constant.
     per_token: {name: [B, T]} constants; in a chunk [B, chunk_len].
   """
@@ -52,29 +52,28 @@ def weighted_sums(
   worth: jax.Array | None = None,
   extras: Extras | None = None,
 ) -> dict[str, jax.Array]:
-  """Sums each term over all tokens, without ever holding all logits.
+  """Sums each term over all tokens without holding all logits in memory.
 
-  Differentiable by the student's head and hidden states and by `extras.heads`,
-  through 'loss' alone. Loss and gradient of a chunk are computed in one pass:
-  the backward pass only scales what the forward pass has kept, which is as
-  large as the hidden states and the heads, not as the logits.
+  Differentiable through 'loss' with respect to `student_head`,
+  `student_hidden` and `extras.heads`. The forward pass computes loss and
+  gradient of each chunk and keeps the gradients, which are as large as these
+  arguments, not as the logits; the backward pass only scales them.
 
   Args:
-    terms: what to sum. It is called with `extras` only if these are given.
+    terms: the terms to sum. It receives `extras` only if they are given.
     student_unembed: (head, hidden) -> logits.
-    teacher_unembed: likewise; None without a teacher.
-    chunk_tokens: tokens whose logits exist at a time, at least B of them:
-      chunks are cut along T so that a batch stays spread over the devices.
+    teacher_unembed: (head, hidden) -> logits; None without a teacher.
+    chunk_tokens: number of tokens whose logits are in memory at once, at least
+      B: chunks are cut along T, so that a batch stays sharded over devices.
     student_head: parameters of `student_unembed`.
     student_hidden: [B, T, D].
     teacher_head: constant.
     teacher_hidden: [B, T, D'] constant; None without a teacher.
     tokens: [B, T] int32.
     coefficients: [B, T] weight of each token's terms, constant.
-    worth: [B, T] constants, None for zeros: the gradient has
-      `-worth * grad log Q(token)` beside that of the terms, which then include
-      'nll'. No sum includes it.
-    extras: what `terms` reads besides.
+    worth: [B, T] constants: adds `-worth * grad log Q(token)` to the gradient
+      and nothing to the sums; `terms` must return 'nll'. None: zeros.
+    extras: further inputs of `terms`.
 
   Returns:
     {name: [] float32}.
@@ -154,7 +153,7 @@ def token_values(
 ) -> dict[str, jax.Array]:
   """Returns named quantities of each token: {name: [B, T]}, no gradient.
 
-  Args: see `weighted_sums`; `values` returns what is wanted of a chunk.
+  Args: see `weighted_sums`; `values` returns the quantities of a chunk.
   """
   student_head, student_hidden = jax.lax.stop_gradient(
     (student_head, student_hidden)
@@ -194,7 +193,7 @@ def _chunk_sums(terms, student_unembed, teacher_unembed, teacher_head, chunk):
       for name, value in values.items()
     }
     if 'worth' in chunk:
-      # 0, with the gradient of nll.
+      # Its value is 0, its gradient that of nll.
       nll = values['nll'] - jax.lax.stop_gradient(values['nll'])
       totals['loss'] += jnp.sum(nll * chunk['worth'])
     return totals
@@ -212,15 +211,15 @@ def _scan(
   teacher_hidden,
   extras=None,
 ):
-  """Runs add_chunk(None or total, chunk) over all chunks along T.
+  """Runs add_chunk(total, chunk) over chunks along T; the first total is None.
 
   Returns:
-    The last total, and what each chunk returned besides: [chunks, ...].
+    The last total, and each chunk's second result, stacked: [chunks, ...].
   """
   batch_size, length = tokens.shape
   chunk_len = min(length, max(1, chunk_tokens // batch_size))
   num_chunks = -(-length // chunk_len)
-  # Even chunks: 17 positions in chunks of 16 would be 32 positions of work.
+  # Equal chunks: 17 positions in chunks of 16 would compute 32 positions.
   chunk_len = -(-length // num_chunks)
 
   def cut(x):
@@ -260,7 +259,7 @@ def _scan(
 
 
 def _join(chunks, length):
-  """[chunks, B, chunk_len, ...] -> [B, T, ...], less the last one's filling."""
+  """[chunks, B, chunk_len, ...] -> [B, T, ...], without the padding."""
   x = chunks.swapaxes(0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Credit: what makes a token of y more or less likely besides the objective.
+"""Credit: a second gradient on the tokens of y, added to the objective's.
 
     gradient = sum over tokens of  -worth * grad log Q(y_t)
 
-A credit computes `worth` [B, T], a constant, from arrays of shape [B, T] and
-[B]: log-probabilities, rewards, rows. It is called for each microbatch:
-baselines and comparisons are within it. To add one, write a function that
-returns a `Credit` and name it in a gin file.
+A credit computes the constant `worth` [B, T] from arrays of shape [B, T] and
+[B]: log-probabilities, rewards, row numbers. It is called once per microbatch,
+so baselines and comparisons never cross microbatches. To add one, write a
+function that returns a `Credit` and name it in a gin file.
 
-REINFORCE is such a credit. A reward r depends on the student only through what
-it writes, so its gradient is that of an expectation, estimated by
-(r - b) grad log Q(y), with a baseline b that lowers the variance and adds no
-bias.
+REINFORCE is a credit. The reward r depends on the student only through the
+outputs that it samples, so the gradient of the expected reward is estimated by
+(r - b) grad log Q(y). The baseline b lowers the variance and adds no bias.
 
 Source: Agarwal et al. (2024), arXiv:2306.13649, Eq. 5.
 """
@@ -32,22 +31,22 @@ NORMALIZATIONS = ('sequence', 'token')
 
 
 class LogProbs(NamedTuple):
-  """Log-probabilities of y in nats, at temperature 1 and without gradient."""
+  """Log-probabilities of y in nats, at temperature 1; no gradient."""
 
   student: jax.Array  # [B, T] float32
   teacher: jax.Array | None  # [B, T] float32; None without a teacher
 
 
 class Evidence(NamedTuple):
-  """What a credit may use. What it does not use is not compiled.
+  """The inputs of a credit. Functions that it does not call cost nothing.
 
   Attributes:
     rollouts: the outputs of this microbatch.
     row_ids_B: [B] int32 number of each row in the global batch.
-    log_probs: () -> LogProbs, in one more pass over the vocabulary.
-    score: outputs -> [B] float32, their reward. Only with `Credit.reward`.
-    sample_greedy: () -> outputs that the student writes at temperature 0.
-    all_by_student: whether the policy has the student write every output.
+    log_probs: () -> LogProbs; costs one more pass over the vocabulary.
+    score: outputs -> [B] float32 rewards. Requires `Credit.reward`.
+    sample_greedy: () -> the student's greedy outputs.
+    all_by_student: whether the student writes every output under this policy.
   """
 
   rollouts: Rollouts
@@ -59,12 +58,12 @@ class Evidence(NamedTuple):
 
 
 class Worth(NamedTuple):
-  """What a credit returns.
+  """The result of a credit.
 
   Attributes:
-    per_token: [B, T] nats' worth, constant; None: nothing is learnt from it.
-    total: [] what `per_token` raises, subtracted from the sum of the losses.
-    sums: {name: []} metrics, summed over rows by the student.
+    per_token: [B, T] constant weights of grad log Q(y_t); None: no gradient.
+    total: [] the maximised quantity, subtracted from the reported loss.
+    sums: {name: []} metrics, summed over rows that the student wrote.
   """
 
   per_token: jax.Array | None
@@ -74,23 +73,24 @@ class Worth(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
-  """One way to give credit.
+  """A credit and what it requires of the method.
 
   Attributes:
     assign: Evidence -> Worth.
-    reward: that `assign` reads; None: it reads none.
-    judges_student: whether it is about outputs of the student alone.
-    learns: whether anything is learnt from it; False: it is only measured.
-    differentiates_draw: whether its gradient is that of an expectation over
-      outputs, hence needs them drawn from the student's own distribution.
-    min_rows: outputs that it compares with each other, at least.
+    reward: the reward that `assign` reads; None: it reads none.
+    student_outputs_only: whether it applies only to rows that the student
+      wrote.
+    learns: whether it contributes a gradient; False: it is only measured.
+    is_policy_gradient: whether its gradient is that of an expectation over
+      outputs, so that outputs must be drawn from the student's distribution.
+    min_rows: the least number of rows in a microbatch, which it compares.
   """
 
   assign: Callable[[Evidence], Worth]
   reward: Reward | None = None
-  judges_student: bool = False
+  student_outputs_only: bool = False
   learns: bool = True
-  differentiates_draw: bool = False
+  is_policy_gradient: bool = False
   min_rows: int = 1
 
 
@@ -102,25 +102,23 @@ def reinforce(
 ) -> Credit | None:
   """REINFORCE: maximises the expected reward of the student's outputs.
 
-  Whatever the reduction, the reward is added once a sequence: to the mean of
-  its tokens' terms, or to their sum. With 'sequence' for reduction and
-  normalization a reward of 1 weighs as much as a divergence of 1 nat at every
-  token. A truncated output has the log-probability of the tokens it has.
+  The reward counts once per sequence under either `Objective.reduction`. If
+  reduction and normalization are both 'sequence', a reward of 1 weighs as much
+  as a divergence of 1 nat at every token. A truncated output is scored as it
+  is, with the log-probability of its tokens.
 
   Args:
-    reward: of an output; None without `weight`: there is no credit.
-    weight: of the reward in the loss. With 0 the reward is measured, and
-      nothing is learnt from it.
+    reward: the reward of an output; None, together with `weight`, disables it.
+    weight: of the reward in the loss. At 0 the reward is only measured.
     baseline: b. 'batch_mean': the mean reward of the student's other outputs in
-      the microbatch, which costs nothing; 'self_critical': the reward of the
-      greedy output, which costs one more rollout and depends on how hard the
-      input is; or 'none'.
-    normalization: 'sequence': the log-probabilities of an output's tokens are
-      summed, the exact gradient of the expected reward; or 'token': they are
-      averaged, so that an output's gradient does not grow with its length.
+      the microbatch, at no cost; 'self_critical': the reward of the greedy
+      output, which adapts to each input and costs one more rollout; or 'none'.
+    normalization: 'sequence': sums the log-probabilities of an output's tokens,
+      the exact gradient of the expected reward; or 'token': averages them, so
+      that the gradient does not grow with the length.
 
   Raises:
-    ValueError: a setting has no meaning, or reward and weight are not both set.
+    ValueError: a value is invalid, or only one of reward and weight is set.
   """
   for name, value, choices in (
     ('REWARD_BASELINE', baseline, BASELINES),
@@ -132,13 +130,13 @@ def reinforce(
     raise ValueError(f'REWARD_WEIGHT must not be negative: {weight}.')
   if (reward is None) != (weight is None):
     raise ValueError(
-      'REWARD and REWARD_WEIGHT belong together, but '
+      'REWARD and REWARD_WEIGHT must be set together, but '
       + (
-        'REWARD_WEIGHT is None. Set it, to 0.0 if the reward is only to be '
-        'measured, or set REWARD = None.'
+        'REWARD_WEIGHT is None. Set it (0.0 measures the reward only), or set '
+        'REWARD = None.'
         if weight is None
-        else f'REWARD_WEIGHT is {weight} and there is no REWARD. Name one, '
-        'e.g. @rewards.exact_match(), or set REWARD_WEIGHT = None.'
+        else f'REWARD_WEIGHT is {weight} and REWARD is None. Set REWARD, e.g. '
+        'to @rewards.exact_match(), or set REWARD_WEIGHT = None.'
       )
     )
   if reward is None:
@@ -166,17 +164,17 @@ def reinforce(
   return Credit(
     assign,
     reward,
-    judges_student=True,
+    student_outputs_only=True,
     learns=learns,
-    differentiates_draw=learns,
+    is_policy_gradient=learns,
     min_rows=2 if learns and baseline == 'batch_mean' else 1,
   )
 
 
 def _rewards_and_baselines(evidence, baseline):
-  """Returns reward and baseline of each row [B], 0 for rows by others.
+  """Returns reward [B] and baseline [B], 0 for rows the student did not write.
 
-  A batch of which the student wrote no row is not scored.
+  A batch without such rows is not scored.
   """
   outputs, by_student_B = (
     evidence.rollouts.outputs,
@@ -203,18 +201,18 @@ def _rewards_and_baselines(evidence, baseline):
 
 
 def leave_one_out_mean(rewards_B: jax.Array, counts_B: jax.Array) -> jax.Array:
-  """Returns, for each output, the mean reward of the others.
+  """Returns, for each output, the mean reward of the other outputs.
 
-  Leaving the output's own reward out makes the baseline independent of it,
-  hence the gradient unbiased. With it in, the gradient of B outputs would be
-  too small by the factor 1 - 1/B.
+  Excluding the output's own reward makes the baseline independent of it and
+  the gradient unbiased. Including it would shrink the gradient of B outputs by
+  the factor 1 - 1/B.
 
   Args:
     rewards_B: [B].
-    counts_B: [B] bool, which of them are averaged.
+    counts_B: [B] bool, the rewards to average.
 
   Returns:
-    [B]; 0 where there is no other.
+    [B]; 0 where there is no other output.
   """
   others_B = jnp.sum(counts_B) - counts_B
   sum_B = jnp.sum(jnp.where(counts_B, rewards_B, 0.0)) - jnp.where(
@@ -234,7 +232,7 @@ def reward_share(alpha: float) -> float:
   """
   if not 0.0 <= alpha <= 1.0:
     raise ValueError(
-      f'ALPHA must be in [0, 1], got {alpha}: the loss is ALPHA times the '
-      'divergence, less 1 - ALPHA times the reward.'
+      f'ALPHA must be in [0, 1], got {alpha}: the loss is ALPHA * divergence - '
+      '(1 - ALPHA) * reward.'
     )
   return 1.0 - alpha

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the student's next-token distribution is from the teacher's.
+"""Divergences between the next-token distributions of teacher and student.
 
-P is the teacher, Q the student, always. A divergence maps logits `[..., V]` to
-`[...]` float32 nats, position by position: temperature, weights and reductions
-belong to `objectives`. To add one, write a function with this signature and
-name it in a gin file.
+P is the teacher, Q the student. A divergence maps logits `[..., V]` to `[...]`
+float32 nats, one value per position; temperatures, weights and reductions are
+in `objectives`. To add one, write a function with this signature and name it in
+a gin file.
 
-A divergence that carries state, has parameters of its own or reads more of a
-token than the logits is a `Divergence`. Such arrays reach it as arguments: the
-sum over tokens has a gradient of its own (see `chunked_sums`), so a divergence
-must not close over arrays of the step.
+A divergence that carries state, has learnt parameters or reads more than the
+logits is a `Divergence`. It receives these arrays as arguments: the sum over
+tokens has a custom gradient (see `chunked_sums`), so a divergence must not
+close over arrays of the step.
 
-Logits may be masked by a large negative number or by -inf: such an id has
-probability 0, and value and gradient stay finite. Where one model masks an id
-that the other uses, the KL that is infinite there is a number near 1e9 times
-the probability concerned.
+Logits may be masked by a large negative number or by -inf: the id then has
+probability 0, and value and gradient stay finite. If only one model masks an
+id, a KL that would be infinite is about 1e9 times the id's probability.
 
 Source: Agarwal et al. (2024), arXiv:2306.13649, section 2 and Eq. 1; total
 variation as in f-distill, Wen et al. (2023), arXiv:2307.15190.
@@ -31,22 +30,23 @@ import jax.numpy as jnp
 
 from gkd_jax.batch import MASKED_LOGIT
 
-# Arrays of each token that a divergence may read; see `chunked_sums`.
+# Per-token arrays that a divergence may read; see `chunked_sums`.
 PER_TOKEN = ('tokens', 'author', 'log_probs')
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-  """A divergence with all that it reads, carries and learns.
+  """A divergence with its per-token inputs, state and learnt parameters.
 
   Attributes:
-    function: (*, teacher_logits, student_logits, ...) -> [...], with a keyword
-      for each name of `reads`, and `carried` and `heads` where there are any.
-    name: under which it is evaluated and reported; None: that of the function.
-    reads: names out of PER_TOKEN: [...] arrays of the tokens of y, of their
-      authors, and of their log-probabilities when they were drawn.
+    function: (*, teacher_logits, student_logits, ...) -> [...], with one more
+      keyword for each name in `reads`, `carried` if it has state, and `heads`
+      if it has parameters.
+    name: its name in metrics and reports; None: the function's name.
+    reads: names from PER_TOKEN: [...] arrays of the tokens of y, their authors,
+      and the log-probabilities at which they were drawn.
     init: () -> initial state; None: it has no state.
-    update: (carried, {name: mean of this step, as in its metrics}) -> carried.
+    update: (carried, {metric: value of this step}) -> carried.
     init_heads: key -> parameters that are learnt beside the student's.
   """
 
@@ -61,10 +61,12 @@ class Divergence:
     object.__setattr__(self, 'reads', tuple(self.reads))
     if unknown := {*self.reads} - {*PER_TOKEN}:
       raise ValueError(
-        f'Divergence.reads may have {PER_TOKEN}, got {sorted(unknown)}.'
+        f'Divergence.reads may contain {PER_TOKEN}, got {sorted(unknown)}.'
       )
     if (self.init is None) != (self.update is None):
-      raise ValueError('Divergence.init and Divergence.update belong together.')
+      raise ValueError(
+        'Divergence.init and Divergence.update must be set together.'
+      )
 
   @property
   def reported_name(self) -> str:
@@ -87,11 +89,11 @@ class Divergence:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-  """Returns the name that a divergence is reported under: 'jsd_0.9'.
+  """Returns the name of a divergence in reports, e.g. 'jsd_0.9'.
 
-  The function's own, with the settings that functools.partial has bound. One
-  with the attribute `names_itself` returns its name when it is called with None
-  for both logits: gin binds settings where only the function sees them.
+  It is the function's name, followed by the arguments that functools.partial
+  binds. Arguments bound by gin are visible only inside the function: a function
+  with the attribute `names_itself` returns its name when both logits are None.
   """
   if getattr(inspect.unwrap(_unbound(function)), 'names_itself', False):
     return function(teacher_logits=None, student_logits=None)
@@ -112,10 +114,10 @@ def _unbound(function):
 def forward_kl(
   *, teacher_logits: jax.Array, student_logits: jax.Array
 ) -> jax.Array:
-  """KL(P || Q): the student must cover all that the teacher would say.
+  """KL(P || Q): mode-covering; the student must cover all of P.
 
-  Its gradient by the student's logits is Q - P, as in maximum likelihood with
-  the teacher's distribution as soft labels.
+  Its gradient with respect to the student's logits is Q - P, as in maximum
+  likelihood with the teacher's distribution as soft labels.
 
   Args:
     teacher_logits: [..., V] logits of P.
@@ -130,7 +132,7 @@ def forward_kl(
 def reverse_kl(
   *, teacher_logits: jax.Array, student_logits: jax.Array
 ) -> jax.Array:
-  """KL(Q || P): the student must say nothing that the teacher would not.
+  """KL(Q || P): mode-seeking; the student must stay within the modes of P.
 
   Args:
     teacher_logits: [..., V] logits of P.
@@ -153,15 +155,15 @@ def generalized_jsd(
       JSD(beta) = beta KL(P || M) + (1 - beta) KL(Q || M)
               M = beta P + (1 - beta) Q
 
-  Its gradient acts like that of forward KL for small beta and like that of
-  reverse KL for large beta, but the value goes to 0 at both ends: it is
-  JSD(beta) / beta that tends to KL(P || Q). The ends are therefore refused.
+  Its gradient resembles that of forward KL for small beta and that of reverse
+  KL for large beta. Its value tends to 0 at both ends (JSD(beta) / beta tends
+  to KL(P || Q)), so beta = 0 and beta = 1 are refused.
 
   Args:
     teacher_logits: [..., V] logits of P.
     student_logits: [..., V] logits of Q.
-    beta: weight of the teacher in M, strictly between 0 and 1. None, the value
-      of BETA where no gin file sets it, is refused like any other.
+    beta: weight of the teacher in M, strictly between 0 and 1. None, the
+      default of BETA, is refused.
 
   Returns:
     [...] float32 nats, at most -(beta ln beta + (1 - beta) ln(1 - beta)).
@@ -176,7 +178,7 @@ def generalized_jsd(
   if not isinstance(beta, int | float) or not 0.0 < beta < 1.0:
     raise ValueError(
       f'generalized_jsd needs 0 < beta < 1, got beta={beta}. At beta=0 and '
-      'beta=1 it is 0 for every pair of models. For those limits use '
+      'beta=1 it is 0 for every pair of models. For these limits use '
       'forward_kl, KL(teacher || student), or reverse_kl, '
       'KL(student || teacher).'
     )
@@ -198,8 +200,8 @@ def total_variation(
     student_logits: [..., V] logits of Q.
 
   Returns:
-    [...] float32 between 0 and 1: one minus the chance that a token drawn from
-    the student would be accepted in speculative decoding for the teacher.
+    [...] float32 between 0 and 1: one minus the probability that speculative
+    decoding for the teacher accepts a token drawn from the student.
   """
   p = jnp.exp(_log_probs(teacher_logits))
   q = jnp.exp(_log_probs(student_logits))
@@ -207,8 +209,9 @@ def total_variation(
 
 
 def _log_probs(logits: jax.Array) -> jax.Array:
-  # bfloat16 keeps 8 bits: too few for a difference of log-probabilities. The
-  # floor turns -inf into a number whose exp is 0 as well: 0 * inf is nan.
+  # bfloat16 has 8 bits of precision: too few for differences of
+  # log-probabilities. The floor replaces -inf by a number whose exp is also 0,
+  # because 0 * inf is nan.
   logits = jnp.maximum(logits.astype(jnp.float32), MASKED_LOGIT)
   return jax.nn.log_softmax(logits)
 
@@ -217,7 +220,7 @@ def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
   return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
 
 
-# Every evaluation measures these, under these names, in nats per token.
+# Every evaluation measures these in nats per token and reports these names.
 REPORTED: dict[str, Callable[..., jax.Array]] = {
   'forward_kl': forward_kl,
   'reverse_kl': reverse_kl,
@@ -227,11 +230,11 @@ REPORTED: dict[str, Callable[..., jax.Array]] = {
 
 
 def reported(own: Divergence | None = None) -> dict[str, Callable[..., Any]]:
-  """Returns {name: function} of what an evaluation measures.
+  """Returns {name: function} of the divergences that an evaluation measures.
 
   Args:
-    own: the method's divergence. It is measured, too, under its own name, if
-      it needs nothing but the logits.
+    own: the method's divergence; measured too, under its own name, if it needs
+      only the logits.
   """
   if own is None or not own.needs_logits_alone:
     return REPORTED

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward by a model: how probable it is that the input entails the output.
+"""A reward model: the probability that the input entails the output.
 
 Source: Roit et al. (2023), arXiv:2306.00186.
 """
@@ -27,19 +27,18 @@ def entailment(
   The model (REWARD_CHECKPOINT_PATH) shares the task's vocabulary. It reads
   `premise: <input> hypothesis: <output>`, joined as tokens. The reward is the
   probability that its first token is `entailed`, normalised over `entailed` and
-  `not_entailed`: between 0 and 1. Its logarithm has no lower bound. An output
-  without any word is scored like every other.
+  `not_entailed`, so it is between 0 and 1; its logarithm has no lower bound.
+  Empty outputs are scored like all others.
 
   Args:
-    task_prefix: dropped from the start of inputs that begin with it, e.g.
-      'summarize: '.
-    premise: what the model expects before the input.
-    hypothesis: and before the output.
-    entailed: its answer if the input entails the output: text, of which the
-      first token counts, or an id.
-    not_entailed: likewise, if not.
-    max_input_len: tokens the model may read; the premise is cut at its end to
-      fit, the hypothesis never. None: as many as there can be.
+    task_prefix: removed from the start of inputs, e.g. 'summarize: '.
+    premise: the text before the input in the model's prompt.
+    hypothesis: the text before the output in the model's prompt.
+    entailed: the model's answer for entailment: a text, whose first token is
+      used, or an id.
+    not_entailed: the model's answer otherwise: a text or an id.
+    max_input_len: the prompt's maximum length in tokens; the end of the premise
+      is cut to fit, never the hypothesis. None: no limit.
     log_probability: use the natural logarithm of the probability.
 
   Source: Roit et al. (2023), arXiv:2306.00186; the texts are those of Honovich
@@ -65,8 +64,8 @@ def entailment(
     if answers[0] == answers[1]:
       raise ValueError(
         f'entailment.entailed {entailed!r} and .not_entailed {not_entailed!r} '
-        f'begin with the same token, {answers[0]}. Give the ids of tokens that '
-        'tell them apart.'
+        f'begin with the same token, {answers[0]}. Give the ids of different '
+        'tokens.'
       )
 
     def score(batch, outputs, params):
@@ -108,16 +107,16 @@ def premise_and_hypothesis(
   max_input_len: int | None,
   ids: SpecialIds,
 ) -> jax.Array:
-  """Joins the input of an entailment model from tokens.
+  """Builds the input of an entailment model from tokens.
 
   Args:
-    encoder_input_tokens: [B, S] int32 the premise, with EOS and pad after it.
-    outputs: [B, T] the hypothesis, likewise.
-    prefix_ids: not part of the premise, where it begins with them.
-    premise_ids: go before the premise.
-    hypothesis_ids: go between the two.
-    max_input_len: L at most; the premise is cut to fit.
-    ids: of the model that reads it, and of the outputs.
+    encoder_input_tokens: [B, S] int32 the premise, followed by EOS and pad.
+    outputs: [B, T] the hypothesis, followed by EOS and pad.
+    prefix_ids: removed from the start of premises that begin with them.
+    premise_ids: placed before the premise.
+    hypothesis_ids: placed between premise and hypothesis.
+    max_input_len: maximum of L; the premise is cut to fit.
+    ids: of the entailment model and of the outputs.
 
   Returns:
     [B, L] int32: premise_ids, premise, hypothesis_ids, hypothesis, EOS, pad.
@@ -133,8 +132,8 @@ def premise_and_hypothesis(
     if max_input_len < fixed_len + output_len:
       raise ValueError(
         f'entailment.max_input_len is {max_input_len}, but an output can be '
-        f'{output_len} tokens long and is never cut, and {fixed_len} tokens '
-        f'surround it: at least {fixed_len + output_len} are needed.'
+        f'{output_len} tokens long and is never cut, and the prompt adds '
+        f'{fixed_len} tokens. Set at least {fixed_len + output_len}.'
       )
     total_len = min(total_len, max_input_len)
 
@@ -149,7 +148,7 @@ def premise_and_hypothesis(
       axis=1,
     )
     premise_start_B = len(prefix_ids) * has_prefix_B
-  hypothesis_len_B = (rewards.words(outputs, ids.eos) != rewards.NOTHING).sum(
+  hypothesis_len_B = (rewards.words(outputs, ids.eos) != rewards.NO_TOKEN).sum(
     axis=1
   )
   premise_len_B = jnp.minimum(
@@ -159,7 +158,7 @@ def premise_and_hypothesis(
   def of_all_rows(tokens):
     return jnp.broadcast_to(jnp.int32(tokens), (batch_size, len(tokens)))
 
-  # Each part is a stretch of one of these, put where the part before it ends.
+  # (tokens, start, length): each slice is placed after the previous one.
   parts = (
     (of_all_rows(premise_ids), 0, len(premise_ids)),
     (encoder_input_tokens, premise_start_B, premise_len_B),

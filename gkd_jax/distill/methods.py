@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method: the four choices made together, and how outputs are drawn."""
+"""A method: policy, teacher, divergence and credit, and the two samplers."""
 
 import dataclasses
 
@@ -10,17 +10,18 @@ from gkd_jax.distill import objectives, policies, teachers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-  """What a train step does, apart from models and optimizer.
+  """The train step's method, without models and optimizer.
 
   Attributes:
     policy: who writes the outputs.
     objective: the divergence from the teacher, the likelihood, their weights
       and their reduction.
     teacher: who grades the outputs.
-    credit: what else makes tokens more or less likely; None: nothing.
-    student_sampler: how outputs are drawn from the student; in the paper from
-      its own distribution.
-    teacher_sampler: how outputs are drawn from the teacher.
+    credit: an additional gradient on the outputs, such as REINFORCE; None:
+      there is none.
+    student_sampler: draws outputs from the student; in the paper at
+      temperature 1.
+    teacher_sampler: draws outputs from the teacher.
   """
 
   policy: policies.Policy
@@ -39,7 +40,7 @@ class Method:
 
   @property
   def needs_teacher(self) -> bool:
-    """Whether the teacher writes or grades."""
+    """Whether the policy or the objective uses the teacher."""
     return self.policy.needs_teacher or self.objective.needs_teacher
 
   @property

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective: what is minimised on the outputs y, and how it is summed.
+"""The objective: the loss on the outputs y and its reduction.
 
     loss = divergence_weight * D(P, Q) - likelihood_weight * log Q(y)
 
-Both terms are given per token, then reduced over a sequence and a batch. What
-else makes a token more or less likely is a credit; see `credit`.
+Both terms are computed per token, then reduced over the sequence and the batch.
+Rewards are not part of the objective; see `credit`.
 
 Source: Agarwal et al. (2024), arXiv:2306.13649, Eq. 2 to 5.
 """
@@ -24,20 +24,20 @@ REDUCTIONS = ('sequence', 'token')
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The weighted sum that is minimised.
+  """The weighted sum to minimise.
 
   Attributes:
-    divergence: a function out of `divergences`, its settings bound, or a
-      `divergences.Divergence`, which is what the attribute holds in any case;
-      None with weight 0.
+    divergence: a function of `divergences` with its settings bound, or a
+      `divergences.Divergence`; a function is wrapped into one. None requires
+      weight 0.
     divergence_weight: of D(P, Q); 0 needs no teacher.
     likelihood_weight: of the negative log-likelihood of the outputs.
-    teacher_temperature: divides the teacher's logits before D: below 1 its
-      distribution is sharpened. The student is always compared at 1.
-    reduction: 'sequence', the paper's Eq. 2: the mean over a sequence's own
-      tokens, then over sequences; or 'token': the mean over all tokens of the
-      batch, in which long sequences weigh more.
-    chunk_tokens: tokens whose logits exist at a time.
+    teacher_temperature: divides the teacher's logits before D; below 1 sharpens
+      the teacher. The student's temperature is always 1.
+    reduction: 'sequence', the paper's Eq. 2: the mean over the tokens of each
+      sequence, then over sequences; or 'token': the mean over all tokens of the
+      batch, which gives long sequences more weight.
+    chunk_tokens: number of tokens whose logits are in memory at once.
   """
 
   divergence: Callable[..., jax.Array] | Divergence | None = None
@@ -56,7 +56,7 @@ class Objective:
     if self.divergence_weight and self.divergence is None:
       raise ValueError(
         f'Objective.divergence_weight is {self.divergence_weight}, but '
-        'Objective.divergence is not set. Name one, e.g. '
+        'Objective.divergence is not set. Set it, e.g. to '
         '@divergences.forward_kl, or set the weight to 0.'
       )
     if self.divergence is not None and not isinstance(
@@ -88,7 +88,7 @@ class Objective:
     return self.divergence_weight > 0.0
 
   def terms(self, ids: SpecialIds) -> Terms:
-    """Returns the function of a token's logits: 'loss' and its parts, nats."""
+    """Returns the per-token function of logits: 'loss' and its parts, nats."""
 
     def terms(student_logits, teacher_logits, tokens, extras=None):
       if self.needs_teacher:
@@ -123,10 +123,10 @@ class Objective:
 def comparable_logits(
   student_logits: jax.Array, teacher_logits: jax.Array, ids: SpecialIds
 ) -> tuple[jax.Array, jax.Array]:
-  """Masks the unused ids of both, and cuts them to one width.
+  """Masks unused ids of both models and truncates both to the smaller width.
 
   Embeddings of one vocabulary may be padded to different sizes (T5's 32100 ids
-  to 32100 or 32128); what is cut off has probability 0.
+  to 32100 or 32128); the ids that are cut off have probability 0.
 
   Args:
     student_logits: [..., V].
@@ -134,7 +134,7 @@ def comparable_logits(
     ids: with `num_ids` at most V and V'.
 
   Returns:
-    Both, [..., min(V, V')].
+    Student and teacher logits, [..., min(V, V')].
   """
   width = min(student_logits.shape[-1], teacher_logits.shape[-1])
   return (
@@ -152,23 +152,22 @@ def negative_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def coefficients(
   weights_BT: jax.Array, reduction: str
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns each token's coefficient, and the number to divide their sum by.
+  """Returns each token's coefficient and the divisor of the weighted sum.
 
-  They are separate, so that sums over microbatches are added before the
-  division. Both come from the outputs trained on, not from the dataset's.
+  They are separate because microbatches are summed before the division. Both
+  are computed from the outputs trained on, whoever wrote them.
 
   Args:
     weights_BT: [B, T], 0 where there is no token.
     reduction: 'sequence' or 'token', see `Objective`.
 
   Returns:
-    [B, T] coefficients and [] count: of sequences that have tokens, or of
-    tokens.
+    [B, T] coefficients and [] count: of non-empty sequences, or of tokens.
   """
   if reduction == 'token':
     return weights_BT, weights_BT.sum()
   length_B = weights_BT.sum(axis=1)
-  # A row without tokens only fills a batch.
+  # A row without tokens is batch padding.
   return weights_BT / jnp.maximum(length_B, 1.0)[:, None], (length_B > 0.0).sum(
     dtype=jnp.float32
   )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies: who writes the outputs y that student and teacher are compared on.
+"""Policies: who writes the outputs y on which student and teacher are compared.
 
-A policy is traced into the step and called once, before the loss. It returns
+A policy is traced into the step and called once, before the loss. Its result is
 data: no gradient flows through it. To add one, write a function that returns a
 `Policy` and name it in a gin file.
 
@@ -23,16 +23,16 @@ DATASET, STUDENT, TEACHER = range(3)
 
 
 class Rollouts(NamedTuple):
-  """The outputs of one step, and how they came about.
+  """The outputs of one step and their origin.
 
   Attributes:
     outputs: y, and the weight of each token in the loss.
     author: [B, T] int8, who wrote each token: DATASET, STUDENT or TEACHER.
     log_probs: [B, T] float32 nats, log-probability of each token under the
-      distribution it was drawn from; 0 where it was not drawn.
-    batch: the examples that the outputs were written for; None: the step's
-      batch. Both models, and a reward, read these inputs and targets.
-    carried: the policy's state after this step, if it has one.
+      distribution that it was drawn from; 0 for tokens that were not drawn.
+    batch: the examples that the outputs belong to; None: the step's batch. Both
+      models and the reward read these inputs and targets.
+    carried: the policy's state after this step; () if it has none.
   """
 
   outputs: Outputs
@@ -43,7 +43,7 @@ class Rollouts(NamedTuple):
 
   @property
   def by_student_B(self) -> jax.Array:
-    """[B] bool: rows that the student wrote from beginning to end."""
+    """[B] bool: rows in which the student wrote every token."""
     return jnp.all(self.author == STUDENT, axis=1)
 
   @property
@@ -61,14 +61,14 @@ Sample = Callable[[], sampler.Rollout]
 
 
 class Draw(NamedTuple):
-  """What a policy may use to write. What it does not use is not compiled.
+  """The inputs of a policy. Functions that it does not call cost nothing.
 
   Attributes:
     rng: key of this step's policy.
     batch: the step's examples, with the dataset's own outputs.
     row_ids_B: [B] int32 number of each row in the global batch.
-    sample_student: () -> one output for each input, drawn from the student.
-    sample_teacher: () -> likewise, from the teacher.
+    sample_student: () -> one output per input, drawn from the student.
+    sample_teacher: () -> one output per input, drawn from the teacher.
     carried: the policy's state; () if it has none.
   """
 
@@ -82,15 +82,15 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """One way to obtain outputs.
+  """A way to obtain outputs.
 
   Attributes:
     write: Draw -> Rollouts.
-    student_data_fraction: expected share of outputs that the student writes,
+    student_data_fraction: expected fraction of outputs that the student writes,
       lambda in the paper.
     needs_teacher: whether `write` may call `sample_teacher`.
-    init: shapes of a batch -> initial state of the policy, which `write` reads
-      in `Draw.carried` and returns, updated, in `Rollouts.carried`; None: the
+    init: shapes of a batch -> initial state of the policy. `write` reads it in
+      `Draw.carried` and returns the next one in `Rollouts.carried`. None: the
       policy has no state.
   """
 
@@ -107,8 +107,8 @@ def rollouts(
 
   Args:
     outputs: [B, T].
-    author: one for all, [B] one a row, or [B, T] one a token.
-    log_probs: [B, T] of the draw; None: nothing was drawn.
+    author: a scalar, [B] one per row, or [B, T] one per token.
+    log_probs: [B, T] of the draw; None: the outputs were not drawn.
   """
   shape = outputs.tokens.shape
   author = jnp.asarray(author, jnp.int8)
@@ -120,7 +120,7 @@ def rollouts(
 
 
 def drawn_by(author: int, drawn: sampler.Rollout) -> Rollouts:
-  """Returns the rollouts of one author's samples."""
+  """Returns the rollouts of samples that one author drew."""
   outputs = Outputs(drawn.tokens, drawn.weights)
   return rollouts(outputs, author, drawn.log_probs)
 
@@ -152,21 +152,21 @@ def mixture(
   """The student with probability lambda, another policy otherwise.
 
   Args:
-    student_data_fraction: lambda. At 0 and 1 nothing is drawn: the policy is
-      then `otherwise` or `student` itself.
-    per: 'batch', one draw a step as in Algorithm 1 (a step that does not sample
-      does not pay for it), or 'sequence', one draw a row.
-    otherwise: `dataset`, `teacher`, or any other function that returns a
-      policy of the step's own batch.
+    student_data_fraction: lambda. At 0 the result is the policy `otherwise`, at
+      1 it is `student`.
+    per: 'batch', one random choice per step as in Algorithm 1 (steps that do
+      not sample skip its cost), or 'sequence', one random choice per row.
+    otherwise: `dataset`, `teacher`, or another function that returns a policy
+      for the step's own batch.
 
   Raises:
-    ValueError: lambda is outside [0, 1], or `per` is neither of the two.
+    ValueError: lambda is outside [0, 1], or `per` is invalid.
   """
   if not 0.0 <= student_data_fraction <= 1.0:
     raise ValueError(
       'student_data_fraction (lambda of the paper) must be in [0, 1], got '
-      f'{student_data_fraction}: it is the share of outputs that the student '
-      'writes.'
+      f'{student_data_fraction}: it is the fraction of outputs that the '
+      'student writes.'
     )
   if per not in ('batch', 'sequence'):
     raise ValueError(f"mixture.per must be 'batch' or 'sequence', got {per!r}.")

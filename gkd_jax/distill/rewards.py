@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards: how good an output is, r(x, y). A credit maximises it.
+"""Rewards r(x, y): scores of outputs that a credit maximises.
 
 A reward is traced into the step; no gradient flows through it. To add one,
-write a function that returns a `Reward` and name it in a gin file. Any Python
-function over texts can be one (`python_function`), at the price of a round trip
-to the host.
+write a function that returns a `Reward` and name it in a gin file. A Python
+function over texts becomes a reward with `python_function`, at the cost of a
+round trip to the host.
 
 Source: Agarwal et al. (2024), arXiv:2306.13649, Eq. 5.
 """
@@ -27,26 +27,26 @@ Vocabulary = Any
 Score = Callable[[Batch, Outputs, Params], jax.Array]
 TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
-# Fills places without a token, so that they equal no token. _NEITHER does so in
-# the array that is compared, so that two such places are not equal.
-NOTHING, _NEITHER = -1, -2
+# Fill positions without a token. NO_TOKEN equals no token; _NO_TARGET replaces
+# it in targets, so that empty positions of output and target differ, too.
+NO_TOKEN, _NO_TARGET = -1, -2
 
-# XLA's CPU client copies less than 100 KiB at once and larger arrays in threads
-# of its own. When several CPU devices wait for each other no thread is free,
-# and a callback would wait for its arguments forever.
+# XLA's CPU client copies arrays below 100 KiB at once, larger ones in worker
+# threads. If several CPU devices wait for each other, all worker threads are
+# busy, and a callback with larger arguments deadlocks.
 _CALLBACK_BYTES = 64 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """One measure of how good an output is.
+  """A reward, before the vocabulary is known.
 
   Attributes:
     make_score: (vocabulary of the task, special ids, model or None) -> Score.
-      It raises ValueError where a setting does not suit the vocabulary.
-    needs_model: whether a model scores; its parameters are the step's argument.
+      It raises ValueError if a setting does not fit the vocabulary.
+    needs_model: whether a model scores; its parameters are `Frozen.reward`.
     raise_failure: raises the error that occurred on the host, if any. A step
-      cannot raise it: devices that wait for each other would never end.
+      cannot raise it: other devices would wait for the failed one forever.
   """
 
   make_score: Callable[[Vocabulary, SpecialIds, Any], Score]
@@ -57,17 +57,17 @@ class Reward:
 def check_model(
   reward: Reward | None, checkpoint_path: str | None, dtype: str | None
 ) -> None:
-  """Raises ValueError unless a model is given exactly if the reward has one."""
+  """Raises ValueError unless a checkpoint is set exactly if one is needed."""
   needs_model = reward is not None and reward.needs_model
   if needs_model and checkpoint_path is None:
     raise ValueError(
-      'This REWARD is given by a model: set REWARD_CHECKPOINT_PATH to a run, '
-      'Hugging Face or T5X folder.'
+      'This REWARD needs a model: set REWARD_CHECKPOINT_PATH to a run, Hugging '
+      'Face or T5X folder.'
     )
   if checkpoint_path is not None and not needs_model:
     raise ValueError(
-      'REWARD_CHECKPOINT_PATH is set, but no model is asked for a reward. Set '
-      'it to None, or REWARD = @entailment.entailment().'
+      'REWARD_CHECKPOINT_PATH is set, but REWARD uses no model. Set it to '
+      'None, or REWARD = @entailment.entailment().'
     )
   if dtype is not None and checkpoint_path is None:
     raise ValueError('REWARD_DTYPE is set, but no REWARD_CHECKPOINT_PATH.')
@@ -79,20 +79,20 @@ def score(
   """Returns the reward of each output, a constant: [B] float32.
 
   Args:
-    function: what `Reward.make_score` returned.
+    function: from `Reward.make_score`.
     batch: inputs, and the dataset's own outputs.
-    outputs: to be scored.
+    outputs: the outputs to score.
     params: of the reward's model; None if it has none.
 
   Raises:
-    ValueError: it is not one number an output.
+    ValueError: the reward is not one number per output.
   """
   rewards_B = jnp.asarray(function(batch, outputs, params))
   batch_size = outputs.tokens.shape[0]
   if rewards_B.shape != (batch_size,):
     raise ValueError(
-      f'REWARD must give one number an output, an array of shape '
-      f'({batch_size},), but gives {rewards_B.shape}.'
+      f'REWARD must return one number per output, an array of shape '
+      f'({batch_size},), but returns shape {rewards_B.shape}.'
     )
   return jax.lax.stop_gradient(rewards_B.astype(jnp.float32))
 
@@ -104,13 +104,13 @@ def check_score(
   batch_size: int,
   lengths: Mapping[str, int],
 ) -> None:
-  """Traces a reward, so that its errors come before a compilation.
+  """Traces a reward, so that it fails before the step is compiled.
 
   Args:
-    function: what `Reward.make_score` returned.
-    params: of the reward's model, as arrays or shapes; None if it has none.
-    batch_size: rows that are scored at a time.
-    lengths: {'inputs': S, 'targets': T} of these.
+    function: from `Reward.make_score`.
+    params: arrays or shapes of the reward's model; None if it has none.
+    batch_size: rows that are scored at once.
+    lengths: {'inputs': S, 'targets': T}.
 
   Raises:
     ValueError: see `score`.
@@ -132,16 +132,16 @@ def check_score(
 
 
 def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
-  """1 for an output that is the dataset's, token by token; 0 for any other.
+  """1 if output and target have the same tokens, 0 otherwise.
 
-  EOS is a token here: what was cut off before its end is no match.
+  EOS is compared, too: a truncated output does not match.
 
   Args:
-    marker: only what comes after its last occurrence counts, in output and
-      target, as for the answer that ends a chain of thought: '#### ' in
-      arithmetic_cot. Without it in both there is no match. Text, or ids where
-      the vocabulary writes it in another way between other tokens. None: all
-      tokens count.
+    marker: compare only the tokens after its last occurrence in output and
+      target, such as the answer after a chain of thought ('#### ' in
+      arithmetic_cot). If either has no marker, there is no match. A text, or
+      ids if the vocabulary encodes the text differently in context. None:
+      compare all tokens.
   """
 
   def make_score(vocabulary, ids, model):
@@ -166,13 +166,13 @@ def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
 
 
 def _tokens_or_nothing(outputs: Outputs) -> jax.Array:
-  return jnp.where(outputs.weights > 0.0, outputs.tokens, NOTHING)
+  return jnp.where(outputs.weights > 0.0, outputs.tokens, NO_TOKEN)
 
 
 def _after_last(
   tokens_BT: jax.Array, marker: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns what follows the last marker [B, T], and whether there is one."""
+  """Returns the tokens after the last marker [B, T], and whether it occurs."""
   length = tokens_BT.shape[1]
   # Position t of the k-th array is token t + k.
   grams_BTN = _grams(tokens_BT, len(marker))
@@ -182,27 +182,27 @@ def _after_last(
   rest_BT = jnp.take_along_axis(
     tokens_BT, jnp.minimum(at_BT, length - 1), axis=1
   )
-  return jnp.where(at_BT < length, rest_BT, NOTHING), last_B >= 0
+  return jnp.where(at_BT < length, rest_BT, NO_TOKEN), last_B >= 0
 
 
 def _grams(tokens_BT: jax.Array, n: int) -> jax.Array:
   """Returns tokens t to t + n - 1 at position t: [B, T, n]."""
   length = tokens_BT.shape[1]
-  padded = jnp.pad(tokens_BT, ((0, 0), (0, n)), constant_values=NOTHING)
+  padded = jnp.pad(tokens_BT, ((0, 0), (0, n)), constant_values=NO_TOKEN)
   return jnp.stack([padded[:, k : k + length] for k in range(n)], axis=-1)
 
 
 def rouge_n(n: int = 2) -> Reward:
-  """ROUGE-N of output and target, F1 between 0 and 1, of token ids.
+  """ROUGE-N of output and target over token ids: F1 between 0 and 1.
 
-  Counts n-grams of tokens as ROUGE counts those of words: no stemming, and
-  EOS is no word. Makes arrays of [B, T, T] bits.
+  It counts n-grams of tokens in place of words, without stemming and without
+  EOS. It needs boolean arrays of shape [B, T, T].
 
   Args:
-    n: tokens in an n-gram.
+    n: tokens per n-gram.
 
   Raises:
-    ValueError: n is no positive whole number.
+    ValueError: n is not a positive whole number.
 
   Source: Lin (2004), "ROUGE", ACL workshop Text Summarization Branches Out.
   """
@@ -214,13 +214,13 @@ def rouge_n(n: int = 2) -> Reward:
     got_BT, want_BT = (words(y, eos) for y in (outputs, batch.outputs))
     got_BTN, want_BTN = _grams(got_BT, n), _grams(want_BT, n)
     in_got_BT, in_want_BT = (
-      jnp.all(grams != NOTHING, axis=-1) for grams in (got_BTN, want_BTN)
+      jnp.all(grams != NO_TOKEN, axis=-1) for grams in (got_BTN, want_BTN)
     )
 
     def equal_BTT(a_BTN, b_BTN):
       return jnp.all(a_BTN[:, :, None] == b_BTN[:, None], axis=-1)
 
-    # The k-th time that an n-gram occurs counts if the target has it k times.
+    # The k-th occurrence of an n-gram counts if the target has k of them.
     in_want_BTT = equal_BTT(got_BTN, want_BTN) & in_want_BT[:, None]
     before_BTT = jnp.tril(equal_BTT(got_BTN, got_BTN), k=-1)
     counts_BT = before_BTT.sum(axis=2) < in_want_BTT.sum(axis=2)
@@ -236,9 +236,9 @@ def rouge_n(n: int = 2) -> Reward:
 
 
 def rouge_l() -> Reward:
-  """ROUGE-L of output and target, F1 between 0 and 1, of token ids.
+  """ROUGE-L of output and target over token ids: F1 between 0 and 1.
 
-  By the longest common subsequence of all tokens but EOS; no stemming.
+  The longest common subsequence of tokens, without stemming and without EOS.
 
   Source: Lin (2004), "ROUGE", ACL workshop Text Summarization Branches Out.
   """
@@ -246,13 +246,14 @@ def rouge_l() -> Reward:
   def score(batch, outputs, params, *, eos):
     del params
     got_BT, want_BT = (words(y, eos) for y in (outputs, batch.outputs))
-    lengths = [(x != NOTHING).sum(axis=1) for x in (got_BT, want_BT)]
-    want_BT = jnp.where(want_BT == NOTHING, _NEITHER, want_BT)
+    lengths = [(x != NO_TOKEN).sum(axis=1) for x in (got_BT, want_BT)]
+    want_BT = jnp.where(want_BT == NO_TOKEN, _NO_TARGET, want_BT)
 
     def add_token(best_BT, token_B):
-      # best[j]: of the tokens so far and the first j + 1 of the target. It is
-      # the largest of best[j], best[j - 1] + 1 where the two tokens are equal,
-      # and the new best[j - 1]: a running maximum.
+      # best[j] is the length of the longest common subsequence of the tokens so
+      # far and the target's first j + 1. The new best[j] is the maximum of the
+      # old best[j], of best[j - 1] + 1 if the two tokens are equal, and of the
+      # new best[j - 1]: a running maximum.
       shorter_BT = jnp.pad(best_BT[:, :-1], ((0, 0), (1, 0)))
       longer_BT = shorter_BT + (want_BT == token_B[:, None])
       return jax.lax.cummax(jnp.maximum(best_BT, longer_BT), axis=1), None
@@ -266,9 +267,9 @@ def rouge_l() -> Reward:
 
 
 def words(outputs: Outputs, eos: int) -> jax.Array:
-  """Returns the tokens but EOS: [B, T]."""
+  """Returns the tokens [B, T], with NO_TOKEN at EOS and padding."""
   tokens_BT = _tokens_or_nothing(outputs)
-  return jnp.where(tokens_BT == eos, NOTHING, tokens_BT)
+  return jnp.where(tokens_BT == eos, NO_TOKEN, tokens_BT)
 
 
 def _f1(common_B, got_B, want_B) -> jax.Array:
@@ -277,17 +278,17 @@ def _f1(common_B, got_B, want_B) -> jax.Array:
 
 
 def python_function(function: TextReward) -> Reward:
-  """Any Python function over texts; every step waits for it, on the host.
+  """A Python function over texts; it runs on the host, and each step waits.
 
-  It is called once a microbatch with all of its rows, whichever devices they
-  are on (by the first host; several were not tried). It must depend on its
-  arguments alone, for it may be called again with the same ones, and must not
-  use JAX. If it raises, the run ends at the next step.
+  It is called once per microbatch with the rows of all devices (on the first
+  host; not tested with several hosts). It must be a pure function, since XLA
+  may call it again, and must not use JAX. If it raises, the run ends at the
+  next step.
 
   Args:
-    function: (inputs, outputs, targets), lists of equally many texts -> one
-      finite number for each output. Texts are what the task's vocabulary makes
-      of the tokens before EOS.
+    function: (inputs, outputs, targets), lists of texts of equal length -> one
+      finite number per output. The task's vocabulary decodes the texts; tokens
+      from EOS on are left out.
   """
   name = f'{function.__module__}.{function.__qualname__}'
   failures = []
@@ -304,7 +305,7 @@ def python_function(function: TextReward) -> Reward:
 
     def texts(words_BT):
       return [
-        vocabulary.decode([int(word) for word in row if word != NOTHING])
+        vocabulary.decode([int(word) for word in row if word != NO_TOKEN])
         for row in words_BT
       ]
 
@@ -326,8 +327,8 @@ def python_function(function: TextReward) -> Reward:
           values = np.asarray(function(*map(texts, split)), np.float32)
           if values.shape != (batch_size,) or not np.isfinite(values).all():
             raise ValueError(
-              f'{batch_size} finite numbers are wanted, one for each output, '
-              f'but it returned {values}'
+              f'it must return {batch_size} finite numbers, one per output, '
+              f'but returned {values}'
             )
           return values
         except Exception as e:
@@ -353,10 +354,10 @@ def token_ids(
   ids: SpecialIds,
   setting: str,
 ) -> list[int]:
-  """Returns the ids of a text, or the ids that were given.
+  """Returns the ids of a text; checks and returns ids.
 
   Raises:
-    ValueError: the vocabulary has no tokens for it.
+    ValueError: there is no token, or one is unknown, EOS or never written.
   """
   if isinstance(text, str):
     tokens = vocabulary.encode(text)
@@ -371,11 +372,11 @@ def token_ids(
 
 
 def known_id(vocabulary: Vocabulary, token_id: int, setting: str) -> int:
-  """Returns an id; ValueError if the vocabulary does not have it."""
-  # JAX would take the last id there is for one beyond it.
+  """Returns the id; raises ValueError if it is outside the vocabulary."""
+  # JAX clips indices: an id out of range would silently become the last id.
   if not 0 <= token_id < vocabulary.vocab_size:
     raise ValueError(
-      f"{setting}: there is no id {token_id} in the task's vocabulary of "
-      f'{vocabulary.vocab_size} ids.'
+      f"{setting} is {token_id}, but the task's vocabulary has ids from 0 to "
+      f'{vocabulary.vocab_size - 1}.'
     )
   return token_id

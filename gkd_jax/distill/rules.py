@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules between the parts of a method, each a function named as the fact.
+"""Rules between the parts of a method; each function is named for its rule.
 
-A value alone is checked by the part that owns it.
+Single values are checked by the part that owns them.
 """
 
 import inspect
@@ -16,13 +16,13 @@ from gkd_jax.distill.methods import Method
 
 
 class Setup(NamedTuple):
-  """What the rules are about.
+  """The values that the rules check.
 
   Attributes:
-    method: the four choices.
+    method: policy, teacher, objective and credit.
     dropout_rate: of the student.
-    batch_size: outputs of a step; None: not known yet.
-    num_microbatches: that a batch is split into.
+    batch_size: outputs per step; None: not known yet.
+    num_microbatches: microbatches per batch.
   """
 
   method: Method
@@ -32,99 +32,99 @@ class Setup(NamedTuple):
 
 
 def check(setup: Setup) -> None:
-  """Raises ValueError if a rule is broken; reads no file, compiles nothing."""
+  """Raises ValueError if a rule is violated. Reads and compiles nothing."""
   for rule in RULES:
     rule(setup)
 
 
 def something_is_minimised(setup: Setup) -> None:
-  """A weight is positive, or a credit is learnt from."""
+  """A weight of the objective is positive, or the credit has a gradient."""
   objective, credit = setup.method.objective, setup.method.credit
   learns = credit is not None and credit.learns
   if not (objective.divergence_weight or objective.likelihood_weight or learns):
     raise ValueError(
       'This method has nothing to minimise: DIVERGENCE_WEIGHT and '
-      'LIKELIHOOD_WEIGHT are 0, and nothing is learnt from a reward.'
+      'LIKELIHOOD_WEIGHT are 0, and no reward has a positive REWARD_WEIGHT.'
     )
 
 
 def likelihood_is_not_of_the_students_outputs(setup: Setup) -> None:
-  """Likelihood is of outputs that others wrote."""
+  """The likelihood term excludes outputs that the student wrote."""
   weight = setup.method.objective.likelihood_weight
   fraction = setup.method.policy.student_data_fraction
   if weight > 0.0 and fraction > 0.0:
     raise ValueError(
-      f'LIKELIHOOD_WEIGHT is {weight} and STUDENT_DATA_FRACTION {fraction}: '
-      'maximising the likelihood of outputs that the student wrote would teach '
-      'it its own mistakes. Set LIKELIHOOD_WEIGHT = 0.0, or '
-      "STUDENT_DATA_FRACTION = 0.0 to learn from the dataset's outputs alone."
+      f'LIKELIHOOD_WEIGHT is {weight} and STUDENT_DATA_FRACTION is {fraction}: '
+      "maximising the likelihood of the student's own outputs would reinforce "
+      'its mistakes. Set LIKELIHOOD_WEIGHT = 0.0, or STUDENT_DATA_FRACTION = '
+      "0.0 to train on the dataset's outputs alone."
     )
 
 
 def reward_is_of_the_students_outputs(setup: Setup) -> None:
-  """A reward needs outputs by the student."""
+  """A reward needs outputs that the student writes."""
   credit = setup.method.credit
-  judges_student = credit is not None and credit.judges_student
-  if judges_student and setup.method.policy.student_data_fraction == 0.0:
+  student_outputs_only = credit is not None and credit.student_outputs_only
+  if student_outputs_only and setup.method.policy.student_data_fraction == 0.0:
     raise ValueError(
-      'A reward is given to what the student writes, but STUDENT_DATA_FRACTION '
-      'is 0.0: it writes nothing. Set STUDENT_DATA_FRACTION = 1.0, or REWARD = '
-      'None and REWARD_WEIGHT = None.'
+      "A reward scores the student's outputs, but STUDENT_DATA_FRACTION is "
+      '0.0: the student writes none. Set STUDENT_DATA_FRACTION = 1.0, or '
+      'REWARD = None and REWARD_WEIGHT = None.'
     )
 
 
 def reinforce_draws_ancestrally(setup: Setup) -> None:
-  """REINFORCE needs draws from the student's own distribution."""
+  """REINFORCE needs samples from the student's own distribution."""
   credit, config = setup.method.credit, setup.method.student_sampler
-  if credit is None or not credit.differentiates_draw:
+  if credit is None or not credit.is_policy_gradient:
     return
   if config != sampler.ANCESTRAL:
     raise ValueError(
       'REINFORCE differentiates the distribution that outputs are drawn from, '
-      'so the student must write with its own, but its outputs are drawn by '
-      f'{config}. Set SAMPLING_TEMPERATURE = 1.0, without top_k and top_p.'
+      "so they must be drawn from the student's unmodified distribution, but "
+      f'student_sampler is {config}. Set SAMPLING_TEMPERATURE = 1.0, without '
+      'top_k and top_p.'
     )
 
 
 def reinforce_trains_without_dropout(setup: Setup) -> None:
-  """REINFORCE differentiates the distribution that wrote."""
+  """REINFORCE differentiates the distribution that outputs are drawn from."""
   credit = setup.method.credit
-  if credit is None or not credit.differentiates_draw:
+  if credit is None or not credit.is_policy_gradient:
     return
   if setup.dropout_rate > 0.0:
     raise ValueError(
-      f'DROPOUT_RATE is {setup.dropout_rate}: the student writes without '
-      'dropout, so REINFORCE with dropout would differentiate another '
-      'distribution than the one that wrote. To learn from a reward set '
-      'DROPOUT_RATE = 0.0.'
+      f'DROPOUT_RATE is {setup.dropout_rate}: the student samples without '
+      'dropout, so REINFORCE with dropout would differentiate a different '
+      'distribution. To learn from a reward set DROPOUT_RATE = 0.0.'
     )
 
 
 def training_outputs_are_drawn_from_a_model(setup: Setup) -> None:
-  """No calculator writes in training."""
+  """Training does not use the calculator."""
   for name in ('student_sampler', 'teacher_sampler'):
     if getattr(setup.method, name).calculator:
       raise ValueError(
-        f'{name}.calculator is set, but what the calculator writes is not '
-        'drawn from the model: the student would be trained on outputs that '
-        "are neither its own nor the teacher's. Leave it unset there; "
+        f'{name}.calculator is set, but tokens of the calculator are not drawn '
+        'from the model: the student would be trained on outputs that are '
+        "neither its own nor the teacher's. Leave it unset for training; "
         'CALCULATOR = True is for evaluation.'
       )
 
 
 def compared_outputs_are_in_one_microbatch(setup: Setup) -> None:
-  """A microbatch has the rows a credit compares."""
+  """A microbatch has at least as many rows as the credit compares."""
   credit, batch_size = setup.method.credit, setup.batch_size
   if credit is None or batch_size is None:
     return
   rows = batch_size // setup.num_microbatches
   if rows < credit.min_rows:
     raise ValueError(
-      f'The credit compares at least {credit.min_rows} outputs of a microbatch '
+      f'The credit needs at least {credit.min_rows} outputs per microbatch '
       "(REWARD_BASELINE = 'batch_mean' is the mean reward of the other "
       f'outputs), but BATCH_SIZE {batch_size} in {setup.num_microbatches} '
-      f'microbatches leaves {rows}. Use larger microbatches, or another '
-      "REWARD_BASELINE: 'self_critical' or 'none'."
+      f'microbatches leaves {rows}. Use fewer microbatches, or set '
+      "REWARD_BASELINE to 'self_critical' or 'none'."
     )
 
 
@@ -140,16 +140,17 @@ RULES = (
 
 
 def check_divergence(method: Method, vocab_size: int) -> None:
-  """Traces the divergence on logits of the size they will have.
+  """Traces the method's divergence on logits of the real vocabulary size.
 
-  What the function itself raises is not caught: its traceback shows where.
+  Exceptions of the divergence itself pass through with their traceback.
 
   Args:
-    method: whose objective has it.
-    vocab_size: width of the logits that are compared.
+    method: its objective has the divergence.
+    vocab_size: width of the compared logits.
 
   Raises:
-    ValueError: it has another signature, or does not return a float a token.
+    ValueError: the divergence has a wrong signature, or does not return one
+      float per token.
   """
   if not method.objective.needs_teacher:
     return
@@ -176,18 +177,18 @@ def check_divergence(method: Method, vocab_size: int) -> None:
   ):
     raise ValueError(
       f'Objective.divergence {divergence.reported_name} must map logits '
-      f'[..., V] to [...] floats: of {logits.shape} it makes {value}.'
+      f'[..., V] to [...] floats, but maps {logits.shape} to {value}.'
     )
 
 
 def check_signature(divergence: Divergence) -> None:
-  """Raises ValueError unless a divergence can be called as it will be."""
+  """Raises ValueError unless a divergence accepts its keywords."""
   try:
     signature = inspect.signature(divergence.function)
   except (TypeError, ValueError):
-    return  # not a Python function: its own error will do
+    return  # not a Python function: calling it raises its own error
   try:
-    # Partially: gin binds the other parameters where no signature shows it.
+    # bind_partial, because gin may bind the other parameters invisibly.
     signature.bind_partial(**dict.fromkeys(divergence.keywords))
   except TypeError as e:
     wanted = ' and '.join(divergence.keywords)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step changes, and what it only reads."""
+"""The state that a train step updates, and the frozen parameters it reads."""
 
 from typing import Any, NamedTuple
 
@@ -13,14 +13,15 @@ from gkd_jax.parallel import partitioning
 
 Params = Any
 
-# No step has this number: heads are drawn with a key of their own.
+# Folded into the seed for the heads' key; no step reaches this number.
 _HEADS = 2**31 - 1
 
 
 class Carried(NamedTuple):
-  """State that methods carry from step to step; it has no gradient.
+  """State of policy, teacher and divergence; it has no gradient.
 
-  Saved, sharded and donated with the rest of the state; () has no leaves.
+  It is saved, sharded and donated with the rest of the train state. () means
+  that the part has no state.
   """
 
   policy: Any = ()
@@ -29,12 +30,12 @@ class Carried(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """Everything that changes from step to step. Nothing random is stored."""
+  """Everything that a step updates. Random keys derive from seed and `step`."""
 
-  step: jax.Array  # [] int32, number of updates done
+  step: jax.Array  # [] int32, number of steps done
   params: Params  # the student's, with T5X's names
   opt_state: optax.OptState  # of `trained(params, heads)`
-  heads: Params = ()  # parameters that a method learns beside the student
+  heads: Params = ()  # the divergence's learnt parameters
   carried: Carried = Carried()
 
 
@@ -46,14 +47,14 @@ class Frozen(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """Parameters that have a gradient."""
+  """Parameters that the optimizer updates."""
 
   params: Params
   heads: Params = ()
 
 
 def trained(params: Params, heads: Params) -> Params | Trained:
-  """Returns what the optimizer updates: without heads the parameters alone."""
+  """Returns the optimizer's parameters: without heads, `params` itself."""
   return Trained(params, heads) if jax.tree.leaves(heads) else params
 
 
@@ -69,12 +70,12 @@ def init_state(
 
   Args:
     params: of the student.
-    optimizer: of the run.
-    method: its policy, teacher and divergence may carry state, and its
-      divergence may have heads; None: no part does.
-    batch: arrays, or their shapes and dtypes, of the global batch; read by a
-      policy with state.
-    seed: of the heads.
+    optimizer: any optax optimizer.
+    method: initialises the state of its policy, teacher and divergence, and the
+      divergence's heads; None: there is none of these.
+    batch: arrays or ShapeDtypeStructs of the global batch; a policy with state
+      needs their shapes.
+    seed: seeds the heads.
 
   Raises:
     ValueError: the policy has state and no batch is given.
@@ -95,8 +96,7 @@ def _init_carried(params, method, batch) -> Carried:
   if method.policy.init is not None:
     if batch is None:
       raise ValueError(
-        'This policy has state: init_state needs `batch`, the shapes of a '
-        'batch.'
+        'This policy has state: pass `batch` (arrays or shapes) to init_state.'
       )
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
@@ -107,7 +107,7 @@ def _init_carried(params, method, batch) -> Carried:
   of_divergence = method.objective.divergence
   if of_divergence is not None and of_divergence.init is not None:
     divergence = of_divergence.init()
-  # Copies: a state is donated, so no two of its arrays may share memory.
+  # Copies, because donated arrays must not share memory.
   return jax.tree.map(jnp.array, Carried(policy, teacher, divergence))
 
 
@@ -119,13 +119,15 @@ def abstract_state(
   *,
   batch: Batch | None = None,
 ) -> TrainState:
-  """Returns shapes, dtypes and shardings of a state, without making it.
+  """Returns shapes, dtypes and shardings of the initial state.
+
+  Optimizer state and carried state with the names of parameters are sharded
+  like these parameters; all other state is replicated.
 
   Args:
     params: abstract, with their shardings.
-    optimizer: its state is sharded as the parameters are, and so is carried
-      state with the parameters' names; all other state is replicated.
-    mesh: that these lie on.
+    optimizer: any optax optimizer.
+    mesh: of the shardings.
     method: see `init_state`.
     batch: see `init_state`.
   """

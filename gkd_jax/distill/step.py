@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train step: write outputs, grade them, compare, update. One program.
+"""The train step: write outputs, run the teacher, compare, update. One program.
 
 Source: Agarwal et al. (2024), arXiv:2306.13649, Algorithm 1 and Eq. 5.
 """
@@ -28,12 +28,12 @@ TrainStep = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
 class Models(NamedTuple):
-  """What writes and what grades.
+  """Both models, with the method and the ids of a step.
 
   Attributes:
     student: model that learns; see `models.interface`.
-    teacher: model that grades; None if the method needs none.
-    method: the four choices.
+    teacher: model of the teacher; None if the method needs none.
+    method: policy, teacher, objective and credit.
     ids: the special ids of both models and their vocabulary.
     score: what `Reward.make_score` returned for the method's reward.
   """
@@ -58,7 +58,7 @@ class Rngs(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """What the loss reads of a (micro)batch: all of it has rows [B, ...]."""
+  """The loss's inputs that are split into microbatches: rows [B, ...]."""
 
   batch: Batch
   rollouts: Rollouts
@@ -67,10 +67,10 @@ class Rows(NamedTuple):
 
 
 class Shared(NamedTuple):
-  """What the loss reads, the same for all microbatches."""
+  """The loss's inputs that all microbatches share."""
 
   frozen: Frozen
-  teacher_head: Params  # parameters that make the hidden states logits
+  teacher_head: Params  # parameters of the projection to the vocabulary
   rngs: Rngs
   carried: Any = ()  # the divergence's state
 
@@ -88,29 +88,28 @@ def make_train_step(
 ) -> TrainStep:
   """Returns `train_step(state, frozen, batch) -> (state, metrics)`.
 
-  It is pure and not yet jitted; donate `state`, not `frozen`. A step whose loss
-  or gradient is not finite changes `state.step` alone.
+  It is pure and not yet jitted; donate `state`, not `frozen`. A step with a
+  non-finite loss or gradient changes only `state.step`.
 
   Args:
     student: model that learns; see `models.interface`.
     teacher: model of the teacher's checkpoint, or None if the method needs no
       checkpoint. Its parameters are `frozen.teacher`.
     method: policy, teacher, divergence and credit.
-    optimizer: any optax optimizer; it gets the mean gradient of the batch.
+    optimizer: any optax optimizer; it receives the batch's mean gradient.
     ids: the special ids of both models and their vocabulary.
-    seed: of dropout, sampling and the policy's draws. Together with
-      `state.step` it determines them all.
-    num_microbatches: the batch is split into so many parts to save memory.
-      Results differ only by rounding and dropout masks; a credit compares the
-      outputs of one part. Work without gradient is done for all parts together,
-      so that sampling reads the student's weights once a token and the
-      teacher's are gathered once: only the sampling KV cache and the encoder
-      outputs of both models are held for the full batch.
-    score: what `make_score` of the method's reward returned. Parameters of its
-      model are `frozen.reward`.
+    seed: seeds dropout, sampling and the policy, together with `state.step`.
+    num_microbatches: splits the batch to save memory. Results differ only by
+      rounding and dropout masks, except that a credit compares outputs within a
+      microbatch. Sampling and the teacher run on the full batch, so that each
+      token reads the student's weights once and the teacher is gathered once:
+      only the sampling KV cache and the encoder outputs of both models are held
+      for the full batch.
+    score: the method's reward function, from `Reward.make_score`. The
+      parameters of its model are `frozen.reward`.
 
   Raises:
-    ValueError: parts of the method do not fit together, see `rules`, or the
+    ValueError: parts of the method contradict each other, see `rules`, or the
       divergence is not a function of logits.
   """
   if not method.teacher.needs_checkpoint:
@@ -122,11 +121,11 @@ def make_train_step(
   def train_step(state, frozen, batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     rngs = Rngs(*jax.random.split(rng, 3))
-    # Gathered once for sampling, both passes, and all microbatches.
+    # Gathered once for sampling and for all microbatches.
     with jax.named_scope('student'):
       params = student.gather_params(state.params)
     encoded = None
-    if shares_encoder:  # sampling and loss read the same encoder output
+    if shares_encoder:  # sampling and loss use the same encoder output
       encoded, encoder_vjp = jax.vjp(
         lambda params: _encode(models, params, batch), params
       )
@@ -162,7 +161,7 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     means = _means(sums, count, method.credit)
-    # A step that is not finite would spoil all that follow.
+    # A non-finite update would corrupt all later steps.
     with jax.named_scope('optimizer'):
       params, opt_state, heads, carried = jax.lax.cond(
         is_finite,
@@ -179,17 +178,17 @@ def make_train_step(
 def make_batch_loss(
   *, student, teacher, method: Method, ids: SpecialIds, score=None
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """Returns the loss of a whole batch as one function of the parameters.
+  """Returns the loss of a full batch as one function of the parameters.
 
-  For trainers that take the gradient themselves. Parts with state or heads are
-  refused: such a trainer has no place for them.
+  For trainers that differentiate the loss themselves. They have no place for
+  state or heads, so methods with either are refused.
 
   Args: see `make_train_step`.
 
   Returns:
-    (student params, frozen, batch, Rngs) -> (loss, sums). The sums have the
-    loss and its parts, too; all are still to be divided by sums['count'], those
-    of sequences by sums['sequences'].
+    (student params, frozen, batch, Rngs) -> (loss, sums). `sums` contains the
+    loss and its parts. The caller divides them by sums['count'], and
+    'on_policy' and 'truncated' by sums['sequences'].
 
   Raises:
     ValueError: see `make_train_step`; or a part has state.
@@ -211,11 +210,7 @@ def make_batch_loss(
 
 
 def _check(models: Models) -> Models:
-  """Returns the models.
-
-  Raises:
-    ValueError: see `make_train_step`.
-  """
+  """Returns `models` unchanged; raises ValueError as in `make_train_step`."""
   student, teacher, method = models.student, models.teacher, models.method
   rules.check(rules.Setup(method, student.config.dropout_rate))
   if method.needs_teacher and teacher is None:
@@ -248,16 +243,16 @@ def hidden_states(
   dropout_rng: jax.Array | None = None,
   num_microbatches: int = 1,
 ) -> jax.Array:
-  """Runs a model on inputs and outputs, up to the projection: [B, T, D].
+  """Returns a model's hidden states before the projection: [B, T, D].
 
   Args:
     model: encoder-decoder.
     params: its parameters.
     encoder_input_tokens: [B, S] int32.
     target_tokens: [B, T] int32.
-    encoded: [B, S, D], the encoder's output where it is known already.
-    dropout_rng: turns dropout on.
-    num_microbatches: parts of the rows that each layer works on in turn.
+    encoded: [B, S, D] encoder output; None: the encoder runs here.
+    dropout_rng: enables dropout; None: no dropout.
+    num_microbatches: each layer processes the rows in this many parts.
   """
   keywords = {'deterministic': dropout_rng is None}
   keywords |= _microbatches(num_microbatches)
@@ -281,7 +276,7 @@ def hidden_states(
 
 
 def _microbatches(number: int) -> dict[str, int]:
-  """Returns keywords of a model's methods."""
+  """Returns the keyword of a model's methods; none for 1 microbatch."""
   return {'num_microbatches': number} if number > 1 else {}
 
 
@@ -302,23 +297,21 @@ def _write_and_grade(
   carried: Carried,
   num_microbatches: int = 1,
 ) -> tuple[Rows, Shared, jax.Array | None, Any]:
-  """Calls the policy, once, and has the teacher read what it wrote.
-
-  No gradient flows through either.
+  """Calls the policy once and runs the teacher on its outputs, no gradient.
 
   Args:
-    models: of the step.
-    params: of the student.
-    frozen: parameters of the teacher's checkpoint, and of the reward.
-    batch: of the step.
-    rngs: of the step.
-    encoded: [B, S, D] the student's encoder output on the batch, if known.
-    carried: of the state.
-    num_microbatches: parts of the rows that each layer works on in turn.
+    models: both models.
+    params: the student's parameters.
+    frozen: parameters of the teacher's checkpoint and of the reward's model.
+    batch: the step's batch.
+    rngs: the step's keys.
+    encoded: [B, S, D] the student's encoder output on the batch, or None.
+    carried: the method's state.
+    num_microbatches: each layer processes the rows in this many parts.
 
   Returns:
-    What the loss reads, `encoded` again (None if the rollouts bring other
-    inputs), and the policy's next state.
+    The inputs of the loss; `encoded`, or None if the rollouts have other
+    inputs; and the policy's next state.
   """
   method = models.method
   teacher_params = jax.lax.stop_gradient(
@@ -354,7 +347,7 @@ def _write_and_grade(
         rollouts.outputs.tokens,
         num_microbatches=num_microbatches,
       )
-      # Gathered, because each chunk of tokens reads it.
+      # Gathered once, because each chunk of tokens reads it.
       teacher_head = teacher.head_params(teacher.gather_params(teacher_params))
   return (
     Rows(batch, rollouts, teacher_hidden, row_ids_B),
@@ -375,7 +368,7 @@ def _draw(
   carried,
   num_microbatches,
 ) -> Draw:
-  """Returns what a policy may use; see `policies.Draw`."""
+  """Returns the inputs of the policy; see `policies.Draw`."""
   inputs = batch.encoder_input_tokens
 
   def sample(model, params, config, encoded, encoder_scope):
@@ -413,11 +406,11 @@ def _draw(
 
 
 def _make_loss_sums(models: Models):
-  """Returns the function that a step takes the gradient of.
+  """Returns the function that a step differentiates.
 
-  (Trained, the student's encoder output [B, S, D] or None: it runs here, Rows,
-  Shared) -> (loss, sums). The loss, too, is a sum, still to be divided by
-  sums['count'].
+  (Trained, encoded, Rows, Shared) -> (loss, sums). `encoded` is the student's
+  encoder output [B, S, D]; None: the encoder runs inside. The loss is a sum, to
+  be divided by sums['count'].
   """
   student, method, ids = models.student, models.method, models.ids
   objective, credit = method.objective, method.credit
@@ -486,7 +479,7 @@ def _make_loss_sums(models: Models):
 
 
 def _extras(objective, heads, carried, rollouts) -> chunked_sums.Extras | None:
-  """Returns what the divergence reads beside the logits."""
+  """Returns the divergence's inputs other than logits; None: it has none."""
   divergence = objective.divergence
   if not objective.needs_teacher or divergence.needs_logits_alone:
     return None
@@ -501,7 +494,7 @@ def _extras(objective, heads, carried, rollouts) -> chunked_sums.Extras | None:
 def _evidence(
   models, log_probs, params, encoded, rows, shared
 ) -> credit_lib.Evidence:
-  """Returns what a credit may use; see `credit.Evidence`."""
+  """Returns the inputs of the credit; see `credit.Evidence`."""
   method, rollouts = models.method, rows.rollouts
 
   def sample_greedy():
@@ -558,13 +551,14 @@ def _log_probs(
 def _means(sums, count, credit) -> Metrics:
   """Returns the metrics of a step from its sums.
 
-  Those of a credit are means over the student's outputs, NaN where it wrote
-  none; `<name>_squared` becomes `<name>_rms`.
+  Metrics of a credit are means over the rows that it applies to, NaN without
+  such rows; `<name>_squared` becomes `<name>_rms`.
   """
   sums = dict(sums)
   sequences = sums.pop('sequences')
   of_credit = {
-    name: total / (sums['on_policy'] if credit.judges_student else sequences)
+    name: total
+    / (sums['on_policy'] if credit.student_outputs_only else sequences)
     for name, total in sums.pop('credit', {}).items()
   }
   for name in [name for name in of_credit if name.endswith('_squared')]:
@@ -582,7 +576,7 @@ def _means(sums, count, credit) -> Metrics:
 
 
 def check_no_state(method: Method) -> None:
-  """Raises ValueError if a part has state or heads."""
+  """Raises ValueError if a part of the method has state or heads."""
   divergence = method.objective.divergence
   inits = [method.policy.init, method.teacher.init]
   if divergence is not None:
@@ -595,7 +589,7 @@ def check_no_state(method: Method) -> None:
 
 
 def _update(method, optimizer, state, grads, policy_carried, means):
-  """Returns all of the state after a finite step but its number."""
+  """Returns the fields of the state after a finite step, without `step`."""
   old = state_lib.trained(state.params, state.heads)
   updates, opt_state = optimizer.update(grads, state.opt_state, old)
   new = optax.apply_updates(old, updates)
@@ -632,7 +626,7 @@ def _next_carried(method, carried, policy_carried, params, means) -> Carried:
 
 
 def _over_microbatches(grads_and_sums, rows, num_microbatches):
-  """Adds up grads_and_sums(rows, i) over parts of what has rows [B, ...]."""
+  """Sums grads_and_sums(microbatch, i) over the microbatches of rows."""
   if num_microbatches == 1:
     return grads_and_sums(rows, 0)
   parts = jax.tree.map(lambda x: split_rows(x, num_microbatches), rows)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers: whose next-token distributions the student is compared with.
+"""Teachers: the parameters that the student is compared with.
 
-A teacher is a choice of parameters, made anew at each step: those of a
-checkpoint, or parameters derived from the student's own, such as their moving
-average. No gradient flows through it.
+A teacher returns its parameters at each step: those of a checkpoint, or
+parameters derived from the student's, such as their moving average. No gradient
+flows through it.
 """
 
 import dataclasses
@@ -20,14 +20,13 @@ def _frozen(frozen: Params, student: Params, carried: Any) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """One way to obtain the teacher's parameters.
+  """A way to obtain the teacher's parameters.
 
   Attributes:
-    params: (parameters of the teacher's checkpoint or None, the student's,
-      carried) -> the parameters that the teacher reads and writes with at this
-      step.
+    params: (parameters of the teacher's checkpoint or None, the student's
+      parameters, carried) -> the teacher's parameters at this step.
     needs_checkpoint: True: the teacher is the model of a checkpoint. False: it
-      has the student's shape and runs on the student's model, without dropout.
+      is the student's model, run without dropout.
     init: the student's parameters -> initial state of the teacher; None: it
       has no state.
     update: (carried, the student's parameters after this step) -> carried.
@@ -40,7 +39,7 @@ class Teacher:
 
   def __post_init__(self):
     if (self.init is None) != (self.update is None):
-      raise ValueError('Teacher.init and Teacher.update belong together.')
+      raise ValueError('Teacher.init and Teacher.update must be set together.')
 
 
 def checkpoint() -> Teacher:

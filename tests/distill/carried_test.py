@@ -266,7 +266,7 @@ def test_a_state_that_changes_its_shape_is_refused():
 
 
 def test_a_policy_with_state_needs_the_shapes_of_a_batch():
-  with pytest.raises(ValueError, match='init_state needs `batch`'):
+  with pytest.raises(ValueError, match='pass `batch` .* to init_state'):
     state_lib.init_state(PARAMS, OPTIMIZER, METHOD)
 
 

@@ -562,8 +562,11 @@ def test_what_needs_more_than_logits_is_measured_in_training_alone(settings):
 @pytest.mark.parametrize(
   ('settings', 'text'),
   [
-    ({'reads': ('logits',)}, r"Divergence.reads may have .* got \['logits'\]"),
-    ({'init': dict}, 'init and Divergence.update belong together'),
+    (
+      {'reads': ('logits',)},
+      r"Divergence.reads may contain .* got \['logits'\]",
+    ),
+    ({'init': dict}, 'init and Divergence.update must be set together'),
   ],
 )
 def test_parts_of_a_divergence_that_do_not_fit_are_refused(settings, text):

@@ -35,7 +35,7 @@ BROKEN = {
     ),
   ],
   'likelihood_is_not_of_the_students_outputs': [
-    ({'policy': policy, 'objective': objective}, {}, 'its own mistakes')
+    ({'policy': policy, 'objective': objective}, {}, 'reinforce its mistakes')
     for policy in (
       policies.student(),
       policies.mixture(0.1),
@@ -44,7 +44,11 @@ BROKEN = {
     for objective in (LIKELIHOOD, Objective(JSD, likelihood_weight=0.5))
   ],
   'reward_is_of_the_students_outputs': [
-    ({'policy': policy, 'credit': learns}, {}, 'is 0.0: it writes nothing')
+    (
+      {'policy': policy, 'credit': learns},
+      {},
+      'is 0.0: the student writes none',
+    )
     for policy in (policies.dataset(), policies.teacher())
     for learns in (REINFORCE, MEASURED)
   ],

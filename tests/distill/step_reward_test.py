@@ -794,7 +794,7 @@ def test_a_2_by_2_mesh_gives_what_one_device_gives():
   ('settings', 'text'),
   [
     ({'reward': ANY_REWARD}, 'REWARD_WEIGHT is None. Set it'),
-    ({'weight': 0.5}, 'REWARD_WEIGHT is 0.5 and there is no REWARD. Name one'),
+    ({'weight': 0.5}, 'REWARD_WEIGHT is 0.5 and REWARD is None. Set REWARD'),
     ({'reward': ANY_REWARD, 'weight': -1.0}, 'must not be negative: -1.0'),
     ({'baseline': 'mean'}, "REWARD_BASELINE must be one of .* got 'mean'"),
     ({'normalization': 'no'}, "REWARD_NORMALIZATION must be .* got 'no'"),

@@ -498,7 +498,7 @@ def test_a_limit_that_would_cut_an_output_is_told_before_one_is_written(
 
 
 def test_a_model_that_nobody_asks_is_refused(config, tmp_path):
-  with pytest.raises(ValueError, match='no model is asked for a reward'):
+  with pytest.raises(ValueError, match='REWARD uses no model'):
     evaluate.evaluate_checkpoint(
       'unread', str(tmp_path), config, GREEDY, reward_checkpoint_path='unread'
     )

@@ -258,7 +258,7 @@ def test_a_method_without_its_teacher_is_refused():
 def test_likelihood_of_what_the_student_writes_is_refused():
   objective = dataclasses.replace(GKD, likelihood_weight=1.0)
 
-  with pytest.raises(ValueError, match='teach it its own mistakes'):
+  with pytest.raises(ValueError, match='reinforce its mistakes'):
     t5x_bridge.GKDModel(
       t5x_model(),
       Method(policy=policies.student(), objective=objective),
