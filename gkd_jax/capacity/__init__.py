@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a config fit a TPU slice, and how long is a step at the least?"""
+"""Capacity planning: memory and a lower bound of the step time on TPUs."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collective operations of a compiled program.
 
-They are read from the text of the optimized program: XLA's cost analysis does
+They are parsed from the optimized HLO text, because XLA's cost analysis does
 not report them.
 """
 
@@ -17,7 +17,7 @@ _KINDS = (
   'all-to-all',
   'collective-permute',
 )
-# `%name = shape kind(operands), attributes`, the parts that are read of it.
+# The parsed parts of `%name = shape kind(operands), attributes`.
 _INSTRUCTION = re.compile(
   r'^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.+?) '
   r'(?P<opcode>[a-z][a-z0-9-]*)\((?P<rest>.*)$'
@@ -36,11 +36,11 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: 'all-gather', 'all-reduce', ...
-    op_name: JAX's name of the operation that needs it; where the compiler
-      dropped it, that of the enclosing loop.
+    op_name: JAX's name of the operation; if the compiler dropped it, that of
+      the enclosing loop.
     in_decode_loop: whether it runs for each sampled token.
-    times: number of executions in a step, if all outputs have full length.
-    received: bytes that a device receives from others each time.
+    times: number of executions per step if all outputs have full length.
+    received: bytes that a device receives from others per execution.
 
   A loop of data-dependent length counts as `max_decode_len` iterations.
   """
@@ -64,9 +64,9 @@ def find(text: str, max_decode_len: int) -> list[Collective]:
   """Returns the collectives of a program.
 
   Args:
-    text: of the optimized program, `compiled.as_text()`.
-    max_decode_len: iterations of loops of data-dependent length. Of these, the
-      ones in the scope 'sampling' are decode loops.
+    text: the optimized HLO, `compiled.as_text()`.
+    max_decode_len: iterations of loops of data-dependent length. Such loops in
+      the scope 'sampling' are decode loops.
 
   Returns:
     Each collective of the program, once.
@@ -81,8 +81,8 @@ def find(text: str, max_decode_len: int) -> list[Collective]:
       continue
     for kind, op_name, received, channel in computation.collectives:
       one = Collective(kind, op_name or caller, in_decode_loop, times, received)
-      # The compiler may write the parts of one at several places, some of
-      # them in loops that run beside it.
+      # The compiler may split a collective into parts at several places, some
+      # of them in loops; the place that is executed least often counts.
       if one.times < found.setdefault(channel, one).times:
         found[channel] = one
     for callee, trips, is_unknown, op_name in computation.calls:
@@ -151,7 +151,7 @@ def _computation(
 
 
 def _trips(rest: str, lines: dict[str, list[str]]) -> int | None:
-  """Returns how often a loop runs; None if what is computed in it decides."""
+  """Returns a loop's number of iterations; None if it depends on data."""
   if known := re.search(r'known_trip_count[^\d]*(\d+)', rest):
     return int(known[1])
   condition, body = (
@@ -164,7 +164,7 @@ def _trips(rest: str, lines: dict[str, list[str]]) -> int | None:
   )
   if end is None or (limit := _constant(end[2], condition)) is None:
     return None
-  # By 1, or what is added to it: a loop may be unrolled.
+  # The increment is 1 unless the loop was unrolled.
   step = None
   index = re.search(
     rf'%{re.escape(end[1])} = .* get-tuple-element\(.*index=(\d+)', condition
@@ -187,20 +187,20 @@ def _constant(name: str, computation: str) -> int | None:
 
 
 def _received(opcode: str, shape: str, rest: str, num_devices: int) -> float:
-  """Returns the bytes that a device gets from others."""
+  """Returns the bytes that a device receives from other devices."""
   kind = opcode.removesuffix('-start')
   sizes = [
     _num_bytes(array)
     for array in _ARRAY.finditer(shape)
-    if array[0] != 'u32[]'  # a mark of what was started
+    if array[0] != 'u32[]'  # the context of an asynchronous start
   ]
   if opcode != kind and kind != 'all-reduce':
-    sizes = sizes[len(sizes) // 2 :]  # before the results it has the operands
+    sizes = sizes[len(sizes) // 2 :]  # drops the operands before the results
   size = sum(sizes)
   if kind == 'collective-permute':
     return size
   num = _group_size(rest) or num_devices
-  if kind == 'all-reduce':  # the sum of parts, then the parts
+  if kind == 'all-reduce':  # a reduce-scatter, then an all-gather
     return 2.0 * size * (num - 1) / num
   if kind == 'reduce-scatter':
     return size * (num - 1.0)
@@ -216,7 +216,7 @@ def _num_bytes(array: re.Match) -> int:
 
 
 def _group_size(rest: str) -> int | None:
-  """Returns among how many devices it happens; None: all."""
+  """Returns the number of devices in a replica group; None: all devices."""
   # mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, [2,4]<=[8], or {{0,1},{2,3}}
   if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', rest):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lower bounds of the FLOPs and memory traffic of an on-policy step.
 
-They are computed from the shapes: XLA's own analysis counts the body of a loop
-once, however often it runs. A multiplication and an addition are two FLOPs.
-Only matrix products are counted; everything else is less than 1 % of them.
-Bytes are those that must be read from or written to memory even if everything
-that is used twice in a row stays in a cache.
+They are computed from shapes, because XLA's cost analysis counts the body of a
+loop once, whatever its number of iterations. A multiplication and an addition
+are two FLOPs. Only matrix products are counted; all other operations are less
+than 1 % of them. Bytes are the memory traffic that remains with a perfect
+cache: each array that a phase needs is read or written once.
 """
 
 from typing import NamedTuple
@@ -30,8 +30,8 @@ class Cost(NamedTuple):
     """Returns the minimum time.
 
     Args:
-      peak_flops: FLOPs per second, for the dtype of the products.
-      bandwidth: bytes per second, from memory.
+      peak_flops: FLOPs per second for the dtype of the products.
+      bandwidth: memory bytes per second.
     """
     return max(self.flops / peak_flops, self.bytes / bandwidth)
 
@@ -50,27 +50,26 @@ def of_step(
 ) -> dict[str, Cost]:
   """Returns the cost of each phase of an on-policy step.
 
-  All outputs have full length. Without dropout and microbatches the
-  student's encoder runs once, for sampling and for the loss.
+  All outputs are assumed to have full length. Without dropout and microbatches
+  sampling and loss share one run of the student's encoder.
 
   Args:
-    student: its shape.
-    teacher: its shape; None: there is none.
+    student: the student's shape.
+    teacher: the teacher's shape; None: there is no teacher.
     batch_size: B.
     input_length: S.
     target_length: T.
-    num_microbatches: parts of the batch, for each of which all but sampling
-      reads the weights.
-    weight_bytes: of a number that the student's products read, 2 for bfloat16.
-    teacher_weight_bytes: likewise.
-    moments: numbers that the optimizer keeps for each parameter, in float32;
-      2 for Adam.
+    num_microbatches: parts of the batch; every phase but sampling reads the
+      weights once per part.
+    weight_bytes: bytes per weight in the student's products, 2 for bfloat16.
+    teacher_weight_bytes: bytes per weight in the teacher's products.
+    moments: float32 numbers that the optimizer keeps per parameter; 2 for Adam.
 
   Returns:
     {'student_encoder', 'sampling', 'teacher', 'student', 'optimizer': cost}.
-    'student' is the rest of its forward pass, the objective (the teacher's
-    projection to the vocabulary included), and the backward pass. A phase is
-    the named scope of the same name in `step`.
+    'student' is the student's decoder, the objective (with the teacher's
+    projection to the vocabulary) and the backward pass. Each phase is the named
+    scope of that name in `step`.
   """
   rows = batch_size // num_microbatches
   sizes = (rows, input_length, target_length)
@@ -101,7 +100,7 @@ def of_step(
 
 
 def count_weights(config: ModelConfig) -> int:
-  """Returns the number of parameters in matrices: all but norms and biases."""
+  """Returns the number of parameters in matrices, without norms and biases."""
   c = config
   encoder = c.num_encoder_layers * (_attention(c) + _mlp(c))
   decoder = c.num_decoder_layers * (2 * _attention(c) + _mlp(c))
@@ -130,15 +129,15 @@ def _mlp(c: ModelConfig) -> int:
 def _products(
   num_layers: int, weights: float, rows: float, pairs: float, c, weight_bytes
 ) -> Cost:
-  """Returns the cost of layers.
+  """Returns the cost of the matrix products of a stack of layers.
 
   Args:
-    num_layers: so many.
-    weights: of a layer that each row is multiplied with.
-    rows: tokens of the batch.
-    pairs: of query and key, of the batch.
+    num_layers: number of layers.
+    weights: weights per layer, each multiplied with each token.
+    rows: tokens in the batch.
+    pairs: pairs of query and key in the batch.
     c: the model's shape.
-    weight_bytes: of a weight.
+    weight_bytes: bytes per weight.
   """
   attended = 4.0 * pairs * c.num_heads * c.head_dim  # scores, then values
   return Cost(
@@ -155,8 +154,9 @@ def _encoder(c: ModelConfig, B: int, S: int, weight_bytes: int) -> Cost:
 
 
 def _decoder(c: ModelConfig, B: int, S: int, T: int, weight_bytes: int) -> Cost:
-  """All positions at once: targets, then the inputs' keys and values."""
-  # Half of the cross-attention's weights meet the inputs, half the targets.
+  """The decoder, teacher-forced, with the cross-attention's keys and values."""
+  # The cross-attention applies half of its weights to the inputs (keys and
+  # values) and half to the targets (queries and outputs).
   targets = 1.5 * _attention(c) + _mlp(c)
   return _products(
     c.num_decoder_layers, targets, B * T, B * T * (T + S), c, weight_bytes
@@ -178,9 +178,9 @@ def _head(c: ModelConfig, tokens: int, weight_bytes: int) -> Cost:
 def _sampling(
   c: ModelConfig, B: int, S: int, T: int, weight_bytes: int
 ) -> Cost:
-  """T tokens, one after the other; each reads all weights, and the caches."""
+  """Sampling T tokens; each step reads all decoder weights and the KV cache."""
   weights = 1.5 * _attention(c) + _mlp(c)
-  seen = (T + 1) / 2  # own keys, on average
+  seen = (T + 1) / 2  # keys of the self-attention, on average
   one = _products(
     c.num_decoder_layers, weights, B, B * (seen + S), c, weight_bytes
   ) + _head(c, B, weight_bytes)

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles an experiment's train step for a TPU slice that need not exist.
+"""Compiles an experiment's train step for a TPU slice, without a TPU.
 
-Answers, before a slice is rented: does the step compile for it, does it fit
-into its memory, what do its devices send each other, and how long does it take
-at least? Nothing is run, and neither data nor parameters are read: the
-compiler, libtpu's own, needs shapes alone.
+Reports whether the step compiles and fits into memory, the communication
+between devices, and a lower bound of the step time. Nothing is executed, and
+neither data nor parameters are read: libtpu's compiler needs only shapes.
 
-The program is the one that `train` runs: both are made by `build`. Facts that a
-run reads from files are assumed: the vocabulary has as many ids as the models
-embed, and a token for each word of a reward's settings; parameters of teacher
-and reward model are float32 where no dtype is set.
+The program is the one that `train` runs; `build` makes both. Facts that a run
+reads from files are assumed: the vocabulary has as many ids as the models'
+embeddings and one token for each word of a reward's settings; parameters of
+teacher and reward model are float32 unless a dtype is set.
 """
 
 import importlib.metadata
@@ -39,7 +38,7 @@ from gkd_jax.models.params import count_params
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console
 
-# Instead of a compiler's refusal.
+# Takes the place of the compiler's error message.
 _NOT_COMPILED = 'not compiled: the arguments of the program alone are too large'
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -47,23 +46,23 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 def precompile(
   experiment: Experiment, topology: str, output: str | None = None
 ) -> dict[str, Any]:
-  """Compiles the train step; prints and returns what it takes of each device.
+  """Compiles the train step; prints and returns memory and time per device.
 
   Args:
-    experiment: as `train` takes it. Where the shape of the teacher or of the
-      reward's model is not set, the description in its checkpoint is read.
+    experiment: the experiment, as for `train`. If the shape of the teacher or
+      of the reward model is not set, it is read from the checkpoint's config.
     topology: see `find_devices`.
-    output: JSON file for what is returned; None: none is written.
+    output: JSON file for the returned report; None: no file.
 
   Returns:
-    What was compiled; bytes on each device (see `_memory`); and what each
-    phase takes (see `_times`).
+    A description of the program; bytes on each device (see `_memory`); and the
+    figures of each phase (see `_times`).
 
   Raises:
     ValueError: settings contradict each other, there is no such topology, or
       libtpu is missing.
   """
-  # Before JAX looks for devices: a TPU of this machine is left alone.
+  # Must precede JAX's initialisation, so that a TPU of this machine stays free.
   jax.config.update('jax_platforms', 'cpu')
   devices = find_devices(topology)
   check(experiment, with_checkpoints=False)
@@ -121,7 +120,7 @@ class _Planned(NamedTuple):
 
 
 def _plan(experiment: Experiment, mesh: jax.sharding.Mesh) -> _Planned:
-  """Builds what `train` builds, without files."""
+  """Builds the step of `train` without reading data or parameters."""
   plan = build.make_plan(experiment, mesh)
   student = experiment.student.config
   teacher, reward_model = _shapes(experiment)
@@ -160,17 +159,17 @@ def _shapes(
   teacher = _shape(experiment.teacher, 'TEACHER_CHECKPOINT_PATH')
   if teacher is None and method.needs_teacher_checkpoint:
     raise ValueError(
-      'This method needs a teacher: set experiment.Teacher.config, its shape '
-      '(gin/models/published.gin sets it from TEACHER_SIZE), or '
-      'TEACHER_CHECKPOINT_PATH, which has it.'
+      'This method needs a teacher: set its shape, experiment.Teacher.config '
+      '(see TEACHER_SIZE in gin/models/published.gin), or '
+      'TEACHER_CHECKPOINT_PATH.'
     )
   if method.reward is None or not method.reward.needs_model:
     return teacher, None
   reward = _shape(experiment.reward_model, 'REWARD_CHECKPOINT_PATH')
   if reward is None:
     raise ValueError(
-      'This REWARD needs a model: set experiment.RewardModel.config, its shape '
-      '(see configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH, which has it.'
+      'This REWARD needs a model: set its shape, experiment.RewardModel.config '
+      '(see configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH.'
     )
   return teacher, reward
 
@@ -182,7 +181,7 @@ def _shape(part: Teacher | RewardModel, setting: str) -> ModelConfig | None:
 
 
 def _describe_run(experiment: Experiment, planned: _Planned) -> dict[str, Any]:
-  """Returns the part of the report that names what was compiled."""
+  """Returns the part of the report that describes the program."""
   dataset = experiment.data.train
   models = {
     'student': (planned.plan.student, planned.plan.state.params),
@@ -233,8 +232,7 @@ def _costs(
     student_model=student.placement.num_shards('mlp'),
     teacher_model=teacher_placement.num_shards('mlp'),
     teacher_weight_bytes=_itemsize(planned.teacher.params),
-    # Gradient, parameters and the optimizer's state are read; all but the
-    # gradient are written.
+    # Reads gradient, parameters and optimizer state; writes the latter two.
     optimizer_bytes=3 * _bytes_on_a_device(planned.plan.state.params)
     + 2 * _bytes_on_a_device(planned.plan.state.opt_state),
   )
@@ -251,15 +249,15 @@ def _costs(
 
 
 def find_devices(topology: str) -> Sequence[jax.Device]:
-  """Returns the devices of a slice that need not exist.
+  """Returns the devices of a slice, for compilation only.
 
   Args:
     topology: generation and chips along each axis: 'v5e:4x4', 'v4:2x2x4'. Or
-      'cpu:8': eight simulated devices; they tell on any machine whether a mesh
-      and its shardings work, but nothing of a TPU's memory.
+      'cpu:8': eight simulated devices, which check a mesh and its shardings on
+      any machine, but not the memory of a TPU.
 
   Raises:
-    ValueError: there is no such slice, or libtpu is missing.
+    ValueError: the topology is invalid, or libtpu is missing.
   """
   generation, _, layout = topology.partition(':')
   if generation == 'cpu' and re.fullmatch('[1-9][0-9]*', layout):
@@ -268,7 +266,7 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
     r'\d+(x\d+){1,2}', layout
   ):
     raise ValueError(
-      f'--topology={topology} is none: it is one of '
+      f'--topology={topology} is invalid: it must be one of '
       f'{", ".join(roofline.CHIPS)} with the chips along each axis, e.g. '
       'v5e:4x4 or v4:2x2x4; or cpu:8, eight simulated devices.'
     )
@@ -276,14 +274,14 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
     raise ValueError(
       f'--topology={topology} needs the TPU compiler: pip install -e ".[tpu]" '
       'in the folder of gkd_jax (libtpu; Linux on x86-64, no TPU needed). '
-      '--topology=cpu:8 does without.'
+      '--topology=cpu:8 works without it.'
     )
-  # libtpu asks where it is, which only a TPU's host knows; and it wants to be
-  # alone on a host, and writes logs.
+  # libtpu queries the TPU host's metadata, takes a lock on the host and writes
+  # logs, unless these are set.
   for name, value in {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any will do
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any valid type
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     'TPU_LOG_DIR': 'disabled',
   }.items():
@@ -291,35 +289,35 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
   options = {}
   if roofline.CHIPS[generation].config is not None:
     options['chip_config_name'] = roofline.CHIPS[generation].config
-  if layout == '1x1':  # a host's chips are four elsewhere
+  if layout == '1x1':  # libtpu's default is four chips per host
     options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     return topologies.get_topology_desc(
       platform='tpu', topology_name=topology, **options
     ).devices
   except jax.errors.JaxRuntimeError as e:
-    raise ValueError(f'--topology={topology}: libtpu says {e}') from e
+    raise ValueError(f'--topology={topology}: libtpu failed: {e}') from e
 
 
 def _simulated_devices(number: int) -> Sequence[jax.Device]:
   try:
     jax.config.update('jax_num_cpu_devices', number)
   except RuntimeError:
-    pass  # JAX has started: there are as many as there are
+    pass  # JAX is initialised: its number of devices is fixed
   devices = jax.devices('cpu')
   if len(devices) < number:
     raise ValueError(
-      f'--topology=cpu:{number}: JAX has started with {len(devices)} devices '
-      'already.'
+      f'--topology=cpu:{number}: JAX is already initialised with '
+      f'{len(devices)} devices.'
     )
   return devices[:number]
 
 
 class _WordVocabulary:
-  """A stand-in for the task's vocabulary: each word of a reward is a token."""
+  """A stand-in for the task's vocabulary: each word is one token."""
 
   unk_id = 2
-  vocab_size = 2**31 - 1  # ids that a reward names are taken as they are
+  vocab_size = 2**31 - 1  # accepts all ids in a reward's settings
 
   def __init__(self):
     self._ids = {}
@@ -333,7 +331,7 @@ class _WordVocabulary:
 def _compile(
   available, given, *arguments
 ) -> tuple[jax.stages.Compiled | None, str | None]:
-  """Returns the program, or the compiler's reason why it does not fit."""
+  """Returns the program, or the compiler's out-of-memory message."""
   if available is not None and given > available:
     return None, _NOT_COMPILED
   try:
@@ -347,10 +345,10 @@ def _compile(
 def _memory(topology, compiled, refusal, given, needs_teacher):
   """Returns the part of the report about memory.
 
-  memory: bytes on each device; None where they are unknown. `total` is the peak
-    of a run: arguments, temporaries and program. Where the compiler refused, it
-    is the size in its message; where it was not called, that of the arguments.
-  fits: None for simulated devices, whose memory has no limit.
+  memory: bytes on each device; None if unknown. `total` is the peak of a run:
+    arguments, temporaries and program. If the compiler failed, it is the size
+    in its message; if it was not called, the size of the arguments.
+  fits: None for simulated devices, which have no memory limit.
   """
   if compiled is None:
     rest = dict.fromkeys(('padding', 'outputs', 'temporaries', 'program'))
@@ -361,9 +359,9 @@ def _memory(topology, compiled, refusal, given, needs_teacher):
     stats = compiled.memory_analysis()
     arguments = sum(given.values())
     if not needs_teacher:
-      arguments -= given['teacher_params']  # it waits beside, for evaluations
+      arguments -= given['teacher_params']  # in memory for evaluations only
     rest = {
-      # Of the arguments' layouts. Those that are not read are left out.
+      # Of the arguments' layouts; the program drops unused arguments.
       'padding': max(0, stats.argument_size_in_bytes - arguments),
       'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
       'temporaries': stats.temp_size_in_bytes,
@@ -388,7 +386,7 @@ def _chip(topology: str) -> roofline.Chip | None:
 
 
 def _available(topology: str) -> int | None:
-  """Returns the bytes of a device; None for simulated ones."""
+  """Returns the bytes that a device has; None for simulated devices."""
   chip = _chip(topology)
   return None if chip is None else int(chip.available * 2**30)
 
@@ -397,10 +395,10 @@ def _times(compiled, cost, topology, max_decode_len, *, samples):
   """Returns the part of the report about times.
 
   phases: see `roofline.of_phases`.
-  step_seconds: of a step in which the student writes, if it ever does; None for
-    simulated devices.
-  sampling_share: of these.
-  collectives: see `roofline.summary`; None where nothing was compiled.
+  step_seconds: lower bound of a step, including sampling if the policy samples;
+    None for simulated devices.
+  sampling_share: fraction of `step_seconds` spent on sampling.
+  collectives: see `roofline.summary`; None if nothing was compiled.
   """
   if not samples:
     cost = {name: c for name, c in cost.items() if name != 'sampling'}
@@ -424,10 +422,10 @@ def _times(compiled, cost, topology, max_decode_len, *, samples):
 
 
 def _not_counted(method: Method) -> list[str]:
-  """Returns what a step does beside its phases."""
+  """Returns the parts of a step that no phase includes."""
   parts = []
   if method.policy.needs_teacher:
-    parts.append('outputs that the teacher writes')
+    parts.append("sampling the teacher's outputs")
   if method.reward is not None:
     parts.append('the reward')
   return parts
@@ -446,7 +444,7 @@ def _bytes_on_a_device(tree) -> int:
 
 
 def _needed(refusal: str) -> int | None:
-  """Returns the bytes that a program needs, from the compiler's refusal."""
+  """Returns the bytes that a program needs, from the compiler's message."""
   match = re.search(
     r'\(([\d.]+)([KMGT]?)\) exceeds available HBM|Used ([\d.]+)([KMGT]?) of',
     refusal,
@@ -466,10 +464,10 @@ def _describe(config: ModelConfig, params) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-  there = {'jax', 'jaxlib'}
+  installed = {'jax', 'jaxlib'}
   if importlib.util.find_spec('libtpu') is not None:
-    there.add('libtpu')
-  return {name: importlib.metadata.version(name) for name in sorted(there)}
+    installed.add('libtpu')
+  return {name: importlib.metadata.version(name) for name in sorted(installed)}
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -496,9 +494,9 @@ def format_report(report: dict[str, Any]) -> str:
   for name, size in report['memory'].items():
     lines.append(f'  {name.replace("_", " "):20}{_size(size):>12}')
   lines += [
-    f'  of the temporaries, caches {_size(report["caches"])}',
+    f'  of the temporaries, KV cache {_size(report["caches"])}',
     '',
-    'each device, in a step',
+    'each device, per step',
     f'  {"":16}{"TFLOP":>10}{"GiB read":>10}{"GiB received":>14}'
     + ('' if report['step_seconds'] is None else f'{"ms at least":>13}'),
   ]
@@ -514,11 +512,11 @@ def format_report(report: dict[str, Any]) -> str:
     lines.append(f'  not counted: {", ".join(report["not_counted"])}')
   if report['step_seconds'] is not None:
     lines.append(
-      f'  {"step":50}{1e3 * report["step_seconds"]:>13.2f}  of which sampling '
+      f'  {"step":50}{1e3 * report["step_seconds"]:>13.2f}  sampling: '
       f'{report["sampling_share"]:.0%}'
     )
   if report['collectives']:
-    lines += ['', 'what the devices send each other, in a step']
+    lines += ['', 'communication between devices, per step']
     for one in report['collectives']:
       row = (
         f'  {one["phase"].replace("_", " "):16}{one["kind"]:20}'
@@ -536,16 +534,16 @@ def _gib(num_bytes: float | None) -> str:
 def _verdict(report: dict[str, Any]) -> str:
   if report['fits'] is None:
     return (
-      'It compiles. Simulated devices have no memory limit to compare with.'
+      'It compiles. Simulated devices have no memory limit to check against.'
     )
   if report['fits']:
     return f'It fits: {_size(report["left"])} are left on each device.'
   missing = report['left'] and -report['left']
   return (
-    f'It does not fit: {_size(missing)} are missing on each device. A larger '
-    'slice or experiment.MeshConfig.model, more\n'
-    'experiment.Optimization.num_microbatches, REMAT=True, and '
-    'ACTIVATION_DTYPE or experiment.Teacher.dtype=bfloat16 take less.'
+    f'It does not fit: {_size(missing)} are missing on each device. To save '
+    'memory use a larger slice or experiment.MeshConfig.model, more\n'
+    'experiment.Optimization.num_microbatches, REMAT=True, '
+    'ACTIVATION_DTYPE=bfloat16, or experiment.Teacher.dtype=bfloat16.'
     + (f'\nThe compiler: {report["refusal"]}' if report['refusal'] else '')
   )
 

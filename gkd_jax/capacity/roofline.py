@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lower bounds of the time of a step on a TPU slice, phase by phase.
+"""Lower bounds of the step time on a TPU slice, phase by phase.
 
-A chip computes, reads its memory, and receives data from others at the same
-time, each at its published speed: the slowest of the three bounds a phase.
-FLOPs and bytes are computed from the shapes (`costs`), received bytes are read
-from the compiled program (`collectives`).
+A chip computes, accesses memory and receives data in parallel, each at its
+published peak rate, so the slowest of the three bounds the phase. FLOPs and
+bytes are computed from shapes (`costs`), received bytes from the compiled
+program (`collectives`).
 """
 
 import re
@@ -22,11 +22,11 @@ class Chip(NamedTuple):
 
   Attributes:
     hbm: memory of a chip in GiB, as published.
-    available: GiB of it that libtpu's compiler (0.0.42) leaves to a program.
-    flops: per second, of bfloat16 products; by default float32 products are
-      rounded to these.
-    bandwidth: bytes per second, from the chip's memory.
-    interconnect: bytes per second that a chip receives, over all its links.
+    available: GiB that libtpu's compiler (0.0.42) leaves to a program.
+    flops: bfloat16 FLOPs per second; TPUs compute float32 products in bfloat16
+      by default.
+    bandwidth: bytes per second of the chip's memory.
+    interconnect: bytes per second that a chip receives over all its links.
     config: libtpu's configuration of the chip's cores; None: its default.
   """
 
@@ -38,9 +38,9 @@ class Chip(NamedTuple):
   config: str | None = None
 
 
-# Published: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, which call v5p's 96 GiB
-# 95 GB, and give the interconnect in both directions together, or in Gbit/s in
-# one. The two cores of a v4 or v5p chip are one device of JAX.
+# From cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, which list v5p's 96 GiB as 95
+# GB, and the interconnect as the sum of both directions or as Gbit/s of one.
+# The two cores of a v4 or v5p chip are one JAX device.
 CHIPS = {
   'v4': Chip(32, 30.75, 275e12, 1228e9, 300e9, 'megacore'),
   'v5e': Chip(16, 15.75, 197e12, 819e9, 200e9),
@@ -69,18 +69,19 @@ def on_a_device(
   """Returns the cost of each phase on one device.
 
   Args:
-    student: its shape.
-    teacher: its shape; None: there is none.
-    batch_size: of all devices.
-    input_length: tokens.
-    target_length: tokens.
-    num_microbatches: parts that the batch is split into.
+    student: the student's shape.
+    teacher: the teacher's shape; None: there is no teacher.
+    batch_size: global batch size.
+    input_length: S.
+    target_length: T.
+    num_microbatches: parts of the batch.
     data: devices that the batch is sharded over.
     student_model: devices that each matrix product of the student is sharded
-      over; in phase 'student' also the teacher's projection to the vocabulary.
-    teacher_model: likewise, of the teacher.
-    teacher_weight_bytes: size of one of its weights in memory.
-    optimizer_bytes: traffic of a device to update its part of the state.
+      over, and in phase 'student' the teacher's projection to the vocabulary.
+    teacher_model: devices that each matrix product of the teacher is sharded
+      over.
+    teacher_weight_bytes: bytes per weight of the teacher.
+    optimizer_bytes: a device's memory traffic of the parameter update.
   """
   cost = costs.of_step(
     student,
@@ -108,15 +109,15 @@ def of_phases(
   """Returns the figures of each phase, for JSON.
 
   Args:
-    cost: of each, on one device.
-    collectives: of the program; those of no phase are in phase 'other'. None:
-      the program was not compiled.
-    chip: None: no times are returned.
+    cost: {phase: cost on one device}.
+    collectives: of the program; phase 'other' collects those outside all
+      phases. None: the program was not compiled.
+    chip: the TPU generation; None: no times are returned.
 
   Returns:
-    {phase: {'flops', 'bytes': from memory, 'received': bytes from other
-    devices, 'seconds', 'bound_by': 'compute', 'memory' or 'interconnect'}};
-    without collectives 'received' is None, and there are no seconds.
+    {phase: {'flops', 'bytes': memory traffic, 'received': bytes from other
+    devices, 'seconds', 'bound_by': 'compute', 'memory' or 'interconnect'}}.
+    Without collectives 'received' is None and 'seconds' is absent.
   """
   received = dict.fromkeys([*cost, 'other'], 0.0)
   for one in collectives or ():
@@ -154,7 +155,7 @@ def summary(
 ) -> list[dict[str, Any]]:
   """Returns the collectives by phase and kind, most bytes first, for JSON.
 
-  `times` is the number of executions in a step, `received` bytes in a step.
+  `times` and `received` (bytes) are totals per step.
   """
   sums: dict[tuple, dict[str, Any]] = {}
   for one in collectives:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint writes, and how good it is."""
+"""Evaluation and inference of checkpoints."""

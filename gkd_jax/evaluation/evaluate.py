@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a student, by itself and against its teacher.
+"""Evaluates a student, alone and against its teacher.
 
-Task metrics on what a model writes (greedy, sampled, by beam search), its mean
-reward where there is one, and the divergences between the two on the dataset's
-outputs and on the student's own.
+Metrics: the task's metrics on generated outputs (greedy, sampled, beam search),
+their mean reward if there is a reward, and the divergences between student and
+teacher on the dataset's outputs and on the student's own.
 """
 
 import dataclasses
@@ -51,10 +51,10 @@ def task_metrics(
     mean_reward: adds the mean reward, as '<decoding>/reward'.
 
   Returns:
-    {'<decoding>/<metric>': value}, means over the outputs for an input, with
-    '<decoding>/self_bleu' where there are several; {decoding: texts written,
-    the first for each input}; and {'<decoding>/<name>': note}: what the metrics
-    say that is no number.
+    {'<decoding>/<metric>': value}, means over the outputs of each input, with
+    '<decoding>/self_bleu' if there are several outputs per input; {decoding:
+    [text of the first output of each input]}; and {'<decoding>/<name>': note},
+    non-numeric results of the task's metrics.
   """
   values, texts, notes = {}, {}, {}
   for decoding, write in writes.items():
@@ -79,11 +79,11 @@ def task_metrics(
 
 
 class Evaluation:
-  """Everything that is measured on one split; compiled at the first call.
+  """All measurements on one split; compiled at the first call.
 
   Attributes:
-    notes: what the task's metrics said of the student at the last call that is
-      no number, {'<decoding>/<name>': text or mapping}.
+    notes: non-numeric results of the task's metrics for the student at the last
+      call, {'<decoding>/<name>': text or mapping}.
   """
 
   def __init__(
@@ -106,22 +106,22 @@ class Evaluation:
 
     Args:
       config: task and split.
-      student: the model that is measured.
-      teacher: adds its own metrics and the divergences; may be None.
+      student: the model to evaluate.
+      teacher: adds its task metrics and the divergences; None: no teacher.
       teacher_params: of the teacher.
-      decodings: {name: how outputs are drawn}.
+      decodings: {name: SamplerConfig or BeamConfig}.
       seed: of sampling.
       mesh: of devices.
-      num_samples: outputs that a decoding which samples draws for each input.
-        Its metrics are means over them, and it gets a 'self_bleu'.
+      num_samples: outputs per input of each decoding that samples. Metrics are
+        means over them, and 'self_bleu' is added.
       self_bleu_tokenize: see `diversity.self_bleu`.
-      mean_reward: adds the mean reward of what is written.
-      divergence: the method's own, measured beside those that always are.
-      before_batch: called before each one that is read, as to stop by raising
-        an exception.
+      mean_reward: adds the mean reward of the outputs.
+      divergence: the method's own, measured beside the standard ones.
+      before_batch: called before each batch is read; it may raise an exception
+        to stop the evaluation.
 
     Raises:
-      ValueError: several outputs are to be drawn, and no decoding samples.
+      ValueError: num_samples is above 1, but no decoding samples.
     """
     self.notes: dict[str, Any] = {}
     self._self_bleu_tokenize = self_bleu_tokenize
@@ -167,12 +167,12 @@ class Evaluation:
       self._disagreement = programs.make_disagreement(
         student, teacher, ids=self._ids, mesh=mesh
       )
-    # Rows of a batch that are enough for the samples, on every device some.
+    # Rows of a batch for the samples: a multiple of the number of data shards.
     spread = mesh.shape['data']
     self._few = min(config.batch_size, -(-_NUM_SHOWN // spread) * spread)
 
   def names(self) -> list[str]:
-    """Returns the names of what a call measures; runs no model."""
+    """Returns the metric names of a call; runs no model."""
     metrics = self._dataset.metric_names()
     if self._mean_reward is not None:
       metrics.append('reward')
@@ -192,12 +192,12 @@ class Evaluation:
   def __call__(
     self, params: programs.Params, *, with_teacher: bool = True
   ) -> tuple[dict[str, float], str]:
-    """Measures a student.
+    """Evaluates a student.
 
     Args:
       params: of the student.
-      with_teacher: let the teacher write, too (it does so once: it does not
-        change). The divergences from it are measured in any case.
+      with_teacher: include the teacher's task metrics (computed once, since the
+        teacher is frozen). The divergences are always included.
 
     Returns:
       {name: value}, and a Markdown table of samples.
@@ -220,25 +220,26 @@ class Evaluation:
     return values, table
 
   def samples(self, params: programs.Params) -> dict[str, Any]:
-    """Returns what is written for the first examples, and for JSON to keep.
+    """Returns the outputs for the first examples, ready for JSON.
 
-    The decoding is 'greedy', or the first where there is none of this name.
+    Uses the decoding 'greedy', or the first decoding if there is no 'greedy'.
 
     Args:
       params: of the student.
 
     Returns:
       {'decoding', 'eos_id', 'examples': [{'input', 'reference', 'student'}]}.
-      With a teacher an example has 'teacher', its output, too, and 'tokens':
-      the student's output token by token, with the numbers of
-      `programs.make_disagreement`. A token's 'text' is what it adds to the
-      output, 'teacher_text' what the teacher's most probable one would.
+      With a teacher an example also has 'teacher', the teacher's output, and
+      'tokens', the student's tokens with the values of
+      `programs.make_disagreement`. A token's 'text' is the text that it adds to
+      the output, 'teacher_text' the text that the teacher's most probable token
+      would add.
     """
     names = list(self._student_writes)
     decoding = 'greedy' if 'greedy' in names else names[0]
     written = []
     for row_ids_B, batch in self._dataset.batches():
-      # The whole batch: that program is compiled.
+      # The full batch, because that program is already compiled.
       tokens = self._student_writes[decoding](params, row_ids_B, batch)
       tokens = tokens[: self._few, 0]
       texts = self._dataset.decode(tokens)
@@ -267,7 +268,7 @@ class Evaluation:
   def _teacher_texts(
     self, decoding: str, row_ids_B: np.ndarray, batch: Batch
   ) -> list[str]:
-    """Returns what the teacher writes for some rows, or wrote already."""
+    """Returns the teacher's outputs for some rows; reuses earlier ones."""
     if self._of_teacher is not None:
       _, texts, _ = self._of_teacher
       return texts[decoding][row_ids_B[0] : row_ids_B[-1] + 1]
@@ -278,7 +279,7 @@ class Evaluation:
   def _tokens(
     self, tokens_T: np.ndarray, values: Mapping[str, np.ndarray]
   ) -> list[dict[str, Any]]:
-    """Returns one entry a token, up to the end of the output."""
+    """Returns one entry per token, up to and including EOS."""
     ended = np.flatnonzero(tokens_T == self._ids.eos)
     length = ended[0] + 1 if len(ended) else len(tokens_T)
     entries = []
@@ -329,7 +330,7 @@ def _num_outputs(
 
 
 def _samples(decoding: programs.Decoding) -> bool:
-  """Whether its outputs for an input can differ."""
+  """Returns whether two outputs for one input can differ."""
   is_sampler = isinstance(decoding, sampler.SamplerConfig)
   return is_sampler and decoding.temperature > 0.0
 
@@ -337,9 +338,9 @@ def _samples(decoding: programs.Decoding) -> bool:
 def at_temperatures(
   decodings: Mapping[str, programs.Decoding], temperatures: Sequence[float]
 ) -> dict[str, programs.Decoding]:
-  """Returns the decodings, with each that samples at each temperature.
+  """Returns the decodings, with one copy per temperature of those that sample.
 
-  'sampled' becomes 'sampled_0.1', 'sampled_0.3' and so on.
+  For example, 'sampled' becomes 'sampled_0.1', 'sampled_0.3'.
 
   Raises:
     ValueError: a temperature is not above 0, or occurs twice.
@@ -349,7 +350,8 @@ def at_temperatures(
   if is_repeated or min(temperatures, default=0.0) <= 0.0:
     raise ValueError(
       'EVAL_TEMPERATURES must be different numbers above 0, such as (0.1, '
-      f'0.3, 0.5, 1.0), got {temperatures}. Greedy decoding needs none.'
+      f'0.3, 0.5, 1.0), got {temperatures}. Leave out 0: greedy decoding is a '
+      'decoding of its own.'
     )
   result = {}
   for name, decoding in decodings.items():
@@ -381,20 +383,20 @@ def evaluate_checkpoint(
 
   Args:
     checkpoint_path: see `pretrained.open_checkpoint`.
-    output_dir: made if it does not exist.
+    output_dir: created if it does not exist.
     dataset: task and split.
     decodings: {name: SamplerConfig or BeamConfig}.
     teacher_checkpoint_path: adds this teacher and the divergences from it.
     seed: of sampling.
-    temperatures: to sample at, see `at_temperatures`; None: those of the
-      decodings.
+    temperatures: sampling temperatures, see `at_temperatures`; None: those of
+      the decodings.
     num_samples: outputs per input of each decoding that samples; see
       `Evaluation`.
     self_bleu_tokenize: see `diversity.self_bleu`.
     reward: adds the mean reward of the outputs.
     reward_checkpoint_path: its model, if it has one.
-    reward_dtype: of that model's parameters, 'float32' or 'bfloat16'; None: as
-      saved.
+    reward_dtype: dtype of that model's parameters, 'float32' or 'bfloat16';
+      None: as saved.
 
   Raises:
     ValueError: a setting is invalid, or a checkpoint does not fit the task.
@@ -462,7 +464,7 @@ def evaluate_checkpoint(
 def write_results(
   output_dir: str | os.PathLike, split: str, values: Mapping[str, Any]
 ) -> pathlib.Path:
-  """Writes `eval_<split>.json`, whole or not at all; returns its path."""
+  """Writes `eval_<split>.json` atomically; returns its path."""
   path = pathlib.Path(output_dir) / f'eval_{split}.json'
   files.write_whole(path, json.dumps(values, indent=2) + '\n')
   return path
@@ -471,7 +473,7 @@ def write_results(
 def write_samples(
   output_dir: str | os.PathLike, split: str, samples: Mapping[str, Any]
 ) -> None:
-  """Writes `samples_<split>.json`, what `Evaluation.samples` returned."""
+  """Writes the result of `Evaluation.samples` to `samples_<split>.json`."""
   files.write_whole(
     pathlib.Path(output_dir) / f'samples_{split}.json',
     json.dumps(samples, ensure_ascii=False, indent=1) + '\n',
@@ -489,7 +491,7 @@ def sample_table(
   teacher_texts: list[str] | None,
   num_rows: int = 8,
 ) -> str:
-  """Returns a Markdown table of inputs, references and what was written."""
+  """Returns a Markdown table of inputs, references and outputs."""
   heads = ['input', 'reference', 'teacher', 'student']
   if teacher_texts is None:
     heads.remove('teacher')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model's outputs for a split into a JSON lines file."""
+"""Inference: writes a model's outputs for a split to a JSON lines file."""
 
 import pathlib
 import re
@@ -30,22 +30,22 @@ def infer(
 ) -> None:
   """Writes `<output_dir>/predictions_<split>.jsonl`; see `predictions`.
 
-  Resumes an interrupted run at the first missing batch, and ends with the same
-  file, byte for byte: the draws of an example depend only on the seed, its
-  number and the sample's number.
+  An interrupted run resumes at the first missing batch and produces the same
+  file, byte for byte: samples depend only on the seed, the example's number and
+  the sample's number.
 
   Args:
     checkpoint_path: see `pretrained.open_checkpoint`.
-    output_dir: made if it does not exist.
+    output_dir: created if it does not exist.
     dataset: task and split.
     decoding: a SamplerConfig or a BeamConfig.
-    num_samples: outputs for each example: different draws, or the best
-      hypotheses of a beam (fewer, where fewer ended in time).
+    num_samples: outputs per example: independent samples, or the best
+      hypotheses of a beam that reached EOS.
     seed: of sampling.
 
   Raises:
     ValueError: settings do not fit the checkpoint or the task, or the file is
-      complete already.
+      already complete.
   """
   path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
   predictions.check_not_there(path)
@@ -120,7 +120,7 @@ def _line(
   tokens: np.ndarray,
   ids: SpecialIds,
 ) -> dict[str, Any]:
-  """Returns the fields of one output [T]; no output holds the pad id."""
+  """Returns the JSON fields of one output [T]; pad ids are removed."""
   return {
     'inputs': example['inputs'],
     'targets': example['targets'],
@@ -134,7 +134,7 @@ def _progress(
   num_done: int, first: int, total: int | None, seconds: float
 ) -> str:
   per_second = (num_done - first) / seconds
-  if total is None or num_done > total:  # preprocessors can make more
+  if total is None or num_done > total:  # preprocessors can add examples
     return f'{num_done:,} examples  {per_second:,.0f}/s'
   left = console.minutes((total - num_done) / per_second)
   return f'{num_done:,} of {total:,} examples  {per_second:,.0f}/s  {left} left'

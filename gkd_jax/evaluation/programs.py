@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled programs of an evaluation: what a model writes, how good it is.
+"""The compiled programs of an evaluation: generation, divergences, rewards.
 
-Each `make_...` returns a function that compiles at its first call, for batches
-of one shape.
+Each `make_...` returns a function that compiles at its first call. All batches
+must have the same shape.
 """
 
 import functools
@@ -26,14 +26,14 @@ from gkd_jax.parallel import partitioning
 
 Params = Any
 Decoding = sampler.SamplerConfig | beam_search.BeamConfig
-# (dataset, tokens [N, T] written for it) -> mean reward
+# (dataset, output tokens [N, T]) -> mean reward
 MeanReward = Callable[[iterators.EvalDataset, np.ndarray], float]
 
 _MEASURED_ON = ('on_dataset_outputs', 'on_student_outputs')
 
 
 def divergence_names(own: divergences.Divergence | None = None) -> list[str]:
-  """Returns the names of what `make_divergences`'s function returns."""
+  """Returns the metric names of `make_divergences`."""
   return [
     f'{on}/{name}'
     for on in _MEASURED_ON
@@ -54,35 +54,35 @@ def make_write(
 ) -> Callable[[Params, np.ndarray, np.ndarray], np.ndarray]:
   """Returns (params, row numbers [B], inputs [B, S]) -> tokens [B, n, T].
 
-  Compiled once. Samples differ in their draws; the first is the same whatever n
-  is. Of a beam they are the best hypotheses, best first; one that was not found
-  is all padding (of those kept fewer ended in time).
+  Samples of a row are independent; the first does not depend on n. Beam search
+  returns the n best hypotheses, best first. If fewer hypotheses reached EOS,
+  the remaining ones are all padding.
 
   Args:
-    model: that writes.
+    model: generates the outputs.
     decoding: a SamplerConfig or a BeamConfig.
-    num_outputs: n, for each row.
+    num_outputs: n, outputs per row.
     max_decode_len: T.
     ids: the special ids of model and vocabulary.
-    seed: of sampling; the same rows get the same draws each time.
-    mesh: rows are spread over its data axis.
-    vocabulary: the tokenizer's; read where the decoding has a calculator.
+    seed: of sampling; a row always gets the same samples.
+    mesh: rows are sharded over its data axis.
+    vocabulary: of the task; used only by a decoding with a calculator.
 
   Raises:
-    ValueError: it cannot write so many different ones.
+    ValueError: the decoding cannot produce n different outputs.
   """
   is_beam = isinstance(decoding, beam_search.BeamConfig)
   if num_outputs < 1:
     raise ValueError(f'NUM_SAMPLES must be 1 or more, got {num_outputs}.')
   if is_beam and num_outputs > decoding.num_beams:
     raise ValueError(
-      f'NUM_SAMPLES is {num_outputs}, but a beam of {decoding.num_beams} has '
-      'no more hypotheses. Raise BeamConfig.num_beams.'
+      f'NUM_SAMPLES is {num_outputs}, but BeamConfig.num_beams is '
+      f'{decoding.num_beams}. Raise num_beams to NUM_SAMPLES or more.'
     )
   if num_outputs > 1 and not is_beam and decoding.temperature == 0.0:
     raise ValueError(
-      f'NUM_SAMPLES is {num_outputs}, but greedy decoding writes the same each '
-      'time. Set TEMPERATURE above 0, or search with a beam.'
+      f'NUM_SAMPLES is {num_outputs}, but greedy decoding has one output per '
+      'input. Set TEMPERATURE above 0, or use beam search.'
     )
   calculator = None
   if not is_beam and decoding.calculator and vocabulary is not None:
@@ -114,10 +114,10 @@ def _write_program(
   mesh: Mesh,
   calculator: Calculator | None,
 ) -> Callable[..., jax.Array]:
-  """Returns the jitted function of `make_write`, one for all runs of a process.
+  """Returns the jitted function of `make_write`, shared by a process's runs.
 
-  It maps (params, inputs) of a beam, and (params, key, row numbers, inputs)
-  else.
+  Its arguments are (params, inputs) for beam search, and (params, key, row
+  numbers, inputs) for sampling.
   """
 
   def sample(params, key, row_ids_B, inputs):
@@ -156,20 +156,21 @@ def make_divergences(
   """Returns (student params, teacher params, dataset) -> divergences.
 
   Their names are `on_dataset_outputs/<divergence>` and
-  `on_student_outputs/<divergence>`; the latter are drawn at temperature 1. In
-  nats per token: the mean over each output, then over outputs (Eq. 2). `own` is
-  the method's divergence, measured beside the others under its own name.
+  `on_student_outputs/<divergence>`. The student's outputs are drawn at
+  temperature 1. The unit is nats per token: the mean over each output's tokens,
+  then over outputs (Eq. 2). `own` is the method's divergence, measured in
+  addition under its own name.
   """
   if divergences.reported(own).keys() == divergences.reported().keys():
     return _make_divergences(student, teacher, None, ids, seed, mesh)
-  # A user's function may have no hash.
+  # Not cached: a user's function may not be hashable.
   make = _make_divergences.__wrapped__
   return make(student, teacher, own, ids, seed, mesh)
 
 
 @functools.lru_cache(maxsize=16)
 def _make_divergences(student, teacher, own, ids, seed, mesh):
-  """Returns what `make_divergences` does, one for all runs of a process."""
+  """See `make_divergences`; all runs of a process share the result."""
   measured = divergences.reported(own)
 
   def terms(student_logits, teacher_logits, tokens):
@@ -215,7 +216,7 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
       max_decode_len=batch.decoder_target_tokens.shape[1],
       ids=ids,
     )
-    # The student writes for rows that only fill the batch up, too.
+    # Rows that only pad the batch have student outputs, too: weight 0.
     is_example_B = batch.decoder_loss_weights.any(axis=1, keepdims=True)
     drawn = Outputs(drawn.tokens, drawn.weights * is_example_B)
     return {
@@ -243,13 +244,13 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
 def make_disagreement(
   student: Model, teacher: Model, *, ids: SpecialIds, mesh: Mesh
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """Returns a function that shows, token by token, where the two disagree.
+  """Returns a function that compares student and teacher token by token.
 
   It maps (student params, teacher params, batch, tokens [B, T]) to arrays
-  [B, T], at each place given the tokens before it: `kl`, KL(student || teacher)
-  in nats over the whole vocabulary at temperature 1; `student_probability` and
-  `teacher_probability` of the token that is there; `teacher_id`, the token that
-  the teacher finds most probable, and `teacher_id_probability`.
+  [B, T], one value per token given the tokens before it: `kl`, KL(student ||
+  teacher) in nats over the full vocabulary at temperature 1;
+  `student_probability` and `teacher_probability` of the token; `teacher_id`,
+  the teacher's most probable token, and its `teacher_id_probability`.
   """
   student_unembed = step_lib.unembed(student)
   teacher_unembed = step_lib.unembed(teacher)
@@ -286,7 +287,7 @@ def make_disagreement(
         tokens,
       ),
     )
-    # One place at a time: the logits that exist are [B, V].
+    # One position at a time: only logits [B, V] are in memory.
     return jax.tree.map(
       lambda x: x.swapaxes(0, 1), jax.lax.map(at_place, places)
     )
@@ -309,14 +310,14 @@ def make_mean_reward(
   ids: SpecialIds,
   mesh: Mesh,
 ) -> MeanReward:
-  """Returns (dataset, tokens [N, T]) -> mean reward, compiled once.
+  """Returns (dataset, tokens [N, T]) -> mean reward.
 
   Args:
-    reward: which one.
-    score: what its `make_score` returned.
+    reward: the reward.
+    score: from its `make_score`.
     params: of its model; None if it has none.
-    ids: of the student; EOS ends what it wrote.
-    mesh: rows are spread over its data axis.
+    ids: of the student; EOS ends an output.
+    mesh: rows are sharded over its data axis.
   """
 
   @jax.jit
@@ -329,7 +330,7 @@ def make_mean_reward(
   def mean_reward(dataset, tokens):
     total = 0.0
     for row_ids_B, batch in dataset.batches():
-      # A reward may refuse what is no example: the last one fills the batch up.
+      # Padding rows repeat the last example: a reward may reject empty ones.
       existing_B = np.minimum(row_ids_B, len(dataset) - 1)
       batch = Batch(*(x[existing_B - row_ids_B[0]] for x in batch))
       placed = partitioning.put_whole_batch(

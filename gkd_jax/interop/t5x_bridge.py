@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation in T5X's own trainer; needs an importable t5x.
 
-`GKDModel` stands in for the model of an existing T5X run. It trains the same
-parameters, evaluates and predicts as that model does; only its loss is another:
-a policy of ours writes the outputs, an objective of ours compares student and
-teacher on them. See gin/t5x/gkd.gin.
+`GKDModel` replaces the model of an existing T5X run. It has the same parameters
+and evaluates and predicts like that model; only the loss differs: a policy
+writes the outputs, and an objective compares student and teacher on them. See
+gin/t5x/gkd.gin.
 
-The teacher belongs to no train state: T5X neither trains nor saves it. What a
-compiled function closes over would be built into the program as constants, all
-of the teacher's numbers. So `trainer` gives T5X's trainer a partitioner whose
-compiled steps take the teacher's parameters as one more argument, spread over
-the devices as T5X spreads the student's.
+The teacher is not part of T5X's train state. Closing over its parameters would
+compile them into the program as constants. Instead, `trainer` gives T5X's
+trainer a partitioner whose compiled steps take the teacher's parameters as one
+more argument, sharded over the devices like the student's.
 """
 
 import contextlib
@@ -45,11 +44,11 @@ Metrics = dict[str, clu_metrics.Metric]
 
 
 class GKDModel(models.EncoderDecoderModel):
-  """A T5X model with our loss.
+  """A T5X model with a distillation loss.
 
-  Nothing is packed: an output that the student writes has a row of its own.
-  During T5X's training evaluation the dataset writes the outputs, whatever the
-  policy, so that steps can be compared.
+  Examples are not packed: each output of the student has its own row. T5X's
+  evaluation of the training loss always uses the dataset's outputs, so that
+  steps are comparable.
   """
 
   def __init__(
@@ -58,18 +57,18 @@ class GKDModel(models.EncoderDecoderModel):
     method: Method,
     teacher_checkpoint_path: str | None = None,
   ):
-    """Takes over what a T5X run already has.
+    """Wraps the model of a T5X run.
 
     Args:
-      model: of that run, with T5X's network of examples/t5; its own loss, with
-        z_loss and label smoothing, is not used.
-      method: policy, teacher and divergence, without state. The loss is a mean,
-        by its `reduction`; T5X adds up the gradients of microbatches.
+      model: with T5X's network of examples/t5; its loss (with z_loss and label
+        smoothing) is not used.
+      method: policy, teacher and divergence, without state. The loss is a mean
+        by the objective's `reduction`; T5X sums the gradients of microbatches.
       teacher_checkpoint_path: see `pretrained.open_checkpoint`; read when the
-        trainer is made. Only a method that needs no teacher has None.
+        trainer is made. None only for a method without a teacher.
 
     Raises:
-      ValueError: these do not fit together.
+      ValueError: the network or the method is not supported.
     """
     super().__init__(
       module=model.module,
@@ -84,8 +83,8 @@ class GKDModel(models.EncoderDecoderModel):
     step_lib.check_no_state(method)
     if method.credit is not None:
       raise ValueError(
-        "Method.credit is set, but T5X's trainer has no reward. Train with "
-        'gkd_jax.main, or leave it None.'
+        "Method.credit is set, but T5X's trainer does not support rewards. "
+        'Train with gkd_jax.main, or leave Method.credit None.'
       )
     if method.needs_teacher_checkpoint and teacher_checkpoint_path is None:
       raise ValueError(
@@ -103,7 +102,7 @@ class GKDModel(models.EncoderDecoderModel):
   def load_teacher(
     self, mesh: jax.sharding.Mesh
   ) -> tuple[Model, Params] | None:
-    """Reads the teacher onto a mesh with the axes 'data' and 'model'."""
+    """Loads the teacher onto a mesh with the axes 'data' and 'model'."""
     if self._teacher_checkpoint_path is None:
       return None
     source = pretrained.open_checkpoint(
@@ -113,7 +112,7 @@ class GKDModel(models.EncoderDecoderModel):
       source, vocabularies.describe(self.output_vocabulary), self._ids
     )
     console.log(f'Teacher: {source}')
-    # It computes in the student's dtype.
+    # The teacher computes in the student's dtype.
     config = dataclasses.replace(
       source.config, dtype=self._student.config.dtype
     )
@@ -124,7 +123,7 @@ class GKDModel(models.EncoderDecoderModel):
   def with_teacher(
     self, teacher: Model | None, params: Params
   ) -> Iterator[None]:
-    """Says what `loss_fn` compares with, while it is called or traced."""
+    """Provides the teacher to `loss_fn` within a `with` block."""
     self._teacher = (teacher, params)
     try:
       yield
@@ -140,13 +139,13 @@ class GKDModel(models.EncoderDecoderModel):
     """Writes outputs and compares student and teacher on them.
 
     Args:
-      params: the student's.
-      batch: as seqio's EncDecFeatureConverter makes it without packing.
-      dropout_rng: of this step or microbatch: of dropout, sampling and the
-        policy's draws; None in evaluation, where nothing is drawn.
+      params: the student's parameters.
+      batch: from seqio's EncDecFeatureConverter without packing.
+      dropout_rng: seeds dropout, sampling and the policy of this step or
+        microbatch; None in evaluation, which is deterministic.
 
     Returns:
-      The loss [] and T5X's kind of metrics.
+      The loss [] and clu metrics, as T5X expects them.
     """
     if 'decoder_segment_ids' in batch:
       raise ValueError(
@@ -155,8 +154,8 @@ class GKDModel(models.EncoderDecoderModel):
       )
     if self._teacher is None:
       raise ValueError(
-        'GKDModel has no teacher yet: T5X must train with train_script.train.'
-        'trainer_cls = @t5x_bridge.trainer, see gin/t5x/gkd.gin.'
+        'GKDModel has no teacher yet: set train_script.train.trainer_cls = '
+        '@t5x_bridge.trainer, see gin/t5x/gkd.gin.'
       )
     student, method = self._student, self._method
     if dropout_rng is None:
@@ -166,8 +165,7 @@ class GKDModel(models.EncoderDecoderModel):
       method = dataclasses.replace(method, policy=policies.dataset())
       seed = 0
     else:
-      # Of our generator: T5X may have chosen one that draws differently on
-      # another mesh.
+      # Seeds a threefry key: T5X's generator may depend on the mesh.
       seed = jax.random.bits(dropout_rng, (), jnp.uint32)
     teacher, teacher_params = self._teacher
     batch_loss = step_lib.make_batch_loss(
@@ -190,23 +188,23 @@ class GKDModel(models.EncoderDecoderModel):
     return loss, _metrics(sums, batch['decoder_target_tokens'].size)
 
   def predict_batch_with_aux(self, params, batch, rng=None, **kwargs):
-    """As the model of the run does, with what gin has bound for it."""
+    """Calls the run's model, with the arguments that gin binds for it."""
     return self._model.predict_batch_with_aux(params, batch, rng, **kwargs)
 
   def score_batch(self, params, batch, return_intermediates=False):
-    """As the model of the run does."""
+    """Calls the run's model."""
     return self._model.score_batch(params, batch, return_intermediates)
 
 
 def student_config(module: Any) -> ModelConfig:
-  """Returns the shape of T5X's network: ours has the same parameters.
+  """Returns our config with the same parameters as T5X's network.
 
   Raises:
-    ValueError: it is another network than that of examples/t5.
+    ValueError: the network is not that of examples/t5.
   """
   if not isinstance(module, network.Transformer):
     raise ValueError(
-      f"GKDModel trains T5X's network t5x.examples.t5.network.Transformer; "
+      "GKDModel trains T5X's network t5x.examples.t5.network.Transformer; "
       f'{type(module).__module__}.{type(module).__qualname__} has other '
       'parameters. (A teacher may have the layout of scalable_t5.)'
     )
@@ -228,7 +226,7 @@ def student_config(module: Any) -> ModelConfig:
 
 
 def _metrics(sums: dict[str, jax.Array], num_tokens: int) -> Metrics:
-  """Returns the metrics of a microbatch, mergeable over those of many steps."""
+  """Returns clu metrics of a microbatch, which merge over steps."""
   sequences = sums['sequences']
   rate = t5x_metrics.TimeRate.from_model_output
   return {
@@ -255,18 +253,19 @@ def trainer(
   trainer_cls: Any = t5x_trainer.Trainer,
   **kwargs,
 ) -> t5x_trainer.BaseTrainer:
-  """Makes T5X's trainer, whose compiled steps know the teacher.
+  """Returns a T5X trainer whose compiled steps take the teacher's parameters.
 
   Args:
-    model: with our loss.
-    partitioner: of the run.
-    trainer_cls: of the run, called with all the rest.
+    model: the GKDModel to train.
+    partitioner: the run's partitioner.
+    trainer_cls: the run's trainer class, called with all other arguments.
     **kwargs: see `t5x.trainer.BaseTrainer`.
   """
   if not isinstance(model, GKDModel):
     raise ValueError(
-      f'This trainer is for GKDModel, but MODEL is {type(model).__qualname__}. '
-      'Give gin/t5x/gkd.gin after all other gin files.'
+      'This trainer requires GKDModel, but MODEL is '
+      f'{type(model).__qualname__}. Pass gin/t5x/gkd.gin after all other gin '
+      'files.'
     )
   teacher = model.load_teacher(partitioner.mesh)
   return trainer_cls(
@@ -278,13 +277,13 @@ def trainer(
 
 @dataclasses.dataclass(frozen=True)
 class _WithTeacher:
-  """A partitioner whose functions get the teacher's parameters as they run.
+  """A partitioner that passes the teacher's parameters to compiled functions.
 
   Attributes:
-    partitioner: T5X's.
-    model: whose `loss_fn` these functions call.
-    teacher: its model.
-    params: its parameters, on the devices.
+    partitioner: T5X's partitioner.
+    model: the GKDModel whose `loss_fn` these functions call.
+    teacher: the teacher's model.
+    params: the teacher's parameters, on the devices.
   """
 
   partitioner: Any
@@ -296,7 +295,7 @@ class _WithTeacher:
     return getattr(self.partitioner, name)
 
   def partition(self, fn, in_axis_resources, out_axis_resources, **kwargs):
-    """As T5X's does; the result is called without the teacher."""
+    """See T5X's `partition`; callers do not pass the teacher."""
 
     def with_teacher(*args):
       *args, params = args
@@ -315,7 +314,7 @@ class _WithTeacher:
     )
 
   def compile(self, partitioned, *args):
-    """As T5X's does."""
+    """See T5X's `compile`."""
     return _Partitioned(
       self.partitioner.compile(partitioned.fn, *args, self.params), self.params
     )

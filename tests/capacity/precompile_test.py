@@ -440,9 +440,12 @@ def refused(run_main):
       [SFT, '--run_mode=train', '--output=x'],
       ['--output is for --run_mode=precompile'],
     ),
-    ([SFT, '--topology=v5e'], ['--topology=v5e is none', 'v5e:4x4', 'cpu:8']),
-    ([SFT, '--topology=h100:8'], ['is none', 'v4, v5e, v5p, v6e']),
-    ([SFT, '--topology=cpu:0'], ['--topology=cpu:0 is none']),
+    (
+      [SFT, '--topology=v5e'],
+      ['--topology=v5e is invalid', 'v5e:4x4', 'cpu:8'],
+    ),
+    ([SFT, '--topology=h100:8'], ['is invalid', 'v4, v5e, v5p, v6e']),
+    ([SFT, '--topology=cpu:0'], ['--topology=cpu:0 is invalid']),
     (
       [SFT, '--topology=cpu:1', '--gin.experiment.MeshConfig.model=3'],
       ['does not use the 1'],
@@ -508,7 +511,7 @@ def test_without_libtpu_it_says_how_to_get_it(refused, monkeypatch):
   message = refused(SFT, '--topology=v5e:4x4')
 
   assert 'pip install -e ".[tpu]"' in message
-  assert '--topology=cpu:8 does without' in message
+  assert '--topology=cpu:8 works without it' in message
 
 
 # --- With libtpu --------------------------------------------------------------
@@ -539,7 +542,7 @@ def test_a_slice_has_as_many_devices_as_chips(topology, chips):
 
 @needs_libtpu
 def test_a_slice_that_libtpu_does_not_know_is_refused():
-  with pytest.raises(ValueError, match='--topology=v5e:3x5: libtpu says'):
+  with pytest.raises(ValueError, match='--topology=v5e:3x5: libtpu failed'):
     precompile.find_devices('v5e:3x5')
 
 

@@ -238,8 +238,12 @@ def _scores(model_dir, dataset, found):
 @pytest.mark.parametrize(
   ['decoding', 'num_samples', 'said'],
   [
-    (sampler.GREEDY, 2, 'NUM_SAMPLES is 2, but greedy decoding writes the sam'),
-    (beam_search.BeamConfig(3), 4, 'NUM_SAMPLES is 4, but a beam of 3 has no'),
+    (sampler.GREEDY, 2, 'NUM_SAMPLES is 2, but greedy decoding has one'),
+    (
+      beam_search.BeamConfig(3),
+      4,
+      'NUM_SAMPLES is 4, but BeamConfig.num_beams is',
+    ),
     (sampler.ANCESTRAL, 0, 'NUM_SAMPLES must be 1 or more, got 0'),
   ],
 )
