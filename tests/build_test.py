@@ -225,7 +225,7 @@ def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):
       experiments.learning_from(
         rewards.Reward(lambda v, i, m: lambda b, y, p: y.weights)
       ),
-      r'shape \(8,\), but gives \(8, 7\)',
+      r'shape \(8,\), but returns shape \(8, 7\)',
     ),
   ],
 )
