@@ -204,7 +204,7 @@ def test_the_fragment_names_the_folder(run_main):
     '--gin_file=gin/runs/eval.gin',
     '--gin_file=gin/tasks/bbh.gin',
     '--gin.BBH_DIR=no/where',
-    '--gin.CHECKPOINT_PATH=x',
+    f'--gin.CHECKPOINT_PATH={conftest.BYT5}',
     '--gin.EVAL_OUTPUT_DIR=x',
   )
 

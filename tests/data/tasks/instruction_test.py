@@ -281,7 +281,7 @@ def test_the_fragment_chooses_sources(run_main):
     '--gin_file=gin/runs/eval.gin',
     '--gin_file=gin/tasks/instruction.gin',
     "--gin.INSTRUCTION_SOURCES=['flan']",
-    '--gin.CHECKPOINT_PATH=x',
+    f'--gin.CHECKPOINT_PATH={conftest.BYT5}',
     '--gin.EVAL_OUTPUT_DIR=x',
   )
 

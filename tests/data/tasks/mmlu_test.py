@@ -210,7 +210,7 @@ def test_the_fragment_names_the_folder(run_main, flags, want):
     '--run_mode=eval',
     '--gin_file=gin/runs/eval.gin',
     '--gin_file=gin/tasks/mmlu.gin',
-    '--gin.CHECKPOINT_PATH=x',
+    f'--gin.CHECKPOINT_PATH={conftest.BYT5}',
     '--gin.EVAL_OUTPUT_DIR=x',
     *flags,
   )
