@@ -21,8 +21,8 @@ def measure(
   Args:
     work: see bench_step.py.
     step: number -> yields when each of PHASES is done.
-    setting: what the peer is, in words.
-    compiles: what its first step takes longer is compilation.
+    setting: a description of the peer.
+    compiles: whether the extra time of the first step is compilation.
   """
   laps = []
   for i in range(work['warmup'] + work['steps']):

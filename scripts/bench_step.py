@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times one step of on-policy distillation: ours, and the same work of others.
+"""Times one step of on-policy distillation in gkd_jax and other systems.
 
     python scripts/bench_step.py --peers=torch --torch_python=PATH
 
@@ -8,11 +8,10 @@ far above its floor each is (FLOPs over the measured peak of matrix products,
 bytes over the measured bandwidth), compile time, peak memory, and the same for
 the peers.
 
-Everybody does the same work: random weights of the same shapes, inputs and
+All systems do the same work: random weights of the same shapes, inputs and
 outputs without padding (no EOS is drawn), sampling at temperature 1 from the
 whole vocabulary, one divergence, AdamW. Each contender runs in a process of its
-own, and they take turns; times are medians over all of its processes, after
-warm-up.
+own, in turn; times are medians over all of its processes, after warm-up.
 """
 
 import functools
@@ -33,7 +32,7 @@ _STUDENT = flags.DEFINE_string(
   'A published size; or vocabulary, width, heads, width of a head, of the '
   'feed-forward block, and layers, e.g. 384,16,2,8,32,1.',
 )
-_TEACHER = flags.DEFINE_string('teacher', 't5_1_1_base', 'Likewise.')
+_TEACHER = flags.DEFINE_string('teacher', 't5_1_1_base', 'As --student.')
 _BATCH = flags.DEFINE_integer('batch', 8, 'Rows.')
 _INPUTS = flags.DEFINE_integer('inputs', 128, 'Tokens of an input.')
 _TARGETS = flags.DEFINE_integer('targets', 64, 'Tokens of an output.')
@@ -65,8 +64,8 @@ _WORKER = flags.DEFINE_string('worker', None, 'For bench_step.py itself.')
 _HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # gkd_jax of this checkout
 _PHASES = ('student_encoder', 'sampling', 'teacher', 'student', 'optimizer')
-# Large buffers in huge pages, and not given back: for everybody, it takes tens
-# of percent off a step. In one arena: others give large buffers back anyway.
+# Large buffers in huge pages that are not returned to the system; this speeds
+# every system up by tens of percent. One arena: others return large buffers.
 _MALLOC = (
   'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:'
   'glibc.malloc.trim_threshold=34359738368:glibc.malloc.top_pad=268435456'
@@ -74,7 +73,7 @@ _MALLOC = (
 
 
 def main(argv: list[str]) -> None:
-  """Measures everybody in turn, and prints the table."""
+  """Measures all systems in turn and prints the table."""
   del argv
   if _WORKER.value:
     print(json.dumps(_measure(json.loads(_WORKER.value))))
@@ -98,7 +97,7 @@ def main(argv: list[str]) -> None:
 
 
 def _work() -> dict:
-  """Returns what everybody does, as JSON can hold it."""
+  """Returns the work of a step, for JSON."""
   from gkd_jax.models import registry
 
   def shape(size):
@@ -161,7 +160,7 @@ def _run(command: list[str]) -> dict:
   return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
-# --- What is measured, in a process of its own --------------------------------
+# --- Measurement, in a separate process ---------------------------------------
 
 
 def _measure(work: dict) -> dict:
@@ -223,7 +222,7 @@ def _measure_ours(work: dict) -> dict:
   from gkd_jax.models.params import init_params
 
   class Endless(registry.FAMILIES['t5'].model):
-    """Never draws EOS, so that every output is as long as it may be."""
+    """Never draws EOS, so that every output has full length."""
 
     def decode_step(self, cache, tokens_B):
       logits, cache = super().decode_step(cache, tokens_B)
@@ -363,7 +362,7 @@ def _measure_ours(work: dict) -> dict:
   }
 
 
-# --- What is said of it -------------------------------------------------------
+# --- The report ---------------------------------------------------------------
 
 
 def _report(work, machine, results) -> dict:

@@ -2,9 +2,9 @@
 """The step of bench_step.py with T5X's network and decoding.
 
 Run by bench_step.py, with a Python that can import t5x: takes the work as JSON,
-prints what it measured as JSON. T5X has no distillation: its parts, each as it
-is shipped, are put together as its users would, four jitted programs a step.
-Knows nothing of gkd_jax.
+prints the figures as JSON. T5X has no distillation: its unmodified parts are
+combined as a user would, into four jitted programs per step. Does not use
+gkd_jax.
 """
 
 import functools

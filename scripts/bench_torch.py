@@ -2,7 +2,7 @@
 """The step of bench_step.py with PyTorch and Hugging Face transformers.
 
 Run by bench_step.py, with a Python that has torch, transformers and trl: takes
-the work as JSON, prints what it measured as JSON. Knows nothing of gkd_jax.
+the work as JSON, prints the figures as JSON. Does not use gkd_jax.
 """
 
 import json

@@ -5,8 +5,7 @@
 
 compiles the steps for one slice after the other (`--run_mode=precompile`), from
 the smallest, and prints a table. No TPU is needed, but `.[tpu]` is. Each takes
-one to three minutes. The reports are kept in --output_dir: what has been
-compiled is not compiled again.
+one to three minutes. Reports are kept in --output_dir and reused.
 """
 
 import hashlib
@@ -50,7 +49,7 @@ PAIRS = {
     (*XSUM, '--gin.SIZE=t5_1_1_xl', '--gin.TEACHER_SIZE=t5_1_1_xxl'),
   ),
 }
-# For all: bfloat16 products, and nothing whole on a device that need not be.
+# For all pairs: bfloat16 products, and all parameters sharded.
 SETTINGS = (
   '--gin.ACTIVATION_DTYPE=bfloat16',
   '--gin.experiment.Teacher.dtype=bfloat16',
@@ -91,7 +90,7 @@ def _smallest(arguments, batch_size, generation) -> dict | None:
 
 
 def _settings(batch_size: int, num_chips: int) -> Iterator[tuple[str, ...]]:
-  """Yields ever more sparing ones: what takes less memory takes more time."""
+  """Yields settings that take less and less memory, and more time."""
   yield ()
   for mesh_model in (1, 4):
     if num_chips % mesh_model == 0:
@@ -108,7 +107,7 @@ def _settings(batch_size: int, num_chips: int) -> Iterator[tuple[str, ...]]:
 
 
 def _is_hopeless(report) -> bool:
-  """Whether what must be there takes more than there is."""
+  """Returns whether parameters and optimizer alone exceed the memory."""
   memory = report['memory']
   parts = ('student_params', 'optimizer_state', 'teacher_params')
   return sum(memory[name] for name in parts) > memory['available']

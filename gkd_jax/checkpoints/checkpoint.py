@@ -34,8 +34,8 @@ _METRICS = 'metrics/metrics'
 _MAX_DIFFERENCES = 5
 
 
-# A file that was cut off or overwritten can raise anything; Orbax has errors
-# that are an Exception and no more. But these do not come from damage.
+# A truncated or overwritten file can raise any exception, also a plain
+# Exception from Orbax. These errors, however, are not caused by damage.
 _NO_DAMAGE = (files.DoesNotFit, MemoryError, ImportError, NameError)
 _SAYS_NO_DAMAGE = re.compile(
   'RESOURCE_EXHAUSTED|Too many open files|No space left'
@@ -56,7 +56,7 @@ _VERSIONS_OF = (
 
 
 class ModelDescription(NamedTuple):
-  """What parameters need beside themselves to be understood."""
+  """The model config and vocabulary that belong to saved parameters."""
 
   config: ModelConfig
   vocabulary: str
@@ -74,7 +74,7 @@ class ModelDescription(NamedTuple):
 
 
 def versions() -> dict[str, str]:
-  """Returns what software and devices this process runs on."""
+  """Returns the versions of software and the devices of this process."""
   return {
     **{name: importlib.metadata.version(name) for name in _VERSIONS_OF},
     'python': platform.python_version(),
@@ -91,7 +91,7 @@ class Saved(NamedTuple):
 
 
 class _IteratorHandler(ocp.CheckpointHandler):
-  """Lets an object with save(folder) and restore(folder) do both."""
+  """Adapts an object with save(folder) and restore(folder) to Orbax."""
 
   def save(self, directory, args):
     args.item.save(os.fspath(directory))
@@ -124,7 +124,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-  """The checkpoints of one run: the last ones and the best are kept."""
+  """The checkpoints of one run; keeps the latest ones and the best."""
 
   def __init__(
     self,
@@ -135,18 +135,18 @@ class Checkpoints:
     best_metric: str | None = None,
     best_mode: str = 'min',
   ):
-    """Opens the folder, and makes it where it is not there.
+    """Opens the folder; creates it if it does not exist.
 
     Args:
-      run_dir: of the run.
+      run_dir: the run's folder.
       model: saved with each checkpoint.
-      keep: so many of the last.
-      best_metric: keeps the checkpoint that is best by this metric, too.
+      keep: number of latest checkpoints to keep.
+      best_metric: also keeps the checkpoint that is best by this metric.
       best_mode: 'min' or 'max'.
     """
     self._model = model
     self._folder = epath.Path(run_dir).absolute()
-    # Orbax reads these of all checkpoints when it opens a folder.
+    # Orbax reads the descriptions of all checkpoints when it opens a folder.
     _set_aside(self._folder, _damaged_descriptions(self._folder))
     policies = [checkpoint_managers.LatestN(n=keep)]
     value = None
@@ -164,8 +164,8 @@ class Checkpoints:
       self._folder,
       options=ocp.CheckpointManagerOptions(
         step_prefix=_PREFIX,
-        # The policy decides. Without best_fn no metrics would be saved, and a
-        # run that goes on would not know which of its checkpoints is the best.
+        # Orbax saves metrics only with best_fn; a resumed run needs them to
+        # find the best checkpoint. The policy decides what is kept.
         best_fn=value,
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
@@ -173,7 +173,7 @@ class Checkpoints:
     )
 
   def latest_step(self) -> int | None:
-    """Returns the step of the newest whole checkpoint."""
+    """Returns the step of the newest complete checkpoint."""
     return self._manager.latest_step()
 
   def save(
@@ -185,7 +185,7 @@ class Checkpoints:
     metrics: dict[str, float] | None = None,
     to_evaluate: bool = False,
   ) -> None:
-    """Saves a state; parameters are copied at once and written meanwhile."""
+    """Saves a state: copies the arrays, then writes in the background."""
     step = int(state.step)
     if step == self.latest_step():
       return
@@ -210,7 +210,7 @@ class Checkpoints:
     )
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds to a checkpoint that was saved without; it may be the best."""
+    """Adds metrics to a checkpoint saved without; it may become the best."""
     files.write_whole(
       self._folder / f'{_PREFIX}_{step}' / _METRICS, json.dumps(metrics)
     )
@@ -226,15 +226,16 @@ class Checkpoints:
       abstract_state: shapes, dtypes and shardings of the state.
       data_iterator: of this run's data.
 
-    Where the newest cannot be read, the one before is restored; the former is
-    kept under another name. Of several hosts one may fail alone where arrays
-    are damaged, while the others read on: then the run ends.
+    If the newest is damaged, the previous one is restored and the damaged one
+    is renamed. With several hosts, damaged arrays end the run, since other
+    hosts may have read theirs.
 
     Returns:
-      None if there is none.
+      The restored run; None if there is no checkpoint.
 
     Raises:
-      ValueError: it is of another model or data, or none can be read.
+      ValueError: the checkpoint is of another model or data, or all are
+        damaged.
     """
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
@@ -281,12 +282,12 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    """Waits until all is written."""
+    """Waits until all checkpoints are written."""
     self._manager.close()
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-  """Returns what is saved of a state, by name: its parts that have leaves."""
+  """Returns {name: part} of a state to save: all parts that have leaves."""
   parts = state._asdict()
   del parts['step']  # the checkpoint's name and description have it
   return {
@@ -299,14 +300,14 @@ _ELSEWHERE = ValueError('another host cannot read it')
 
 
 def is_damage(error: Exception) -> bool:
-  """Whether reading raises it because of what was read."""
+  """Returns whether an error of reading indicates damaged files."""
   return not (
     isinstance(error, _NO_DAMAGE) or _SAYS_NO_DAMAGE.search(str(error))
   )
 
 
 def _error_of(read: Callable[[], Any]) -> Exception | None:
-  """Returns the error that damage causes in reading; None: there is none."""
+  """Returns the error if `read` meets damaged files, or None."""
   try:
     read()
   except Exception as e:
@@ -317,7 +318,7 @@ def _error_of(read: Callable[[], Any]) -> Exception | None:
 
 
 def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
-  """Returns checkpoints that do not say what they hold, and why not."""
+  """Returns the checkpoints with unreadable descriptions, with the errors."""
 
   def read(folder):
     names = ['_CHECKPOINT_METADATA', 'description/metadata']
@@ -366,7 +367,7 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
 
 
 def first_line(error: Exception) -> str:
-  """Returns an error's kind, and how its message begins."""
+  """Returns an error's type and the first line of its message."""
   text = str(error).strip().split('\n')[0]
   return f'{type(error).__name__}: {text[:200]}'
 
@@ -380,7 +381,7 @@ def find(
   path: str | os.PathLike,
   is_one: Callable[[epath.Path], bool] = is_checkpoint,
 ) -> epath.Path:
-  """Returns the checkpoint folder that a path means.
+  """Returns the checkpoint folder at a path.
 
   Args:
     path: a checkpoint folder, or one with `checkpoint_<step>` folders: the
@@ -412,7 +413,7 @@ def find(
 
 
 def describe(folder: epath.Path) -> ModelDescription:
-  """Returns which model a checkpoint holds."""
+  """Returns the description of a checkpoint's model."""
   text = (folder / 'description' / 'metadata').read_text()
   return ModelDescription.from_json(json.loads(text)['model'])
 
@@ -477,7 +478,7 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def raise_differences(folder: epath.Path, differences: Sequence[str]) -> None:
-  """Raises ValueError with the first of them, if there are any."""
+  """Raises ValueError with the first differences, if there are any."""
   if not differences:
     return
   shown = list(differences[:_MAX_DIFFERENCES])

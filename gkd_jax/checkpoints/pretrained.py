@@ -28,7 +28,7 @@ from gkd_jax.parallel.partitioning import Placement
 Params = Any
 
 _PACKAGE = pathlib.Path(__file__).parent
-# In a run folder: what a Hugging Face checkpoint had beside its weights.
+# In a run folder: the tokenizer and configs of a Hugging Face checkpoint.
 _SIDE_FOLDER = 'huggingface_files'
 
 
@@ -36,14 +36,15 @@ class Pretrained(NamedTuple):
   """An open checkpoint; its arrays are not read yet.
 
   Attributes:
-    folder: where it is.
-    format: who wrote it.
+    folder: of the checkpoint.
+    format: 'gkd_jax', 'Hugging Face' or 'T5X'.
     config: the model's shape.
-    vocabulary: the line of `vocabularies.describe`, or a part of it; None where
-      no file names it.
+    vocabulary: the line of `vocabularies.describe`, or a part of it; None if no
+      file describes it.
     dtype: of its parameters.
-    num_params: how many numbers they are.
-    load: (abstract parameters, dtype or None) -> parameters; None keeps theirs.
+    num_params: number of parameters.
+    load: (abstract parameters, dtype or None) -> parameters; None keeps the
+      checkpoint's dtype.
   """
 
   folder: epath.Path
@@ -184,7 +185,7 @@ def check_fits(
 
 
 def check_dtype(setting: str, dtype: str | None) -> None:
-  """Raises ValueError unless a setting is a type of numbers, or None."""
+  """Raises ValueError unless a setting is a supported dtype or None."""
   if dtype not in (None, 'float32', 'bfloat16'):
     raise ValueError(
       f"{setting} must be 'float32', 'bfloat16' or None, got {dtype!r}."
@@ -217,8 +218,8 @@ def config_of(path: str, **changes) -> ModelConfig:
 
   Args:
     path: see `open_checkpoint`.
-    **changes: fields that say how it is run (`interface.EXECUTION_FIELDS`),
-      e.g. dropout_rate=0.1.
+    **changes: fields out of `interface.EXECUTION_FIELDS`, e.g.
+      dropout_rate=0.1.
   """
   if path is None:
     raise ValueError(

@@ -34,7 +34,7 @@ class BeamConfig:
         f'BeamConfig.num_beams must be at least 1, got {self.num_beams}.'
       )
     if self.alpha < 0.0:
-      # The rule of stopping takes the penalty to grow with the length.
+      # The stopping rule assumes that the penalty grows with the length.
       raise ValueError(
         f'BeamConfig.alpha must not be negative, got {self.alpha}. Use 0 for '
         'no length penalty.'
@@ -78,12 +78,12 @@ def beam_search(
     config: width and penalty.
     batch_size: B.
     max_decode_len: T.
-    ids: what begins, ends and pads a row.
+    ids: the special ids; start, EOS and pad are used.
 
   Returns:
-    `Beams`, best first. A row none of whose hypotheses ended within T returns
-    its unended ones. Where fewer than `num_beams` were found, the scores of the
-    rest are near MASKED_LOGIT.
+    `Beams`, best first. If no hypothesis of a row reached EOS within T, the row
+    has unfinished ones. If fewer than `num_beams` did, the scores of the others
+    are near MASKED_LOGIT.
   """
   width = config.num_beams
 
@@ -116,8 +116,8 @@ def beam_search(
     total_BKV = s.live.scores[:, :, None] + log_p.reshape(
       batch_size, width, vocab_size
     )
-    # Of 2 * width candidates at most `width` end here (each hypothesis has one
-    # EOS), so at least `width` live on.
+    # At most `width` of 2 * width candidates end here (one EOS per hypothesis),
+    # so at least `width` stay live.
     score_BC, flat_BC = jax.lax.top_k(
       total_BKV.reshape(batch_size, -1), 2 * width
     )
@@ -142,8 +142,8 @@ def beam_search(
     return _Loop(s.step + 1, live, done, cache)
 
   def keep_going(s: _Loop) -> jax.Array:
-    # Scores only fall, and the penalty is largest at full length: this is the
-    # best any live hypothesis can still reach.
+    # Log-probabilities only decrease and the penalty is largest at full length:
+    # this bounds the score of every live hypothesis.
     reachable_B = s.live.scores[:, 0] / length_penalty(
       config.alpha, max_decode_len
     )
@@ -154,7 +154,7 @@ def beam_search(
   masked = jnp.full((batch_size, width), MASKED_LOGIT, jnp.float32)
   start = _Loop(
     step=jnp.int32(0),
-    # All beams start alike: only the first may branch.
+    # All beams start equal, so only the first may branch.
     live=Beams(tokens, masked.at[:, 0].set(0.0)),
     done=Beams(tokens, masked),
     cache=cache,

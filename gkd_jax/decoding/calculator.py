@@ -258,7 +258,7 @@ _FROM_EQUALS_TO_NUMBER = re.compile(f'{_FILLER}(?={_BEGIN})')
 _GOES_ON = re.compile('^[.,]?[0-9]')  # as a number does
 
 
-class Queue(NamedTuple):
+class CalculatorState(NamedTuple):
   """What the sampling loop keeps for the calculator from step to step."""
 
   after_equals_B: jax.Array  # [B] bool: a number would follow `=`
@@ -302,15 +302,17 @@ class Calculator:
     self._is_point_V = np.array([text in {'.', ','} for text in texts])
     self._ends_in_digit_V = np.array([text[-1:].isdigit() for text in texts])
 
-  def start(self, batch_size: int) -> Queue:
+  def start(self, batch_size: int) -> CalculatorState:
     """Returns the queue before the first token."""
-    return Queue(
+    return CalculatorState(
       jnp.zeros(batch_size, bool),
       jnp.zeros(batch_size, bool),
       jnp.full((batch_size, _MAX_FORCED), _NO_TOKEN, jnp.int32),
     )
 
-  def keep_result(self, queue: Queue, logits_BV: jax.Array) -> jax.Array:
+  def keep_result(
+    self, queue: CalculatorState, logits_BV: jax.Array
+  ) -> jax.Array:
     """Masks what would add digits to a result that was just written."""
     goes_on_V = np.zeros(logits_BV.shape[1], bool)
     goes_on_V[: len(self._goes_on_V)] = self._goes_on_V
@@ -320,12 +322,12 @@ class Calculator:
 
   def correct(
     self,
-    queue: Queue,
+    queue: CalculatorState,
     tokens_BT: jax.Array,
     step: jax.Array,
     drawn_B: jax.Array,
     alive_B: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, Queue]:
+  ) -> tuple[jax.Array, jax.Array, CalculatorState]:
     """Replaces what was drawn, where a number follows an expression and `=`.
 
     Args:
@@ -364,7 +366,7 @@ class Calculator:
     after_result_B = (
       is_last_B & jnp.asarray(self._ends_in_digit_V)[token_B]
     ) | (queue.after_result_B & jnp.asarray(self._is_point_V)[token_B])
-    rest = Queue(after_equals_B, after_result_B, tokens_BF)
+    rest = CalculatorState(after_equals_B, after_result_B, tokens_BF)
     return token_B, is_forced_B, rest
 
   def _call_host(self, tokens_BF, tokens_BT, step, drawn_B, needs_result_B):

@@ -31,11 +31,11 @@ def generate(
     config: a `SamplerConfig`, or a `BeamConfig` for beam search.
     rng: a key; not used by beam search and at temperature 0.
     max_decode_len: T, at most.
-    num_ids: ids of the tokenizer; None: as many as the model embeds.
+    num_ids: ids of the tokenizer; None: the rows of the model's embedding.
 
   Returns:
-    Of a sampler: `Rollout`, one output a row, of shapes [B, T]. Of beam search:
-    `Beams`, the hypotheses [B, num_beams, T], best first.
+    For a sampler: `Rollout`, one output per row, of shapes [B, T]. For beam
+    search: `Beams`, the hypotheses [B, num_beams, T], best first.
 
   Raises:
     ValueError: the config has a calculator, or it samples and there is no rng.
@@ -82,7 +82,7 @@ def search(
   max_decode_len: int,
   ids: SpecialIds,
 ) -> beam_search.Beams:
-  """Searches a model's most probable outputs for each input.
+  """Runs beam search with a model.
 
   Args:
     model: any.

@@ -26,7 +26,7 @@ def rollout(
   """Samples one output of a model for each input; no gradient.
 
   Args:
-    model: that writes.
+    model: generates the outputs.
     params: its parameters.
     encoder_input_tokens: [B, S] int32.
     rng: key of this batch.
@@ -34,8 +34,8 @@ def rollout(
     row_ids_B: [B] number of each row in the global batch.
     max_decode_len: T.
     ids: the special ids of model and vocabulary.
-    encoded: [B, S, D] the encoder's output, where it is known already.
-    calculator: writes results where `config.calculator` is set.
+    encoded: [B, S, D] encoder output; None: the encoder runs here.
+    calculator: required if `config.calculator` is set.
 
   Returns:
     A `sampler.Rollout` of shapes [B, T].

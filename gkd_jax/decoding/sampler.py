@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws outputs from a model, token by token, in one traced loop.
+"""Samples outputs from a model, token by token, in one traced loop.
 
-Knows no model class: a `decode_step` takes the cache and the last token of
-every row and returns the logits of the next. The logits it returns must give
-ids that may not occur (see `batch.mask_unused_ids`) a huge negative value.
+Independent of the model class: `decode_step` takes the cache and the last token
+of every row and returns the next token's logits, in which ids that may not
+occur are masked (see `batch.mask_unused_ids`).
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import MASKED_LOGIT, SpecialIds
-from gkd_jax.decoding.calculator import Calculator, Queue
+from gkd_jax.decoding.calculator import Calculator, CalculatorState
 
 Cache = Any
 DecodeStep = Callable[[Cache, jax.Array], tuple[jax.Array, Cache]]
 
-# Two-level search in `_draw`: as many sums as entries a sum for V near 32k.
+# Block size of the search in `_draw`, near sqrt(V) for V = 32k.
 _BLOCK = 128
 
 
@@ -33,8 +33,8 @@ class SamplerConfig:
     top_k: keep only the k most probable tokens; 0 keeps all.
     top_p: keep only the smallest set of most probable tokens that has at least
       this probability; 1 keeps all.
-    calculator: results are computed, not drawn; see `calculator`. For outputs
-      that are evaluated or kept, not for those a student is trained on.
+    calculator: results of arithmetic are computed, not drawn; see `calculator`.
+      For evaluation and inference only, not for training.
   """
 
   temperature: float = 1.0
@@ -63,7 +63,7 @@ GREEDY = SamplerConfig(temperature=0.0)
 
 
 class Rollout(NamedTuple):
-  """What was drawn."""
+  """Sampled outputs."""
 
   tokens: jax.Array  # [B, T] int32, pad after EOS
   weights: jax.Array  # [B, T] float32, 1 up to and including EOS, then 0
@@ -79,7 +79,7 @@ class _Loop(NamedTuple):
   alive_B: jax.Array
   rollout: Rollout
   cache: Cache
-  queue: Queue | None  # None: no calculator
+  queue: CalculatorState | None  # None: no calculator
 
 
 def sample(
@@ -93,16 +93,16 @@ def sample(
   ids: SpecialIds,
   calculator: Calculator | None = None,
 ) -> Rollout:
-  """Draws one output a row; ends as soon as every row has ended.
+  """Draws one output per row; stops when every row has ended.
 
   Args:
     decode_step: (cache, tokens [B]) -> (logits [B, V], cache).
     cache: what `decode_step` needs before its first token.
     rng: key of this batch.
     config: how to draw.
-    row_ids_B: [B] int32 number of each row in the global batch. Draws depend
-      on the key, the row's number and the position alone: not on the device
-      that makes them, nor on the other rows of a microbatch.
+    row_ids_B: [B] int32 number of each row in the global batch. Samples depend
+      only on the key, the row's number and the position, not on the device or
+      the other rows of a microbatch.
     max_decode_len: T, at most; a row that has not ended by then has no EOS.
     ids: what begins, ends and pads a row; the ids that may not occur are masked
       by `decode_step`.
@@ -116,7 +116,7 @@ def sample(
   """
   if config.calculator and calculator is None:
     raise ValueError(
-      'SamplerConfig.calculator is set, but this sampler was given none. Only '
+      'SamplerConfig.calculator is set, but no calculator was passed. Only '
       'evaluation and inference have one.'
     )
   batch_size = row_ids_B.shape[0]
@@ -144,8 +144,8 @@ def sample(
       )
       log_prob_B = jnp.where(is_forced_B, 0.0, log_prob_B)
 
-    # Weights come from `alive_B`, never from `token != 0`: whether a token
-    # counts is what happened, not what it looks like.
+    # Weights come from `alive_B`, not from the token's id: an id alone does not
+    # determine whether the row had ended.
     token_B = jnp.where(s.alive_B, drawn_B, ids.pad)
     rollout = Rollout(
       tokens=s.rollout.tokens.at[:, s.step].set(token_B),
@@ -208,11 +208,11 @@ def filter_logits(logits: jax.Array, config: SamplerConfig) -> jax.Array:
 
 
 def _draw(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
-  """Draws one id a row by inverting the cumulative distribution.
+  """Draws one id per row by inverting the cumulative distribution.
 
-  One uniform number a row instead of the V that a Gumbel draw takes. The
-  search is done in two levels, over sums of blocks and then within the block
-  found: sums stay short, hence accurate, and no [B, V] cumulative sum is made.
+  It needs one uniform number per row instead of a Gumbel draw's V. The search
+  first finds a block, then an id within it: the sums stay short and accurate,
+  and no [B, V] cumulative sum is computed.
 
   Args:
     uniform_B: [B] in [0, 1).
@@ -235,9 +235,8 @@ def _draw(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
 def _find(target_B: jax.Array, p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the first index whose cumulative sum exceeds the target.
 
-  Rounding may carry the target past every sum, or past one that only an entry
-  of probability 0 raises. Only entries of positive probability are returned:
-  the largest one in the first case.
+  Returns only entries of positive probability. If rounding makes the target
+  exceed every sum, returns the most probable entry.
   """
   sum_BN = jnp.cumsum(p_BN, axis=-1)
   found_BN = (sum_BN > target_B[:, None]) & (p_BN > 0.0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rest of the package requires of an encoder-decoder.
+"""The protocol that an encoder-decoder implements.
 
-Sampler, policies, objectives and the step know a model by this protocol alone,
-so that another encoder-decoder can take a T5's place. A model is a Flax module;
-its methods that compute are called as
+Sampler, policies, objectives and the step use models only through this
+protocol, so other encoder-decoders can replace T5. A model is a Flax module;
+its computing methods are called as
 
     model.apply({'params': params}, *args, method='encode')
 
@@ -20,7 +20,7 @@ from gkd_jax.parallel.partitioning import Placement
 Params = Any  # nested dicts of arrays, with T5X's names
 Cache = Any  # a tree whose leaves have the rows first, or are scalars
 
-# Fields of a config that say how a model is run, not which model it is.
+# Fields of a config that set how a model is run, not its parameters.
 EXECUTION_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
 # Fields of a config that name the special ids; see `SpecialIds`.
 ID_FIELDS = ('pad_id', 'start_id', 'eos_id')
@@ -72,7 +72,7 @@ class ModelConfig(Protocol):
     ...
 
   def describe(self) -> str:
-    """Returns a few words on the shape, such as 'T5 1.1 of width 64'."""
+    """Returns a short description, such as 'T5 1.1 of width 64'."""
     ...
 
 
@@ -144,12 +144,11 @@ class Model(Protocol):
 
     Args:
       encoded: [B, S, D].
-      encoder_input_tokens: [B, S] int32; where they are pad is not attended to.
+      encoder_input_tokens: [B, S] int32; pad positions are masked.
       decoder_target_tokens: [B, T] int32; the model shifts them to the right.
       deterministic: False applies dropout, and needs an rng named 'dropout'.
-      num_microbatches: each layer loops over so many parts of the batch, which
-        saves memory and gathers the layer's parameters once for all parts. Only
-        without dropout.
+      num_microbatches: each layer loops over this many parts of the batch: it
+        saves memory and gathers the layer's parameters once. Not with dropout.
     """
     ...
 
@@ -184,9 +183,9 @@ class Model(Protocol):
     ...
 
   def gather_params(self, params: Params) -> Params:
-    """Returns the parameters with nothing left sharded over 'data'.
+    """Returns the parameters replicated over the mesh axis 'data'.
 
-    For loops that read them again and again. Each layer has a name of its own
-    in the result, also where the layers were stacked.
+    For loops that read them repeatedly. The result has one entry per layer,
+    also if the layers were stacked.
     """
     ...

@@ -67,8 +67,8 @@ def run_layers(
     deterministic: False applies dropout.
     per_row: arguments of every layer whose first axis is the batch.
     shared: arguments of every layer that all rows share.
-    num_microbatches: each layer loops over so many parts of the batch; only
-      without dropout.
+    num_microbatches: each layer loops over this many parts of the batch; not
+      with dropout.
 
   Returns:
     [B, L, D].
@@ -107,8 +107,7 @@ def run_layers(
   if is_loop:
     params = stack.variables['params'].get(_STACKED)
     if params is None:
-      # The state keeps a name for each layer, as T5X's checkpoints do, and the
-      # optimizer sees each by itself.
+      # State and optimizer keep one entry per layer, like T5X's checkpoints.
       each, _ = _split_layers(stack.variables['params'])
       params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     rngs = None
@@ -145,7 +144,10 @@ def _in_microbatches(
         ]
       )
       params = jax.lax.with_sharding_constraint(
-        params, placement.gathered().shardings(nn.get_partition_spec(boxed))
+        params,
+        placement.replicated_over_data().shardings(
+          nn.get_partition_spec(boxed)
+        ),
       )
 
     def run_microbatch(microbatch):
@@ -161,15 +163,15 @@ def _in_microbatches(
 
 
 def stack_layers(params: Params) -> Params:
-  """Returns parameters as a model with `scan_layers` reads them.
+  """Returns parameters stacked for a model with `scan_layers`.
 
-  The layers of the encoder are one tree of arrays [layers, ...], named
-  'layers', and so are the decoder's. A program that gets them one by one stacks
-  them first: a second copy of the weights.
+  The layers of the encoder become one tree of arrays [layers, ...], named
+  'layers', and likewise the decoder's. Without this, a compiled program stacks
+  them itself and holds a second copy of the weights.
 
   Args:
-    params: of a model; arrays, which are deleted (there is never a second copy
-      of them all), or shapes with shardings.
+    params: of a model: arrays, which are deleted one by one to save memory, or
+      shapes with shardings.
   """
 
   def stack(*leaves):
@@ -193,7 +195,7 @@ def stack_layers(params: Params) -> Params:
 
 
 def gather_params(model: Model, params: Params) -> Params:
-  """Returns parameters with nothing left sharded over 'data'.
+  """Returns the parameters replicated over the mesh axis 'data'.
 
   See `interface.Model.gather_params`.
   """
@@ -202,12 +204,12 @@ def gather_params(model: Model, params: Params) -> Params:
   if placement is None or not placement.spreads_params_over_data:
     return params
   return jax.lax.with_sharding_constraint(
-    params, placement.gathered().shardings(logical_axes(model))
+    params, placement.replicated_over_data().shardings(logical_axes(model))
   )
 
 
 def _unstack_layers(params: Params) -> Params:
-  """Returns parameters with a name for each layer, stacked or not."""
+  """Returns parameters with one entry per layer, whether stacked or not."""
   params = dict(params)
   for name in _STACKS:
     others = dict(params[name])

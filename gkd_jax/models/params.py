@@ -22,7 +22,7 @@ def logical_axes(model: Model) -> Params:
 
 
 def abstract_params(model: Model) -> Params:
-  """Returns shape, dtype and sharding of each parameter, without making it.
+  """Returns shape, dtype and sharding of each parameter; allocates nothing.
 
   Args:
     model: with a placement.
@@ -41,9 +41,9 @@ def abstract_params(model: Model) -> Params:
       raise ValueError(
         f'MESH_MODEL {mesh["model"]} does not divide {name} of shape '
         f'{x.shape}: it must divide heads, feed-forward width and vocabulary '
-        'of student and teacher. (Of a model with PARAMETER_PARTITIONING_DIMS '
-        f'= 2 the data axis, {mesh["data"]} here, must divide the width; with '
-        '= 0 it lies whole on every device.)'
+        'of student and teacher. (With PARAMETER_PARTITIONING_DIMS = 2 the '
+        f'data axis, {mesh["data"]} here, must divide the width; with = 0 the '
+        'model is replicated on every device.)'
       ) from e
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -72,5 +72,5 @@ def param_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def count_params(params: Params) -> int:
-  """Returns how many numbers the parameters hold."""
+  """Returns the number of parameters."""
   return sum(x.size for x in jax.tree.leaves(params))

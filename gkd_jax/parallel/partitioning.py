@@ -128,8 +128,8 @@ class Placement(NamedTuple):
   def spreads_params_over_data(self) -> bool:
     return ('embed', 'data') in self.rules and self.mesh.shape['data'] > 1
 
-  def gathered(self) -> 'Placement':
-    """Returns where the same arrays lie once 'data' has whole parameters."""
+  def replicated_over_data(self) -> 'Placement':
+    """Returns this placement with parameters replicated over 'data'."""
     rules = (rule for rule in self.rules if rule != ('embed', 'data'))
     return self._replace(rules=tuple(rules))
 

@@ -164,7 +164,7 @@ def test_activations_are_spread_over_data_and_in_two_dims_over_model(
 
 
 def test_gathered_parameters_are_whole_in_each_part_of_data():
-  gathered = placement_of(2, 2).gathered()
+  gathered = placement_of(2, 2).replicated_over_data()
 
   assert (*gathered.sharding('embed', 'mlp').spec,) == (None, 'model')
 

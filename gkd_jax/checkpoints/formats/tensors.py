@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays in files, of which each device reads the part that it will hold.
+"""Arrays in files; each device reads only its own shard.
 
 A format (`huggingface`, `t5x`) lists its arrays as `Tensor`s under our
-parameters' names; what lies on the disk in another layout is a view of one.
-Nothing is read before `place`.
+parameters' names; arrays with another layout on disk are views. Nothing is read
+before `place`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Tensor(NamedTuple):
 
 
 def in_memory(array: np.ndarray) -> Tensor:
-  """An array that is here already."""
+  """Wraps an array in memory."""
   return Tensor(array.shape, array.dtype, lambda index: array[index])
 
 
@@ -73,10 +73,10 @@ def place(
   abstract_params: Params,
   dtype: str | None = 'float32',
 ) -> Params:
-  """Reads arrays into their places on the devices.
+  """Reads arrays onto the devices.
 
-  Each device's part is read by itself, so a model that is spread over many
-  devices or hosts is whole nowhere.
+  Each device's shard is read separately, so no host holds a sharded model in
+  full.
 
   Args:
     tensors: {'encoder/layers_0/mlp/wo/kernel': ...}; the names and shapes of
