@@ -286,7 +286,7 @@ def of_step():
   return tiny.on_simulated_devices(8, __name__, steps.__name__)
 
 
-def replicated_over_data(found, is_teachers):
+def gathered(found, is_teachers):
   return sum(
     one.times * one.received
     for one in found
@@ -302,7 +302,7 @@ def test_parameters_spread_over_data_are_gathered_once_a_step(
 ):
   over_data = of_step[where]
 
-  received = replicated_over_data(over_data['found'], role == 'teacher')
+  received = gathered(over_data['found'], role == 'teacher')
 
   # Each device has an eighth already; tokens and the like are little.
   assert 0.8 * over_data[role] < received < 0.95 * over_data[role]
@@ -334,8 +334,6 @@ def test_over_model_activations_alone_are_exchanged_for_a_token(of_step):
 def test_parameters_spread_over_model_are_not_gathered(of_step):
   over_model = of_step['over model']
 
-  received = sum(
-    replicated_over_data(over_model['found'], x) for x in (True, False)
-  )
+  received = sum(gathered(over_model['found'], x) for x in (True, False))
 
   assert received < 0.1 * over_model['teacher']
