@@ -410,7 +410,8 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
   for number in range(first + 1, NUM_STEPS + 1):
     before = state
     state, _ = step(before, state_lib.Frozen(), Batch(*batch))
-    assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    if number != 3:  # Orbax may still read what was saved after step 2
+      assert all(x.is_deleted() for x in jax.tree.leaves(before))
     if number == 2:
       checkpoints.save(state, NoData(), train_seconds=0.0)
     if number == kill_after:
