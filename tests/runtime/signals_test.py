@@ -70,7 +70,7 @@ def test_a_folder_has_one_writer(tmp_path):
 def test_a_killed_process_keeps_no_lock(tmp_path):
   program = (
     'import pathlib, os, signal\n'
-    'from gkd_jax import interruption\n'
+    'from gkd_jax.runtime import run_folder\n'
     f'with run_folder.locked(pathlib.Path({str(tmp_path)!r}), "MODEL_DIR"):\n'
     '  os.kill(os.getpid(), signal.SIGKILL)\n'
   )
