@@ -140,7 +140,7 @@ def data_shards(data: Data, mesh: Mesh) -> dict[str, Any]:
   return {
     'shards': range(first // rows, end // rows),
     'num_shards': num_shards,
-    'saves': partitioning.is_first_of_rows(batch_size, mesh),
+    'saves': partitioning.is_first_host_of_rows(batch_size, mesh),
   }
 
 
@@ -272,7 +272,7 @@ def load_model(
 # --- Models beside the student ------------------------------------------------
 
 
-def _like_student(
+def _make_frozen_model(
   config: ModelConfig, experiment: Experiment, mesh: Mesh
 ) -> interface.Model:
   """Returns a model that computes in the student's dtype, compiled as it is."""
@@ -301,7 +301,7 @@ def load_frozen(
   """
   if source is None:
     return NO_MODEL
-  module = _like_student(source.config, experiment, mesh)
+  module = _make_frozen_model(source.config, experiment, mesh)
   params = source.load(abstract_params(module), dtype)
   if module.config.scan_layers:
     params = stack_layers(params)
@@ -324,7 +324,7 @@ def plan_frozen(
   """
   if config is None:
     return NO_MODEL
-  module = _like_student(config, experiment, mesh)
+  module = _make_frozen_model(config, experiment, mesh)
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape, dtype or 'float32', sharding=x.sharding
@@ -455,7 +455,7 @@ def make_plan(experiment: Experiment, mesh: Mesh) -> Plan:
 def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
   """Raises ValueError if devices would get different numbers of rows."""
   for dataset in experiment.evaluation.all_datasets:
-    partitioning.check_spread('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
+    partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   batch_size = experiment.data.train.batch_size
   parts = experiment.optimization.num_microbatches
   if batch_size % (parts * mesh.shape['data']):

@@ -482,7 +482,7 @@ def reward_model_is_there_where_one_is_read(experiment: Experiment) -> None:
   rewards.check_model(experiment.method.reward, model.checkpoint_path, None)
 
 
-RULES_OF_CHECKPOINTS: tuple[Callable[[Experiment], None], ...] = (
+CHECKPOINT_RULES: tuple[Callable[[Experiment], None], ...] = (
   needed_teacher_has_a_checkpoint,
   settings_of_the_teacher_have_a_checkpoint,
   reward_model_is_there_where_one_is_read,
@@ -498,7 +498,7 @@ def check(experiment: Experiment, *, with_checkpoints: bool = True) -> None:
   """
   for rule in RULES:
     rule(experiment)
-  for rule in RULES_OF_CHECKPOINTS if with_checkpoints else ():
+  for rule in CHECKPOINT_RULES if with_checkpoints else ():
     rule(experiment)
 
 

@@ -58,7 +58,7 @@ _GIN_FILE_OF_MODE = {
 _TEST_SPLIT = 'final_eval/datasets.DatasetConfig.split'
 # A sweep starts such processes, and writes command lines to their stdin.
 _WORKER = 'worker'
-_RUNS_ON_HOSTS = ('train', 'eval', 'infer')
+_MULTIHOST_MODES = ('train', 'eval', 'infer')
 
 _RUN_MODE = flags.DEFINE_string(
   'run_mode', 'train', f'One of: {", ".join(_RUN_MODES)}.'
@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
       )
       sys.exit(getattr(e, 'exit_code', 130))
   except BaseException as e:
-    process.leave_other_hosts(e)
+    process.exit_if_multihost(e)
     raise
 
 
@@ -137,16 +137,16 @@ def _run(argv: Sequence[str]) -> None:
   if _RUN_MODE.value == _WORKER:
     from gkd_jax.sweeps import worker
 
-    process.keep_compiled_programs()
-    process.keep_memory()
-    worker.serve(_run_again)
+    process.enable_compilation_cache()
+    process.retain_freed_memory()
+    worker.serve(_run_in_worker)
     return
   files = _check_flags(argv)
   mode = _RUN_MODE.value
   if mode != 'precompile':  # which measures how long compiling takes
-    process.keep_compiled_programs()
-  if mode in _RUNS_ON_HOSTS:
-    process.keep_memory()
+    process.enable_compilation_cache()
+  if mode in _MULTIHOST_MODES:
+    process.retain_freed_memory()
   bindings = [gin_config.quote_strings(b) for b in _GIN_BINDINGS.value]
   gin_config.parse(
     files,
@@ -172,7 +172,7 @@ def _run(argv: Sequence[str]) -> None:
     gin_config.build(function)(**keywords)
 
 
-def _run_again(arguments: Sequence[str]) -> None:
+def _run_in_worker(arguments: Sequence[str]) -> None:
   """Runs main with other arguments, as a new process would."""
   from gkd_jax.data import vocabularies
 
@@ -249,8 +249,8 @@ def _start_hosts(mode: str) -> None:
   from gkd_jax.parallel import hosts
 
   given = [_COORDINATOR_ADDRESS, _PROCESS_COUNT, _PROCESS_INDEX]
-  if mode in _RUNS_ON_HOSTS:
-    hosts.start(*(flag.value for flag in given))
+  if mode in _MULTIHOST_MODES:
+    hosts.initialize(*(flag.value for flag in given))
     return
   for flag in given:
     if flag.value is not None:

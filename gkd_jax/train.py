@@ -66,7 +66,7 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
     pad_id=task.ids.pad,
     **shards,
   )
-  hosts.wait('all is checked')
+  hosts.barrier('all is checked')
   run.folder.mkdir(parents=True, exist_ok=True)
   with run_folder.locked(run.folder, 'MODEL_DIR'):
     resumes = run_folder.has_run(run.folder)
@@ -100,7 +100,7 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
     )
     checkpoints.close()
     if test is not None:
-      _evaluate_at_the_end(
+      _evaluate_test(
         test, experiment.evaluation.test.split, state, train_seconds, run.folder
       )
     console.log(f'Done: {run.folder}')
@@ -167,8 +167,8 @@ def _loop(
       log.dispatched(step, step_metrics, batch)
       batch = None
       due = training.schedule.due(step)
-      stops = training.signals.stops() or log.too_many_skipped
-      if not (stops or due.checkpoint or _evaluates(training, due)):
+      stops = training.signals.should_stop() or log.too_many_skipped
+      if not (stops or due.checkpoint or _is_evaluation_due(training, due)):
         continue
       log.flush()
       train_seconds += time.monotonic() - clock
@@ -195,7 +195,7 @@ def _compile(
   return compiled
 
 
-def _evaluates(training: _Training, due: Due) -> bool:
+def _is_evaluation_due(training: _Training, due: Due) -> bool:
   return due.evaluation and training.evaluation is not None
 
 
@@ -227,10 +227,10 @@ def _evaluate_and_save(
   A run that stops does not evaluate; its checkpoint records that it has to.
   """
   stops = stops or log.too_many_skipped
-  values, to_evaluate = None, _evaluates(training, due)
+  values, to_evaluate = None, _is_evaluation_due(training, due)
   if to_evaluate and not stops:
     try:
-      with training.signals.at_once():
+      with training.signals.raised_immediately():
         values = _evaluate(training, writer, state, due.step)
         to_evaluate = False
     except Interrupted:
@@ -328,7 +328,7 @@ def _evaluations(
   return validation, test
 
 
-def _evaluate_at_the_end(
+def _evaluate_test(
   evaluation: evaluate.Evaluation,
   split: str,
   state: TrainState,

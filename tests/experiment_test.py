@@ -41,7 +41,7 @@ SETTINGS = {
 }
 rules = {
   rule.__name__: rule
-  for rule in (*experiment_lib.RULES, *experiment_lib.RULES_OF_CHECKPOINTS)
+  for rule in (*experiment_lib.RULES, *experiment_lib.CHECKPOINT_RULES)
 }
 
 STEEP = experiment_lib.Optimization(learning_rate=1.0, warmup_steps=4)

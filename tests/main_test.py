@@ -247,7 +247,7 @@ def resident():  # in MiB
   return pages * 4096 / 2**20
 
 if {kept}:
-  process.keep_memory()
+  process.retain_freed_memory()
 before = resident()
 thread = threading.Thread(target=lambda: bool(np.ones(2**27, np.uint8)[0]))
 thread.start()

@@ -36,7 +36,7 @@ _MAX_DIFFERENCES = 5
 
 # A truncated or overwritten file can raise any exception, also a plain
 # Exception from Orbax. These errors, however, are not caused by damage.
-_NO_DAMAGE = (files.DoesNotFit, MemoryError, ImportError, NameError)
+_NO_DAMAGE = (files.CheckpointMismatch, MemoryError, ImportError, NameError)
 _SAYS_NO_DAMAGE = re.compile(
   'RESOURCE_EXHAUSTED|Too many open files|No space left'
 )
@@ -211,10 +211,10 @@ class Checkpoints:
 
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
     """Adds metrics to a checkpoint saved without; it may become the best."""
-    files.write_whole(
+    files.write_atomically(
       self._folder / f'{_PREFIX}_{step}' / _METRICS, json.dumps(metrics)
     )
-    hosts.wait('metrics added')
+    hosts.barrier('metrics added')
     self._manager.reload()
 
   def restore(
@@ -258,7 +258,7 @@ class Checkpoints:
           ),
         )
       except Exception as e:
-        if hosts.are_several() or not is_damage(e):
+        if hosts.is_multihost() or not is_damage(e):
           raise
         damaged.append((folder, e))
         continue
@@ -346,7 +346,7 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
     return
   reasons = {folder: first_line(error) for folder, error in damaged}
   num_there = len(_steps(run_dir))
-  hosts.wait('checkpoints counted')  # before one of them has another name
+  hosts.barrier('checkpoints counted')  # before one of them has another name
   if len(reasons) == num_there:
     raise ValueError(
       'No checkpoint of this run can be read:'
@@ -361,9 +361,9 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
       f'{folder} cannot be read ({why}). It is called {name} now; the run goes '
       'on from the one before.'
     )
-    if hosts.is_first():
+    if hosts.is_first_host():
       folder.rename(run_dir / name)
-  hosts.wait('damaged checkpoints set aside')
+  hosts.barrier('damaged checkpoints set aside')
 
 
 def first_line(error: Exception) -> str:

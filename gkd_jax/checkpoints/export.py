@@ -58,7 +58,7 @@ def export(
   if dtype is None:
     dtype = 'bfloat16' if source.dtype == 'bfloat16' else 'float32'
   console.log(f'Exporting {source}')
-  on_host = partitioning.Placement(partitioning.host_mesh())
+  on_host = partitioning.Placement(partitioning.cpu_mesh())
   abstract = abstract_params(make_model(source.config, on_host))
   params = named_params(source.load(abstract, None))
   partial = folder.parent / f'{folder.name}.partial'

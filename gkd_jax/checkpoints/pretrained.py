@@ -253,7 +253,7 @@ def keep_side_files(
     run_dir: of the run.
   """
   where = next(filter(None, map(side_files, folders)), None)
-  if where is None or not hosts.is_first():
+  if where is None or not hosts.is_first_host():
     return
   kept = epath.Path(run_dir) / _SIDE_FOLDER
   kept.mkdir(parents=True, exist_ok=True)

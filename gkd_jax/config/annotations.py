@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 # Kind of annotation -> what to write for it in a gin file.
-_WRITTEN = {
+_DESCRIPTIONS = {
   'bool': 'True or False',
   'int': 'a whole number',
   'float': 'a finite number',
@@ -57,11 +57,11 @@ def check(setting: str, value: Any, annotation: Any) -> None:
   if 'complex' in kinds:  # jax.typing.ArrayLike: what counts as a number
     kinds = [kind for kind in kinds if kind not in ('bool', 'int', 'complex')]
   kinds = [kind for kind in kinds if kind not in _ARRAYS]
-  if not _WRITTEN.keys() >= {*kinds}:
+  if not _DESCRIPTIONS.keys() >= {*kinds}:
     return
-  if any(_is(value, kind) for kind in kinds):
+  if any(_is_of_kind(value, kind) for kind in kinds):
     return
-  written = dict.fromkeys(_WRITTEN[kind] for kind in kinds)
+  written = dict.fromkeys(_DESCRIPTIONS[kind] for kind in kinds)
   if 'int' in kinds and type(value) is int:
     written = [f'from {-_MAX_INT} to {_MAX_INT}']
   raise ValueError(
@@ -84,7 +84,7 @@ def _kinds(annotation: Any) -> list[str]:
   return [name.rsplit('.', 1)[-1]]
 
 
-def _is(value: Any, kind: str) -> bool:
+def _is_of_kind(value: Any, kind: str) -> bool:
   """Whether a value is of a kind."""
   if kind == 'int':
     is_int = isinstance(value, int) and not isinstance(value, bool)

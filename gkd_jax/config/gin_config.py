@@ -244,7 +244,7 @@ def output_folder(configurable: str, *, may_be_remote: bool) -> Iterator[None]:
     return
   if not may_be_remote:
     run_folder.check_folder(folder, setting)
-  with run_folder.written(folder, setting):
+  with run_folder.explained_write_errors(folder, setting):
     yield
 
 

@@ -56,7 +56,7 @@ def message_of(error: BaseException) -> str:
   # Our messages name the setting; a library's do not know of gin.
   if calls and not _is_in(raised_in(error), _PACKAGE):
     message = (
-      message.rstrip('.') + '.' + _who_sets(calls[0].split()[0].strip("'"))
+      message.rstrip('.') + '.' + _macros_of(calls[0].split()[0].strip("'"))
     )
   return message
 
@@ -160,7 +160,7 @@ def parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
   return inspect.signature(function).parameters
 
 
-def _who_sets(function: str) -> str:
+def _macros_of(function: str) -> str:
   """Returns which macros a function's arguments come from, and their values."""
   config = gin.config_str()
   binding = rf'^(?:.*/)?(?:\w+\.)?{function}\.\w+ =\s+%(\w+)'

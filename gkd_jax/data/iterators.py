@@ -132,7 +132,7 @@ class TrainIterator(Iterator[Batch]):
     """Goes to the position that `save` wrote.
 
     Raises:
-      files.DoesNotFit: the data was dealt to another number of shards.
+      files.CheckpointMismatch: the data was dealt to another number of shards.
       ValueError: a file is damaged.
     """
     for name, iterator in self._iterators.items():
@@ -143,7 +143,7 @@ class TrainIterator(Iterator[Batch]):
           for name in os.listdir(directory)
           if name.endswith('.index')
         )
-        raise files.DoesNotFit(
+        raise files.CheckpointMismatch(
           f'{directory} has the positions {", ".join(there) or "of nothing"}, '
           f'but not {name}: this run deals its data to {self._num_shards} '
           'shard(s). Set experiment.Data.num_shards to the number that it was '

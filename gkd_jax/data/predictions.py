@@ -34,7 +34,7 @@ _SETTING = 'TRAIN_ON_PREDICTIONS'
 _CHANGING = ('num_examples', 'num_predictions', 'versions')
 
 
-def check_not_there(path: pathlib.Path) -> None:
+def check_does_not_exist(path: pathlib.Path) -> None:
   """Raises ValueError if a file has been written already."""
   if path.exists():
     raise ValueError(
@@ -65,7 +65,7 @@ class Writer:
     Raises:
       ValueError: it is finished already, or was begun by something else.
     """
-    check_not_there(path)
+    check_does_not_exist(path)
     self._path = path
     self._partial = path.with_name(f'{path.name}.partial')
     # As JSON has it: a tuple would not equal the list that it became.
@@ -74,7 +74,7 @@ class Writer:
     if self._partial.exists():
       self._check_same_provenance()
       self._keep_whole_batches(batch_size)
-    _write_about(path, self._provenance)
+    _write_side_file(path, self._provenance)
     self._file = self._partial.open('a', encoding='utf-8')
 
   def append(self, examples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
@@ -94,7 +94,7 @@ class Writer:
       'num_examples': self.num_examples,
       'num_predictions': self.num_predictions,
     }
-    _write_about(self._path, {**self._provenance, **counts})
+    _write_side_file(self._path, {**self._provenance, **counts})
     self._partial.rename(self._path)
 
   def _check_same_provenance(self):
@@ -300,5 +300,5 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text(encoding='utf-8'))
 
 
-def _write_about(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-  files.write_whole(_side_file(path), json.dumps(values, indent=2) + '\n')
+def _write_side_file(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+  files.write_atomically(_side_file(path), json.dumps(values, indent=2) + '\n')

@@ -61,7 +61,7 @@ def find(
     return _make_task(imported, name, arguments or {})
   if name in registered:
     return seqio.get_mixture_or_task(name)
-  names = sorted({*registered, *_our_tasks()})
+  names = sorted({*registered, *_bundled_tasks()})
   near = difflib.get_close_matches(name, names, n=1)
   raise ValueError(
     f'MIXTURE_OR_TASK_NAME: no task or mixture {name!r} is registered.'
@@ -74,7 +74,7 @@ def find(
 def _import_module(name: str, module: str | None) -> types.ModuleType | None:
   """Imports the task's module; None if nothing says which it is."""
   if module is None:
-    if name in _our_tasks():
+    if name in _bundled_tasks():
       return importlib.import_module(f'gkd_jax.data.tasks.{name}')
     return None
   if not all(part.isidentifier() for part in module.split('.')):
@@ -274,7 +274,7 @@ def _digest(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _our_tasks() -> Sequence[str]:
+def _bundled_tasks() -> Sequence[str]:
   folder = os.path.join(os.path.dirname(__file__), 'tasks')
   return [
     name[:-3]

@@ -408,7 +408,7 @@ def evaluate_checkpoint(
   rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
   pretrained.check_dtype('evaluate_checkpoint.reward_dtype', reward_dtype)
   mesh = partitioning.make_mesh()
-  partitioning.check_spread('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
+  partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   source, task = build.open_model_and_task(checkpoint_path, dataset)
 
   def load(path, setting, dtype=None):
@@ -466,7 +466,7 @@ def write_results(
 ) -> pathlib.Path:
   """Writes `eval_<split>.json` atomically; returns its path."""
   path = pathlib.Path(output_dir) / f'eval_{split}.json'
-  files.write_whole(path, json.dumps(values, indent=2) + '\n')
+  files.write_atomically(path, json.dumps(values, indent=2) + '\n')
   return path
 
 
@@ -474,7 +474,7 @@ def write_samples(
   output_dir: str | os.PathLike, split: str, samples: Mapping[str, Any]
 ) -> None:
   """Writes the result of `Evaluation.samples` to `samples_<split>.json`."""
-  files.write_whole(
+  files.write_atomically(
     pathlib.Path(output_dir) / f'samples_{split}.json',
     json.dumps(samples, ensure_ascii=False, indent=1) + '\n',
   )

@@ -48,9 +48,9 @@ def infer(
       already complete.
   """
   path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
-  predictions.check_not_there(path)
+  predictions.check_does_not_exist(path)
   mesh = partitioning.make_mesh()
-  partitioning.check_spread('INFER_BATCH_SIZE', dataset.batch_size, mesh)
+  partitioning.check_rows_divide('INFER_BATCH_SIZE', dataset.batch_size, mesh)
   lengths = dict(dataset.task_feature_lengths)
   source, task = build.open_model_and_task(checkpoint_path, dataset)
   inputs = iterators.InferenceDataset(dataset, task.ids.pad)
@@ -83,9 +83,9 @@ def infer(
   }
   # All hosts compute the outputs; the first one writes them.
   writer = None
-  if hosts.is_first():
+  if hosts.is_first_host():
     writer = predictions.Writer(path, provenance, dataset.batch_size)
-  first = hosts.from_first(writer.num_examples if writer else 0)
+  first = hosts.broadcast_from_first(writer.num_examples if writer else 0)
   params = build.load_model(source, mesh).params
   if first:
     console.log(f'Resuming after {first:,} examples.')

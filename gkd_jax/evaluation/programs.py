@@ -95,7 +95,7 @@ def make_write(
   keys = [first, *(jax.random.fold_in(first, i) for i in range(1, num_outputs))]
 
   def place_and_write(params, row_ids_B, inputs):
-    row_ids_B, inputs = partitioning.put_whole_batch((row_ids_B, inputs), mesh)
+    row_ids_B, inputs = partitioning.put_global_batch((row_ids_B, inputs), mesh)
     if is_beam:
       return np.asarray(write(params, inputs))
     drawn = [write(params, key, row_ids_B, inputs) for key in keys]
@@ -140,7 +140,7 @@ def _write_program(
 
   return jax.jit(
     beam if isinstance(decoding, beam_search.BeamConfig) else sample,
-    out_shardings=partitioning.everywhere(mesh),
+    out_shardings=partitioning.replicated(mesh),
   )
 
 
@@ -227,7 +227,7 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
   def measure(student_params, teacher_params, dataset):
     totals = None
     for row_ids_B, batch in dataset.batches():
-      row_ids_B, batch = partitioning.put_whole_batch((row_ids_B, batch), mesh)
+      row_ids_B, batch = partitioning.put_global_batch((row_ids_B, batch), mesh)
       sums = measure_batch(student_params, teacher_params, row_ids_B, batch)
       totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     return {
@@ -255,7 +255,7 @@ def make_disagreement(
   student_unembed = step_lib.unembed(student)
   teacher_unembed = step_lib.unembed(teacher)
 
-  @functools.partial(jax.jit, out_shardings=partitioning.everywhere(mesh))
+  @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
   def disagreement(student_params, teacher_params, inputs, tokens):
     def at_place(place):
       student_hidden_BD, teacher_hidden_BD, tokens_B = place
@@ -293,7 +293,7 @@ def make_disagreement(
     )
 
   def place_and_compare(student_params, teacher_params, batch, tokens):
-    inputs, tokens = partitioning.put_whole_batch(
+    inputs, tokens = partitioning.put_global_batch(
       (batch.encoder_input_tokens, tokens), mesh
     )
     values = disagreement(student_params, teacher_params, inputs, tokens)
@@ -333,7 +333,7 @@ def make_mean_reward(
       # Padding rows repeat the last example: a reward may reject empty ones.
       existing_B = np.minimum(row_ids_B, len(dataset) - 1)
       batch = Batch(*(x[existing_B - row_ids_B[0]] for x in batch))
-      placed = partitioning.put_whole_batch(
+      placed = partitioning.put_global_batch(
         (batch, tokens[existing_B], row_ids_B < len(dataset)), mesh
       )
       total += float(sums(params, *placed))

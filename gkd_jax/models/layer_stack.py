@@ -137,7 +137,7 @@ def _in_microbatches(
 
   def run_layer(x, layer_params):
     params, _ = layer_params
-    if placement is not None and placement.spreads_params_over_data:
+    if placement is not None and placement.shards_params_over_data:
       boxed = jax.eval_shape(
         lambda: layer.init(jax.random.key(0), x_BLD, True, **per_row, **shared)[
           'params'
@@ -201,7 +201,7 @@ def gather_params(model: Model, params: Params) -> Params:
   """
   params = _unstack_layers(params)
   placement = model.placement
-  if placement is None or not placement.spreads_params_over_data:
+  if placement is None or not placement.shards_params_over_data:
     return params
   return jax.lax.with_sharding_constraint(
     params, placement.replicated_over_data().shardings(logical_axes(model))

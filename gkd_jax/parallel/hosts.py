@@ -20,7 +20,7 @@ _count = 1
 _num_calls = itertools.count()
 
 
-def start(
+def initialize(
   coordinator_address: str | None,
   process_count: int | None,
   process_index: int | None,
@@ -78,43 +78,43 @@ def _is_on_tpu() -> bool:
   )
 
 
-def is_first() -> bool:
+def is_first_host() -> bool:
   """Whether this process writes the files that there is one of."""
   return _index == 0
 
 
-def are_several() -> bool:
+def is_multihost() -> bool:
   """Whether there are others."""
   return _count > 1
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
   """Waits until all hosts have reached this point.
 
   Args:
     name: of the point; the same on all hosts.
   """
-  if are_several():
+  if is_multihost():
     multihost_utils.sync_global_devices(name)
 
 
 def any_host(value: bool) -> bool:
   """Returns whether it is true on any host; all must call."""
-  if not are_several():
+  if not is_multihost():
     return value
   return bool(multihost_utils.process_allgather(int(value)).any())
 
 
-def from_first(value: int) -> int:
+def broadcast_from_first(value: int) -> int:
   """Returns the first host's value; all must call."""
-  if not are_several():
+  if not is_multihost():
     return value
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def allgather(x: jax.Array) -> np.ndarray:
   """Returns all of an array, also the parts of other hosts; all must call."""
-  if not are_several():
+  if not is_multihost():
     return np.asarray(x)
   return multihost_utils.process_allgather(x, tiled=True)
 
@@ -125,6 +125,6 @@ def reached_preemption() -> bool:
   JAX agrees on a common future call and returns True there, once; every host
   must call this equally often. False where there is one host.
   """
-  return are_several() and multihost_utils.reached_preemption_sync_point(
+  return is_multihost() and multihost_utils.reached_preemption_sync_point(
     next(_num_calls)
   )

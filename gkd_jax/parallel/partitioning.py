@@ -49,7 +49,7 @@ def make_mesh(
   return Mesh(np.asarray(devices).reshape(data, model), ('data', 'model'))
 
 
-def host_mesh() -> Mesh:
+def cpu_mesh() -> Mesh:
   """Returns a mesh of the host's CPU alone, for what needs no accelerator."""
   devices = np.asarray(jax.devices('cpu')[:1]).reshape(1, 1)
   return Mesh(devices, ('data', 'model'))
@@ -125,7 +125,7 @@ class Placement(NamedTuple):
     return 1 if over is None else self.mesh.shape[over]
 
   @property
-  def spreads_params_over_data(self) -> bool:
+  def shards_params_over_data(self) -> bool:
     return ('embed', 'data') in self.rules and self.mesh.shape['data'] > 1
 
   def replicated_over_data(self) -> 'Placement':
@@ -167,7 +167,7 @@ def shard_as_params(tree: Any, params: Any, mesh: Mesh) -> Any:
     suffixes = (path[start:] for start in range(len(path)))
     param = next((param_at[s] for s in suffixes if s in param_at), None)
     own = param is not None and param.shape == leaf.shape
-    sharding = param.sharding if own else everywhere(mesh)
+    sharding = param.sharding if own else replicated(mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree_util.tree_map_with_path(place, tree)
@@ -178,7 +178,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
-def check_spread(setting: str, batch_size: int, mesh: Mesh) -> None:
+def check_rows_divide(setting: str, batch_size: int, mesh: Mesh) -> None:
   """Raises ValueError if the devices would not get equally many rows."""
   spread = mesh.shape['data']
   if batch_size % spread:
@@ -206,7 +206,7 @@ def rows_of_host(batch_size: int, mesh: Mesh) -> tuple[int, int]:
   return spans[0][0], spans[-1][1]
 
 
-def is_first_of_rows(batch_size: int, mesh: Mesh) -> bool:
+def is_first_host_of_rows(batch_size: int, mesh: Mesh) -> bool:
   """Whether no host before this one holds the same rows of a batch."""
   parts = batch_sharding(mesh).devices_indices_map((batch_size,))
   own = jax.process_index()
@@ -239,7 +239,7 @@ def put_batch(batch: Any, mesh: Mesh, batch_size: int) -> Any:
   )
 
 
-def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
+def put_global_batch(batch: Any, mesh: Mesh) -> Any:
   """Places a batch that every host has all rows of; does not wait."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
@@ -250,6 +250,6 @@ def put_whole_batch(batch: Any, mesh: Mesh) -> Any:
   )
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
   """Every device, hence every host, has all of it."""
   return NamedSharding(mesh, PartitionSpec())

@@ -42,7 +42,7 @@ def as_json(figure: Figure) -> dict[str, Any]:
 # --- What they show -----------------------------------------------------------
 
 
-def all_of(section: Section) -> tuple[list[Figure], list[str]]:
+def make_all(section: Section) -> tuple[list[Figure], list[str]]:
   """Returns the figures that the runs have enough for, and why not the rest."""
   found, left_out = [], []
   for make in (
@@ -75,7 +75,7 @@ def method_bars(section: Section) -> list[Figure] | str:
       metric = f'{decoding}/{name}'
       bars = {group.name: group.means.get(metric) for group in of_origin}
       if any(bars.values()):
-        base, lines = _levels(section, metric, of_origin)
+        base, lines = _reference_lines(section, metric, of_origin)
         panels.append(Panel(tables.axis_label(metric), bars, base, lines))
     begin = ' Bars begin at the initial student.' if panels[0].base else ''
     found.append(
@@ -210,7 +210,7 @@ def data_efficiency(section: Section) -> list[Figure] | str:
   if any(None in by for by in series.values()):
     ticks[of_all] = 'all'
   used = [g for by in series.values() for g in by.values()]
-  base, lines = _levels(section, section.metric, used)
+  base, lines = _reference_lines(section, section.metric, used)
   if base is None:  # those that began with as many examples are one more line
     initial = _of_role(section, 'initial student', used)
     of_initial = {g.settings.get(macro): g for g in initial}
@@ -297,7 +297,8 @@ def reward_trade_off(section: Section) -> list[Figure] | str:
       g
       for g in eligible
       if g not in with_divergence
-      and sections.rest(g, vary) == sections.rest(groups[0], vary)
+      and sections.other_settings(g, vary)
+      == sections.other_settings(groups[0], vary)
     ]
     by_alpha = {runs_lib.alpha(g.settings): g for g in (*alone, *groups)}
     if len(by_alpha) > 1:
@@ -306,7 +307,8 @@ def reward_trade_off(section: Section) -> list[Figure] | str:
     return 'Reward and distillation: needs RL+GKD runs of two or more ALPHA.'
   used = [g for groups in series.values() for g in groups]
   metric, label = _reward_metric(section, used)
-  base, _ = _levels(section, section.metric, used)  # the teacher is far off
+  # Without the teacher's line: it is far from the points.
+  base, _ = _reference_lines(section, section.metric, used)
   return [
     Figure(
       'reward_trade_off',
@@ -427,7 +429,7 @@ def _curve(section: Section, group: Group) -> list[Point]:
   return plots.mean_curve(by_seed)
 
 
-def _levels(
+def _reference_lines(
   section: Section, metric: str, methods: Sequence[Group]
 ) -> tuple[Line | None, list[Line]]:
   """Returns the level of the methods' initial student, and other levels.

@@ -10,7 +10,7 @@ from gkd_jax.report.sections import Group, Section
 _MAX_NAMED = 5  # methods, the best first
 
 
-def of(section: Section) -> str:
+def describe(section: Section) -> str:
   """Returns the finding of a section; empty if methods cannot be ranked.
 
   Methods are ranked by the gap they close, else by the main metric. Where they

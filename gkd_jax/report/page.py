@@ -23,7 +23,7 @@ _LONG_STRIP = 40  # characters of an output with which a line is full
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class DrawnFigure:
   """A figure, the name of its file without an ending, and how it is drawn."""
 
   figure: figures_lib.Figure
@@ -54,7 +54,7 @@ class Part:
   best: set[tuple[int, int]]
   notes: Sequence[str]
   also_run: Sequence[Sequence[str]]
-  figures: Sequence[Shown]
+  figures: Sequence[DrawnFigure]
   left_out: Sequence[str]
   samples: Sequence[tuple[str, Mapping[str, Any]]]
   runs: Sequence[Sequence[str]]
@@ -147,7 +147,7 @@ def _table(
   )
 
 
-def _figure(shown: Shown) -> str:
+def _figure(shown: DrawnFigure) -> str:
   figure = shown.figure
   svg = plots.svg(shown.drawn, shown.file)
   svg = svg.replace(
@@ -260,10 +260,10 @@ def _strip(name: str, tokens: Sequence[Mapping[str, Any]], eos_id: int) -> str:
   """Returns one output, and in words where it is furthest from the teacher."""
   spans = ''.join(_token(token, eos_id) for token in tokens)
   mean = sum(token['kl'] for token in tokens) / len(tokens)
-  said = f'mean {mean:.2f} nats'
+  detail = f'mean {mean:.2f} nats'
   worst = max(tokens, key=lambda token: token['kl'])
   if worst['id'] != worst['teacher_id']:
-    said += (
+    detail += (
       f'; most at {_name(worst["text"], worst["id"], eos_id)} '
       f'({worst["kl"]:.2f}), for which the teacher prefers '
       f'{_name(worst["teacher_text"], worst["teacher_id"], eos_id)}'
@@ -272,7 +272,7 @@ def _strip(name: str, tokens: Sequence[Mapping[str, Any]], eos_id: int) -> str:
   below = ' below' if is_long else ''
   return (
     f'<div><dt>{escape(name)}</dt><dd><span class="strip">{spans}</span>'
-    f'<span class="said{below}">{escape(said)}</span></dd></div>'
+    f'<span class="detail{below}">{escape(detail)}</span></dd></div>'
   )
 
 
@@ -285,22 +285,22 @@ def _token(token: Mapping[str, Any], eos_id: int) -> str:
   elif not text:
     text = '·'  # a part of a letter; or a token that is not shown
   text = text.replace('\n', '↵\n')
-  said = (
+  detail = (
     f'{_name(token["text"], token["id"], eos_id)}: '
     f'student {token["student_probability"]:.3f}, '
     f'teacher {token["teacher_probability"]:.3f}. '
   )
   if agrees:
-    said += 'The teacher prefers it, too. '
+    detail += 'The teacher prefers it, too. '
   else:
     other = _name(token['teacher_text'], token['teacher_id'], eos_id)
-    said += (
+    detail += (
       f'The teacher prefers {other}: {token["teacher_id_probability"]:.3f}. '
     )
-  said += f'KL {token["kl"]:.3f} nats.'
+  detail += f'KL {token["kl"]:.3f} nats.'
   return (
     f'<span class="token k{color}{"" if agrees else " other"}" tabindex="-1" '
-    f'title="{escape(said)}">{escape(text)}</span>'
+    f'title="{escape(detail)}">{escape(text)}</span>'
   )
 
 
@@ -337,7 +337,7 @@ h4 { font-size: 1rem; margin: 0 0 0.5rem; }
 a, summary { color: var(--accent); }
 summary { cursor: pointer; margin: 0.5rem 0; }
 .summary { max-width: 46rem; font-size: 1.05rem; }
-.note, figcaption, .said { color: var(--muted); font-size: 0.875rem; }
+.note, figcaption, .detail { color: var(--muted); font-size: 0.875rem; }
 .note { max-width: 46rem; }
 div.note { margin-top: 1rem; }
 .note p { margin: 0; }

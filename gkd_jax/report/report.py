@@ -68,7 +68,7 @@ def report(
   for part in parts:
     for shown in part.figures:
       plots.save(shown.drawn, folder / f'{shown.file}.png')
-  not_used = [f'{_shown(path)}: {why}.' for path, why in unused]
+  not_used = [f'{_relative_path(path)}: {why}.' for path, why in unused]
   content = {
     'report.json': json.dumps(
       {
@@ -91,13 +91,13 @@ def report(
     'report.html': page.render(title, parts, not_used),
   }
   for name, text in content.items():
-    files.write_whole(folder / name, text)
+    files.write_atomically(folder / name, text)
   print(f'Report:  {folder / "report.html"}')
   print(f'In Markdown: {folder / "report.md"}')
   print(f'For programs: {folder / "report.json"}, {folder / "results.json"}')
   for section, part in zip(all_sections, parts, strict=True):
     print(f'\n{part.heading or title}\n\n{tables.markdown(part.table)}\n')
-    if finding := findings.of(section):
+    if finding := findings.describe(section):
       print(finding)
   for line in not_used:
     print(f'Not used: {line}')
@@ -114,7 +114,7 @@ def _beside(found: Sequence[Run]) -> pathlib.Path:
 def _part(section: Section, one_of_several: bool) -> page.Part:
   """Returns all that the report shows of a section."""
   prefix = f'{section.task}_{section.split}_' if one_of_several else ''
-  of_section, left_out = figures.all_of(section)
+  of_section, left_out = figures.make_all(section)
   columns = _columns(section)
   named = [(group.name, group.means) for group in section.groups]
   methods = [(group.name, group.means) for group in section.methods]
@@ -140,7 +140,9 @@ def _part(section: Section, one_of_several: bool) -> page.Part:
     if section.also_run
     else [],
     figures=[
-      page.Shown(figure, f'{prefix}{figure.name}', plots.draw(figure.data))
+      page.DrawnFigure(
+        figure, f'{prefix}{figure.name}', plots.draw(figure.data)
+      )
       for figure in of_section
     ],
     left_out=left_out,
@@ -149,7 +151,7 @@ def _part(section: Section, one_of_several: bool) -> page.Part:
       ['experiment', 'seed', 'folder', 'command'],
       *(
         [group.name, '' if run.seed is None else str(run.seed)]
-        + [_shown(run.folder), _command(run)]
+        + [_relative_path(run.folder), _command(run)]
         for group in (*section.groups, *section.also_run)
         for run in group.runs
       ),
@@ -214,7 +216,7 @@ def _summary(section: Section) -> list[str]:
     sentences.append(f'Means ± standard errors over {span} seeds.')
   elif seeds:
     sentences.append('One seed each: small differences are noise.')
-  if finding := findings.of(section):
+  if finding := findings.describe(section):
     sentences.append(finding)
   return sentences
 
@@ -256,7 +258,7 @@ def _samples(section: Section) -> list[tuple[str, Mapping[str, Any]]]:
   return found
 
 
-def _shown(folder: pathlib.Path) -> str:
+def _relative_path(folder: pathlib.Path) -> str:
   """Returns a path as it is from here, if it is below."""
   here = pathlib.Path.cwd()
   return str(folder.relative_to(here) if here in folder.parents else folder)

@@ -21,7 +21,7 @@ from typing import Any
 from gkd_jax.runtime import metrics as metrics_lib
 
 # What changes neither what is learnt nor what is measured at the end.
-FREE = (
+IGNORED_SETTINGS = (
   'BEST_METRIC',
   'BEST_MODE',
   'CHECKPOINT_PERIOD',
@@ -49,7 +49,7 @@ _EVALUATION = re.compile(r'eval_\w+\.json')
 REWARD = 'train/reward'  # of the student's own outputs, while it learns
 
 # What was measured: (task, split).
-Where = tuple[str, str]
+TaskSplit = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,8 +70,8 @@ class Run:
 
   folder: pathlib.Path
   settings: Mapping[str, Any]
-  results: Mapping[Where, Mapping[str, float]]
-  samples: Mapping[Where, Mapping[str, Any]]
+  results: Mapping[TaskSplit, Mapping[str, float]]
+  samples: Mapping[TaskSplit, Mapping[str, Any]]
   curve: Sequence[Mapping[str, float]] = ()
   teacher: pathlib.Path | None = None
   initial: pathlib.Path | None = None
@@ -298,7 +298,7 @@ def _without_step(path: pathlib.Path) -> pathlib.Path:
 
 
 @functools.lru_cache(maxsize=4096)
-def kind(
+def experiment_key(
   run: Run, without: frozenset[str] = frozenset()
 ) -> frozenset[tuple[str, str]]:
   """Returns what makes a run the same experiment as another, but for its seed.
@@ -310,22 +310,22 @@ def kind(
     run: any.
     without: settings to leave out, of the runs that it began from, too.
   """
-  return _kind(run.folder, run.settings, without=without)
+  return _key(run.folder, run.settings, without=without)
 
 
-def identity(run: Run) -> frozenset[tuple[str, str]]:
-  """Returns what a run shares with its repeats alone: `kind`, and all seeds."""
-  return _kind(run.folder, run.settings, with_seeds=True)
+def repeat_key(run: Run) -> frozenset[tuple[str, str]]:
+  """Returns a key that only runs with equal settings and seeds share."""
+  return _key(run.folder, run.settings, with_seeds=True)
 
 
-def _kind(
+def _key(
   folder, settings, with_seeds=False, without=frozenset()
 ) -> frozenset[tuple[str, str]]:
-  free = {*FREE, *without, _INITIAL, _TEACHER}
+  free = {*IGNORED_SETTINGS, *without, _INITIAL, _TEACHER}
   if with_seeds:
     free.remove('RANDOM_SEED')
   parts = {
-    (name, repr(value if with_seeds else _any_seed(value, settings)))
+    (name, repr(value if with_seeds else _mask_seed(value, settings)))
     for name, value in settings.items()
     if value is not None and name not in free
   }
@@ -335,9 +335,9 @@ def _kind(
       continue
     path = origin / 'config.gin'
     if path.is_file():
-      own = sorted(_kind(origin, _read_file(path), with_seeds, without))
+      own = sorted(_key(origin, _read_file(path), with_seeds, without))
     else:
-      own = str(origin) if with_seeds else _any_seed(str(origin), settings)
+      own = str(origin) if with_seeds else _mask_seed(str(origin), settings)
     parts.add((name, repr(own)))
   if not settings:
     parts.add(('folder', str(folder)))
@@ -349,7 +349,7 @@ def _read_file(path: pathlib.Path) -> dict[str, Any]:
   return read_settings(path.read_text())
 
 
-def _any_seed(value: Any, settings: Mapping[str, Any]) -> Any:
+def _mask_seed(value: Any, settings: Mapping[str, Any]) -> Any:
   """Returns a path with the run's seed replaced; other values as they are.
 
   A number is the seed where the path says so. Others stay: 't5_1_1_base' is no

@@ -185,7 +185,7 @@ def _section(runs, where, metric, mode, tuned) -> Section:
   by_folder = _roles(runs)
   by_kind = collections.defaultdict(list)
   for run in runs:
-    by_kind[runs_lib.kind(run)].append(run)
+    by_kind[runs_lib.experiment_key(run)].append(run)
   # Groups that differ in tuned settings alone share a name, at first.
   shared = collections.defaultdict(list)
   for kind, of_kind in by_kind.items():
@@ -227,8 +227,8 @@ def _section(runs, where, metric, mode, tuned) -> Section:
         {},
       )
       (groups if is_best or best is None else also_run).append(group)
-  groups.sort(key=_order)
-  also_run.sort(key=_order)
+  groups.sort(key=_sort_key)
+  also_run.sort(key=_sort_key)
   section = dataclasses.replace(section, groups=(*groups, *also_run))
   groups, also_run = (
     tuple(
@@ -280,7 +280,7 @@ def _without_repeats(runs) -> tuple[list[Run], list[str]]:
   """Drops runs that repeat another, seeds and all: they are no new evidence."""
   first: dict[Any, pathlib.Path] = {}
   stands_for = {
-    run.folder: first.setdefault(runs_lib.identity(run), run.folder)
+    run.folder: first.setdefault(runs_lib.repeat_key(run), run.folder)
     for run in runs
     if run.settings
   }
@@ -401,7 +401,7 @@ def unique_names(
   for name, places in alike.items():
     if len(places) == 1:
       continue
-    settings = [_said(named[i][1]) for i in places]
+    settings = [_named_settings(named[i][1]) for i in places]
     every = sorted({key for s in settings for key in s} - {*ignore})
     differ = [
       key for key in every if len({repr(s.get(key)) for s in settings}) > 1
@@ -410,7 +410,7 @@ def unique_names(
       differ = [key for key in differ if key not in _OF_WIDTH]
     count = collections.Counter()
     for i, s in zip(places, settings, strict=True):
-      words = [_say(key, s.get(key)) for key in differ[:3]]
+      words = [_describe_setting(key, s.get(key)) for key in differ[:3]]
       names[i] = ', '.join([name, *filter(None, words)])
       count[names[i]] += 1
       if count[names[i]] > 1:
@@ -418,13 +418,17 @@ def unique_names(
   return names
 
 
-def _said(run: Run) -> dict[str, Any]:
+def _named_settings(run: Run) -> dict[str, Any]:
   """Returns the macros of a run, less those that are no setting."""
-  free = {*runs_lib.FREE, 'INITIAL_CHECKPOINT_PATH', 'TEACHER_CHECKPOINT_PATH'}
+  ignored = {
+    *runs_lib.IGNORED_SETTINGS,
+    'INITIAL_CHECKPOINT_PATH',
+    'TEACHER_CHECKPOINT_PATH',
+  }
   settings = {
     name: value
     for name, value in run.settings.items()
-    if runs_lib.is_macro(name) and name not in free
+    if runs_lib.is_macro(name) and name not in ignored
   }
   settings['from'] = run.initial and run.initial.name
   settings['teacher'] = run.teacher and run.teacher.name
@@ -433,7 +437,7 @@ def _said(run: Run) -> dict[str, Any]:
   return settings
 
 
-def _say(name: str, value: Any) -> str:
+def _describe_setting(name: str, value: Any) -> str:
   """Returns a setting in words."""
   if name == 'TRAIN_NUM_EXAMPLES':
     return 'all examples' if value is None else f'{value:,} examples'
@@ -464,7 +468,7 @@ def divergence_order(name: str) -> tuple[int, str]:
   return place, name
 
 
-def _order(group: Group) -> tuple:
+def _sort_key(group: Group) -> tuple:
   """The order of the tables: by role, policy, divergence, and amounts."""
   settings = group.settings
   divergence = runs_lib.divergence(settings)
@@ -505,7 +509,7 @@ def strata(
   """
   together = collections.defaultdict(list)
   for group in groups:
-    together[name(group), rest(group, vary, before)].append(group)
+    together[name(group), other_settings(group, vary, before)].append(group)
   names = unique_names(
     [(name, some[0].runs[0]) for (name, _), some in together.items()],
     ignore=vary,
@@ -513,7 +517,7 @@ def strata(
   return dict(zip(names, together.values(), strict=True))
 
 
-def rest(
+def other_settings(
   group: Group, vary: Sequence[str], before: Sequence[str] = ()
 ) -> frozenset[tuple[str, str]]:
   """Returns all settings of a group but some macros, and what those decide.
@@ -526,7 +530,7 @@ def rest(
   of_divergence = 'DIVERGENCE' in vary
   return frozenset(
     (name, value)
-    for name, value in runs_lib.kind(group.runs[0], frozenset(before))
+    for name, value in runs_lib.experiment_key(group.runs[0], frozenset(before))
     if name not in vary
     and not (of_divergence and name.startswith('divergences.'))
   )

@@ -25,7 +25,7 @@ class Progress:
     self._every = every_seconds
     self._start = self._last = time.monotonic()
     self._bar = None
-    if sys.stderr.isatty() and hosts.is_first():
+    if sys.stderr.isatty() and hosts.is_first_host():
       self._bar = tqdm.tqdm(
         total=total_steps, initial=first_step, unit='step', dynamic_ncols=True
       )
@@ -59,7 +59,7 @@ class Progress:
 
 def log(text: str) -> None:
   """Prints a line without breaking the progress bar, on the first host."""
-  if not hosts.is_first():
+  if not hosts.is_first_host():
     return
   tqdm.tqdm.write(text, file=sys.stderr)
   sys.stderr.flush()

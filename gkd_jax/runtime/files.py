@@ -7,12 +7,12 @@ import pathlib
 from gkd_jax.parallel import hosts
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
+def write_atomically(path: str | os.PathLike, text: str) -> None:
   """Writes a file whole or not at all, and makes its folder.
 
   Only the first host of a run writes.
   """
-  if not hosts.is_first():
+  if not hosts.is_first_host():
     return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,5 +25,5 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
   partial.rename(path)
 
 
-class DoesNotFit(ValueError):
+class CheckpointMismatch(ValueError):
   """A checkpoint is complete, but does not fit this run."""

@@ -31,7 +31,7 @@ class MetricWriter:
         wrote of later steps are dropped: they will be written again.
     """
     self._file = self._board = None
-    if not hosts.is_first():
+    if not hosts.is_first_host():
       return
     path = pathlib.Path(run_dir) / 'metrics.jsonl'
     if path.exists():
@@ -93,7 +93,7 @@ def _keep_through_step(path: pathlib.Path, step: int) -> None:
       f'{path} has {damaged} lines that cannot be read. They are dropped; the '
       f'original file is kept as {aside.name}.'
     )
-  files.write_whole(path, ''.join(kept))
+  files.write_atomically(path, ''.join(kept))
 
 
 def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:

@@ -27,7 +27,7 @@ def _is_not_about_a_full_disk(record: logging.LogRecord) -> bool:
   return not (record.exc_info and run_folder.is_full(record.exc_info[1]))
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
   """Makes JAX cache compiled programs on disk, for later and parallel runs.
 
   JAX's own variables take precedence: JAX_COMPILATION_CACHE_DIR, and
@@ -47,7 +47,7 @@ def keep_compiled_programs() -> None:
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 
-def keep_memory() -> None:
+def retain_freed_memory() -> None:
   """Makes the C library keep freed memory, where the CPU does the work.
 
   A step's buffers are large. The C library would return them to the system
@@ -69,14 +69,14 @@ def keep_memory() -> None:
   mallopt(top_pad, 2**26)
 
 
-def leave_other_hosts(error: BaseException) -> None:
+def exit_if_multihost(error: BaseException) -> None:
   """Exits immediately when one of several hosts fails.
 
   A normal exit blocks in JAX's shutdown barrier until the others reach it; they
   detect the lost host and end.
   """
   hosts = sys.modules.get('gkd_jax.parallel.hosts')
-  if hosts is None or not hosts.are_several():
+  if hosts is None or not hosts.is_multihost():
     return
   if isinstance(error, SystemExit):
     if error.code == os.EX_TEMPFAIL:  # all hosts have saved and end, too

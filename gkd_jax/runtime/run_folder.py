@@ -113,12 +113,12 @@ def save_manifest(
     ValueError: this host does not see what the first one wrote.
   """
   # Written first: without it the folder is not recognised as a run.
-  files_lib.write_whole(folder / _CONFIG, config)
+  files_lib.write_atomically(folder / _CONFIG, config)
   manifest = {**versions, 'command': sys.argv}
-  files_lib.write_whole(
+  files_lib.write_atomically(
     folder / _VERSIONS, json.dumps(manifest, indent=2) + '\n'
   )
-  hosts.wait('the folder is there')
+  hosts.barrier('the folder is there')
   if not (folder / _CONFIG).exists():
     raise ValueError(
       f'MODEL_DIR {folder} is another folder on host {jax.process_index()}: '
@@ -148,7 +148,7 @@ def check_folder(path: str, setting: str) -> None:
 
 
 @contextlib.contextmanager
-def written(folder: str, setting: str) -> Iterator[None]:
+def explained_write_errors(folder: str, setting: str) -> Iterator[None]:
   """Raises errors of writing to a folder as one line that names it.
 
   Args:
@@ -212,7 +212,7 @@ def locked(folder: pathlib.Path, setting: str) -> Iterator[None]:
   Raises:
     ValueError: another process holds the lock.
   """
-  if not hosts.is_first():
+  if not hosts.is_first_host():
     yield
     return
   # Network file systems cannot lock folders.

@@ -38,7 +38,7 @@ class Signals:
   def __init__(self):
     """Installs no handler yet; see `recorded`."""
     self.received: int | None = None
-    self._at_once = False
+    self._raises_immediately = False
 
   @property
   def exit_code(self) -> int:
@@ -48,7 +48,7 @@ class Signals:
   def recorded(self) -> Iterator[None]:
     """Within it signals are recorded; outside they end the process."""
     is_main = threading.current_thread() is threading.main_thread()
-    if hosts.are_several() or not is_main:
+    if hosts.is_multihost() or not is_main:
       yield  # Python lets no other thread handle signals
       return
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -60,27 +60,27 @@ class Signals:
         signal.signal(number, handler)
 
   @contextlib.contextmanager
-  def at_once(self) -> Iterator[None]:
+  def raised_immediately(self) -> Iterator[None]:
     """Within it a signal raises `Interrupted`, even one received before.
 
     With several hosts none does: those call `check`.
     """
-    self._at_once = True
+    self._raises_immediately = True
     try:
       self._raise_if_received()
       yield
     finally:
-      self._at_once = False
+      self._raises_immediately = False
 
-  def stops(self) -> bool:
+  def should_stop(self) -> bool:
     """Whether the run is to stop. All hosts must call it equally often."""
     if hosts.reached_preemption():
       self.received = signal.SIGTERM
     return self.received is not None
 
   def check(self) -> None:
-    """Raises `Interrupted` if the run is to stop; see `stops`."""
-    self.stops()
+    """Raises `Interrupted` if the run is to stop; see `should_stop`."""
+    self.should_stop()
     self._raise_if_received()
 
   def _record(self, number, frame):
@@ -91,7 +91,7 @@ class Signals:
       self.received = number
       name = signal.Signals(number).name
       console.log(f'{name}: saving, then stopping.')
-    if self._at_once:
+    if self._raises_immediately:
       self._raise_if_received()
 
   def _raise_if_received(self):

@@ -97,7 +97,7 @@ def check_arguments(
       raise ValueError(f'{job.name} cannot be run: {e}') from e
 
 
-def check_same(path: pathlib.Path, jobs: Sequence[Job]) -> None:
+def check_same_settings(path: pathlib.Path, jobs: Sequence[Job]) -> None:
   """Refuses to mix runs of different settings in one folder.
 
   Args:
@@ -128,7 +128,7 @@ def check_same(path: pathlib.Path, jobs: Sequence[Job]) -> None:
       )
     now = {**was, **now}
   path.parent.mkdir(parents=True, exist_ok=True)
-  files.write_whole(path, json.dumps(now, indent=2) + '\n')
+  files.write_atomically(path, json.dumps(now, indent=2) + '\n')
 
 
 def _digest(job: Job, needs: Sequence[Sequence[str]]) -> str:
@@ -242,7 +242,7 @@ def run(
   shown = progress.Progress(len(jobs), len(done), width)
   signals = signals_lib.Signals()
   try:
-    with signals.recorded(), signals.at_once():
+    with signals.recorded(), signals.raised_immediately():
       while waiting or busy:
         for job in list(waiting):
           if broken := [name for name in job.needs if name in failed]:
@@ -264,7 +264,7 @@ def run(
           else:
             idle.append(one)
           if status or not job.result.exists():
-            failed[job.name] = _how_it_failed(job, status)
+            failed[job.name] = _failure_message(job, status)
             shown.log(failed[job.name])
           else:
             done.add(job.name)
@@ -287,7 +287,7 @@ def run(
     )
 
 
-def _how_it_failed(job: Job, status: int) -> str:
+def _failure_message(job: Job, status: int) -> str:
   what = 'failed'
   if status == 0:
     what = f'failed: it left no {job.result.name}'

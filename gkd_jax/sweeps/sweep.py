@@ -106,7 +106,7 @@ def sweep(
   jobs = jobs_lib.add_flags(jobs, flags)
   if check is not None:
     jobs_lib.check_arguments(jobs, check)
-  jobs_lib.check_same(folder / 'sweep.json', jobs)
+  jobs_lib.check_same_settings(folder / 'sweep.json', jobs)
   if print_commands:
     waiting = [job for job in jobs if not job.result.exists()]
     left = {job.name for job in waiting}

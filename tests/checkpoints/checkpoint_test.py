@@ -194,7 +194,7 @@ def test_a_step_may_be_damaged_again(tmp_path):
 @pytest.mark.parametrize(
   'error',
   [
-    files.DoesNotFit('the data of another'),
+    files.CheckpointMismatch('the data of another'),
     RuntimeError('RESOURCE_EXHAUSTED: no memory'),
     OSError(24, 'Too many open files'),
     MemoryError(),

@@ -185,7 +185,9 @@ def test_a_position_of_another_number_of_shards_is_refused(
     train_config, seed=0, shards=[0], num_shards=2
   )
 
-  with pytest.raises(files.DoesNotFit, match='Set experiment.Data.num_shards'):
+  with pytest.raises(
+    files.CheckpointMismatch, match='Set experiment.Data.num_shards'
+  ):
     one_of_two.restore(tmp_path)
 
 

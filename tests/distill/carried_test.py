@@ -394,7 +394,7 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
     abstract_params(student), OPTIMIZER, mesh, METHOD, batch=BATCH
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  batch = partitioning.put_whole_batch(BATCH, mesh)
+  batch = partitioning.put_global_batch(BATCH, mesh)
   step = jax.jit(
     make_step(student, num_microbatches=2),
     donate_argnums=0,

@@ -549,7 +549,7 @@ def rewards_of_spread_rows():
     return rewards_B.mean(), rewards_B
 
   written = Outputs(tokens, np.ones(tokens.shape, np.float32))
-  placed = partitioning.put_whole_batch(
+  placed = partitioning.put_global_batch(
     (Batch(tokens, *written), written), mesh
   )
   runs = [jax.device_get(mean_and_each(*placed)) for _ in range(5)]

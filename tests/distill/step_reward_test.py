@@ -771,7 +771,7 @@ def steps_on_one_and_on_all_devices():
     return jax.device_get((state.params, metrics))
 
   one = run(lambda _, params: params, dataset_of(8))
-  four = run(place, partitioning.put_whole_batch(dataset_of(8), mesh))
+  four = run(place, partitioning.put_global_batch(dataset_of(8), mesh))
   return one, four
 
 

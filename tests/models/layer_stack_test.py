@@ -54,7 +54,7 @@ def stacked():
   depths = {'num_encoder_layers': 3, 'num_decoder_layers': 2}
   model, params = tiny.model_and_params(0, scan_layers=True, **depths)
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-  everywhere = partitioning.everywhere(mesh)
+  everywhere = partitioning.replicated(mesh)
   copies = jax.tree.map(lambda x: jax.device_put(x + 0.0, everywhere), params)
   return model, params, copies, stack_layers(copies)
 

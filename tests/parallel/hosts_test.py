@@ -145,7 +145,7 @@ def killed(start):
 
 def params_of(folder):
   found = pretrained.open_checkpoint(str(folder))
-  placement = partitioning.Placement(partitioning.host_mesh())
+  placement = partitioning.Placement(partitioning.cpu_mesh())
   return found.load(abstract_params(T5(found.config, placement)), None)
 
 
@@ -260,17 +260,17 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_all(start):
 )
 def test_processes_that_do_not_fit_together_are_refused(given, said):
   with pytest.raises(ValueError, match=said):
-    hosts.start(*given)
+    hosts.initialize(*given)
 
 
 def test_a_process_alone_is_the_first_and_waits_for_nobody():
-  hosts.start(None, None, None)
+  hosts.initialize(None, None, None)
 
-  assert hosts.is_first()
-  assert not hosts.are_several()
-  hosts.wait('here')
+  assert hosts.is_first_host()
+  assert not hosts.is_multihost()
+  hosts.barrier('here')
   assert [hosts.any_host(x) for x in (True, False)] == [True, False]
-  assert hosts.from_first(3) == 3
+  assert hosts.broadcast_from_first(3) == 3
 
 
 def test_on_a_tpu_the_others_are_looked_for(monkeypatch):
@@ -280,6 +280,6 @@ def test_on_a_tpu_the_others_are_looked_for(monkeypatch):
   monkeypatch.setattr(glob, 'glob', lambda pattern: [pattern])
   monkeypatch.setattr(jax.distributed, 'initialize', lambda *a: asked.append(a))
 
-  hosts.start(None, None, None)
+  hosts.initialize(None, None, None)
 
   assert asked == [()]

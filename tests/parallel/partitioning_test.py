@@ -367,7 +367,7 @@ def steps_on_each_mesh():
     )(
       state,
       state_lib.Frozen(placed_params),
-      partitioning.put_whole_batch(batch, mesh),
+      partitioning.put_global_batch(batch, mesh),
     )
     jax.effects_barrier()
     return {

@@ -451,7 +451,7 @@ def test_a_curve_needs_two_points(tmp_path):
 
 
 def test_what_is_left_out_is_said_in_a_line_each(grid):
-  found, left_out = figures.all_of(grid)
+  found, left_out = figures.make_all(grid)
 
   assert [figure.name for figure in found] == [
     'methods',
@@ -467,7 +467,7 @@ def test_what_is_left_out_is_said_in_a_line_each(grid):
 
 
 def test_the_data_of_figures_are_plain(grid):
-  for figure in figures.all_of(grid)[0]:
+  for figure in figures.make_all(grid)[0]:
     read = json.loads(json.dumps(figures.as_json(figure), allow_nan=False))
     assert read['kind'] in ('Bars', 'HeatMap', 'Plot')
     assert read['title'] == figure.title

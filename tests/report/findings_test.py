@@ -18,7 +18,7 @@ def finding(folder, wer, leave_out=()):
   found, _ = runs.find(str(folder))
   found = [run for run in found if run.folder.name not in leave_out]
   (section,) = sections.make(found)
-  return findings.of(section)
+  return findings.describe(section)
 
 
 def test_the_finding_ranks_the_methods_by_the_gap_they_close(tmp_path):

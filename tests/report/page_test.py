@@ -47,7 +47,7 @@ def bars():
     'Caption & more.',
     plots.Bars([plots.Panel('WER %', {'SFT': Mean(50.0, 1.0, 2)})]),
   )
-  return page.Shown(figure, 'methods', plots.draw(figure.data))
+  return page.DrawnFigure(figure, 'methods', plots.draw(figure.data))
 
 
 @pytest.fixture(scope='module')

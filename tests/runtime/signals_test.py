@@ -99,7 +99,7 @@ def full(file=None):
 )
 def test_a_full_disk_is_named(error, where):
   with pytest.raises(OSError) as told:
-    with run_folder.written('/data/run', 'MODEL_DIR'):
+    with run_folder.explained_write_errors('/data/run', 'MODEL_DIR'):
       raise error
 
   assert str(told.value).startswith(f'{where}: no space is left on its disk')
@@ -107,7 +107,7 @@ def test_a_full_disk_is_named(error, where):
 
 def test_a_file_of_the_folder_that_cannot_be_written_is_named():
   with pytest.raises(OSError, match='MODEL_DIR /data/run/x: Is a directory.'):
-    with run_folder.written('/data/run', 'MODEL_DIR'):
+    with run_folder.explained_write_errors('/data/run', 'MODEL_DIR'):
       raise IsADirectoryError(errno.EISDIR, 'Is a directory', '/data/run/x')
 
 
@@ -116,7 +116,7 @@ def test_other_errors_are_left_as_they_are(file):
   error = FileNotFoundError(errno.ENOENT, 'No such file', file)
 
   with pytest.raises(FileNotFoundError) as told:
-    with run_folder.written('/data/run', 'MODEL_DIR'):
+    with run_folder.explained_write_errors('/data/run', 'MODEL_DIR'):
       raise error
 
   assert told.value is error

@@ -263,7 +263,7 @@ def two(job, tmp_path):
       with_gin(job('a'), tmp_path / 'a.gin', **settings_of_a),
       with_gin(job('b', needs=('a',)), tmp_path / 'b.gin'),
     ]
-    jobs.check_same(tmp_path / 'out' / 'runs.json', both)
+    jobs.check_same_settings(tmp_path / 'out' / 'runs.json', both)
     for one in both:
       one.folder.mkdir(parents=True, exist_ok=True)
 
@@ -304,7 +304,7 @@ def test_a_file_that_is_included_counts(two, tmp_path):
 def test_runs_that_are_left_out_for_once_are_still_known(two, job, tmp_path):
   two()
   a = with_gin(job('a'), tmp_path / 'a.gin')
-  jobs.check_same(tmp_path / 'out' / 'runs.json', [a])
+  jobs.check_same_settings(tmp_path / 'out' / 'runs.json', [a])
 
   with pytest.raises(ValueError, match='other settings .*: b. Remove'):
     two(b='Y = 2\n')
