@@ -533,7 +533,7 @@ def test_a_run_whose_disk_was_full_ends_as_if_it_had_not_been(
   assert failed.code == 1
   *_, message = failed.err.splitlines()
   assert message.startswith(
-    f'Error: MODEL_DIR {small_disk}/run: no space is left on its disk'
+    f'Error: MODEL_DIR {small_disk}/run: the disk is full'
   )
   assert 'Traceback' not in failed.err
   (small_disk / 'others').unlink()
@@ -557,6 +557,6 @@ def test_a_run_whose_disk_is_full_from_the_start_can_be_started_later(
   failed = finish(small_disk / 'run')
 
   assert failed.code == 1
-  assert f'Error: MODEL_DIR {small_disk}/run: no space is left' in failed.err
+  assert f'Error: MODEL_DIR {small_disk}/run: the disk is full' in failed.err
   (small_disk / 'others').unlink()
   assert finish(small_disk / 'run').code == 0

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh, and several hosts of one run."""
+"""The device mesh, sharding rules, and multi-host runs."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run on several hosts: one process on each, and all do the same.
+"""One run on several hosts: one process per host, all run the same program.
 
-Numbers are computed together, on one mesh of all devices. Files and messages
-are the first host's; checkpoints are written by all.
+All hosts compute on one mesh of all devices. The first host writes files and
+messages; all hosts write checkpoints.
 """
 
 import glob
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Known without asking for devices, which would take them.
+# Cached, because `jax.process_index` would initialize the devices.
 _index = 0
 _count = 1
 _num_calls = itertools.count()
@@ -25,18 +25,18 @@ def initialize(
   process_count: int | None,
   process_index: int | None,
 ) -> None:
-  """Connects this process to those of the other hosts, if there are any.
+  """Connects this process to the processes of the other hosts, if any.
 
-  Call it before JAX initializes its devices. Without arguments on a TPU's host
-  the others are found automatically; elsewhere there are none.
+  Must be called before JAX initializes its devices. Without arguments, JAX
+  detects the other hosts on TPU; on other devices the run has one host.
 
   Args:
-    coordinator_address: host:port of the first process, where all meet.
-    process_count: of all hosts.
-    process_index: of this one, from 0.
+    coordinator_address: host:port of the first process.
+    process_count: number of hosts.
+    process_index: index of this host, from 0.
 
   Raises:
-    ValueError: only some of the three are given, or they do not fit.
+    ValueError: only some of the three are given, or a value is invalid.
   """
   given = (coordinator_address, process_count, process_index)
   if given == (None, None, None):
@@ -55,18 +55,18 @@ def initialize(
 def _check(coordinator_address, process_count, process_index):
   if None in (coordinator_address, process_count, process_index):
     raise ValueError(
-      '--coordinator_address, --process_count and --process_index belong '
-      'together; give each process all three, or none where there is one.'
+      'Set --coordinator_address, --process_count and --process_index '
+      'together, for each process; or none of them for a run on one host.'
     )
   if ':' not in coordinator_address:
     raise ValueError(
-      f'--coordinator_address={coordinator_address} has no port: host:port, '
-      'such as 10.0.0.1:8476, of the process with --process_index=0.'
+      f'--coordinator_address={coordinator_address} has no port. Set it to '
+      'host:port of the process with --process_index=0, such as 10.0.0.1:8476.'
     )
   if not 0 <= process_index < process_count:
     raise ValueError(
-      f'--process_index={process_index} must be from 0 to --process_count - 1, '
-      f'which is {process_count - 1}.'
+      f'--process_index={process_index} must be from 0 to --process_count - 1 '
+      f'= {process_count - 1}.'
     )
 
 
@@ -79,51 +79,52 @@ def _is_on_tpu() -> bool:
 
 
 def is_first_host() -> bool:
-  """Whether this process writes the files that there is one of."""
+  """Whether this is the host that writes files and messages."""
   return _index == 0
 
 
 def is_multihost() -> bool:
-  """Whether there are others."""
+  """Whether the run has several hosts."""
   return _count > 1
 
 
 def barrier(name: str) -> None:
-  """Waits until all hosts have reached this point.
+  """Blocks until all hosts have reached this point.
 
   Args:
-    name: of the point; the same on all hosts.
+    name: of the barrier; the same on all hosts.
   """
   if is_multihost():
     multihost_utils.sync_global_devices(name)
 
 
 def any_host(value: bool) -> bool:
-  """Returns whether it is true on any host; all must call."""
+  """Returns whether `value` is true on any host. All hosts must call it."""
   if not is_multihost():
     return value
   return bool(multihost_utils.process_allgather(int(value)).any())
 
 
 def broadcast_from_first(value: int) -> int:
-  """Returns the first host's value; all must call."""
+  """Returns the first host's value. All hosts must call it."""
   if not is_multihost():
     return value
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def allgather(x: jax.Array) -> np.ndarray:
-  """Returns all of an array, also the parts of other hosts; all must call."""
+  """Returns a global array on every host. All hosts must call it."""
   if not is_multihost():
     return np.asarray(x)
   return multihost_utils.process_allgather(x, tiled=True)
 
 
 def reached_preemption() -> bool:
-  """Returns whether all hosts are to stop here, because one got SIGTERM.
+  """Returns whether all hosts must stop now because one received SIGTERM.
 
-  JAX agrees on a common future call and returns True there, once; every host
-  must call this equally often. False where there is one host.
+  After the signal JAX chooses a future call and returns True in that call, on
+  all hosts, once. All hosts must call it equally often. With one host it
+  returns False.
   """
   return is_multihost() and multihost_utils.reached_preemption_sync_point(
     next(_num_calls)

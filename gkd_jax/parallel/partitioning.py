@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One device mesh for student and teacher, and who holds which part of what.
+"""One device mesh for student and teacher, and the sharding of their arrays.
 
 A model names the axes of its parameters and activations; the rules of its
-`Placement` map those names to mesh axes; XLA inserts the communication. Teacher
-and student share the mesh, each under rules of its own.
+`Placement` map these logical axes to mesh axes; XLA inserts the communication.
+Teacher and student share the mesh; each has its own rules.
 
 Source: T5X, `t5x/partitioning.py`, standard_logical_axis_rules.
 """
@@ -28,12 +28,13 @@ def make_mesh(
   """Returns a mesh of all devices with the axes 'data' and 'model'.
 
   Args:
-    data: devices a batch is spread over; -1 takes all there are.
-    model: devices a parameter is spread over.
-    devices: that there are; None: those of this run, on all hosts.
+    data: number of devices that a batch is sharded over; -1: all devices,
+      divided by `model`.
+    model: number of devices that a parameter is sharded over.
+    devices: None: the devices of this run, on all hosts.
 
   Raises:
-    ValueError: the two do not multiply to the number of devices.
+    ValueError: data x model is not the number of devices.
   """
   if devices is None:
     devices = jax.devices()
@@ -42,15 +43,15 @@ def make_mesh(
     data = num_devices // model
   if data * model != num_devices or data < 1:
     raise ValueError(
-      f'A mesh of data={data} x model={model} does not use the '
-      f'{num_devices} devices there are. Set data=-1 and model to a divisor of '
-      f'{num_devices}.'
+      f'A mesh of data={data} x model={model} does not match the '
+      f'{num_devices} devices of this run. Set data=-1 and model to a divisor '
+      f'of {num_devices}.'
     )
   return Mesh(np.asarray(devices).reshape(data, model), ('data', 'model'))
 
 
 def cpu_mesh() -> Mesh:
-  """Returns a mesh of the host's CPU alone, for what needs no accelerator."""
+  """Returns a mesh of one CPU device, for work that needs no accelerator."""
   devices = np.asarray(jax.devices('cpu')[:1]).reshape(1, 1)
   return Mesh(devices, ('data', 'model'))
 
@@ -58,24 +59,28 @@ def cpu_mesh() -> Mesh:
 def standard_logical_axis_rules(
   parameter_partitioning_dims: int = 1, activation_partitioning_dims: int = 1
 ) -> AxisRules:
-  """Returns T5X's rules; of two for a name, the first that is free holds.
+  """Returns T5X's rules: (logical axis, mesh axis).
+
+  If a logical axis has several rules, flax applies the first one whose mesh
+  axis the array does not use yet.
 
   Args:
-    parameter_partitioning_dims: 1 spreads parameters over 'model'; 2 over
-      'data', too, at rest: who uses them gathers them. 0, which T5X has not,
-      leaves them, and all that is computed with them, whole on every device of
-      'model'.
-    activation_partitioning_dims: 1 spreads activations over 'data'; 2 the
-      hidden states between the layers over 'model', too.
+    parameter_partitioning_dims: 1 shards parameters over 'model'. 2 shards
+      them over 'data' as well (FSDP); each layer gathers its parameters before
+      use. 0, which T5X does not have, replicates parameters and computation
+      over 'model'.
+    activation_partitioning_dims: 1 shards activations over 'data'. 2 shards
+      the hidden states between layers over 'model' as well.
 
   Raises:
-    ValueError: there are no such rules.
+    ValueError: the combination is not supported.
   """
   dims = (parameter_partitioning_dims, activation_partitioning_dims)
   if dims not in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2)):
     raise ValueError(
-      'parameter_partitioning_dims must be 1 or 2, or 0, and '
-      'activation_partitioning_dims 1 or 2 (with 0 only 1); got '
+      'parameter_partitioning_dims must be 0, 1 or 2; '
+      'activation_partitioning_dims must be 1 or 2, and 1 if '
+      'parameter_partitioning_dims is 0. Got '
       f'{parameter_partitioning_dims!r} and {activation_partitioning_dims!r}.'
     )
   model = 'model' if parameter_partitioning_dims else None
@@ -101,26 +106,26 @@ STANDARD_RULES = standard_logical_axis_rules()
 
 
 class Placement(NamedTuple):
-  """Which devices hold which part of a model's arrays.
+  """How a model's arrays are sharded.
 
   Attributes:
     mesh: of all devices.
-    rules: names of axes -> axes of the mesh.
+    rules: (logical axis, mesh axis); see `standard_logical_axis_rules`.
   """
 
   mesh: Mesh
   rules: AxisRules = STANDARD_RULES
 
   def sharding(self, *axes: str | None) -> NamedSharding:
-    """Returns where an array with axes of these names lies."""
+    """Returns the sharding of an array with these logical axes."""
     return NamedSharding(self.mesh, nn.logical_to_mesh_axes(axes, self.rules))
 
   def shardings(self, logical_axes: Any) -> Any:
-    """Returns where arrays lie, given the names of their axes: a tree."""
+    """Returns the shardings of a tree of arrays, given their logical axes."""
     return nn.logical_to_mesh_sharding(logical_axes, self.mesh, self.rules)
 
   def num_shards(self, axis: str) -> int:
-    """Returns over how many devices an axis of this name is spread."""
+    """Returns the number of shards of a logical axis."""
     (over,) = self.sharding(axis).spec
     return 1 if over is None else self.mesh.shape[over]
 
@@ -137,12 +142,12 @@ class Placement(NamedTuple):
 def constrain(
   x: jax.Array, placement: Placement | None, *axes: str | None
 ) -> jax.Array:
-  """Returns x with a constraint on its sharding, if there is a placement.
+  """Constrains the sharding of an activation; does nothing on one device.
 
   Args:
     x: an activation.
-    placement: of its model.
-    axes: the names of its axes.
+    placement: of its model; None: no constraint.
+    axes: the logical axes of x.
   """
   if placement is None or placement.mesh.size == 1:
     return x
@@ -150,16 +155,17 @@ def constrain(
 
 
 def shard_as_params(tree: Any, params: Any, mesh: Mesh) -> Any:
-  """Returns an abstract tree with a sharding at each leaf.
+  """Adds a sharding to each leaf of an abstract tree.
 
-  What belongs to a parameter and has its shape, such as AdamW's moments, lies
-  as the parameter does: its path ends with the parameter's. Every device has
-  all of the rest, which is small: counts, Adafactor's rows and columns.
+  A leaf that has the shape of a parameter, and whose path ends with the
+  parameter's path, is sharded like the parameter, such as AdamW's moments. All
+  other leaves are small and replicated: counts, Adafactor's row and column
+  statistics.
 
   Args:
     tree: shapes and dtypes.
-    params: abstract parameters, with their shardings.
-    mesh: that these lie on.
+    params: abstract parameters with their shardings.
+    mesh: of these shardings.
   """
   param_at = dict(jax.tree_util.tree_leaves_with_path(params))
 
@@ -174,40 +180,39 @@ def shard_as_params(tree: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch are spread over 'data'."""
+  """Returns the sharding of a batch: rows over 'data'."""
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
 def check_rows_divide(setting: str, batch_size: int, mesh: Mesh) -> None:
-  """Raises ValueError if the devices would not get equally many rows."""
-  spread = mesh.shape['data']
-  if batch_size % spread:
+  """Raises ValueError unless the data axis divides a batch."""
+  num_shards = mesh.shape['data']
+  if batch_size % num_shards:
     raise ValueError(
-      f'{setting} {batch_size} must be divisible by the {spread} devices of '
-      'the data axis.'
+      f'{setting} {batch_size} must be divisible by the {num_shards} devices '
+      'of the data axis.'
     )
 
 
 def rows_of_host(batch_size: int, mesh: Mesh) -> tuple[int, int]:
-  """Returns which rows of a batch this host's devices hold: (first, end).
+  """Returns the rows of a batch that this host's devices hold: [first, end).
 
   Raises:
-    ValueError: there are others between them.
+    ValueError: these rows are not contiguous.
   """
   parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   spans = sorted({rows.indices(batch_size)[:2] for (rows,) in parts.values()})
   if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
     raise ValueError(
       f'The rows of a batch on the devices of host {jax.process_index()} are '
-      f'not one after the other: {spans}. Choose '
-      'experiment.MeshConfig.model so that it divides the devices of a host, '
-      'or is a multiple of their number.'
+      f'not contiguous: {spans}. Set experiment.MeshConfig.model to a divisor '
+      'or a multiple of the number of devices per host.'
     )
   return spans[0][0], spans[-1][1]
 
 
 def is_first_host_of_rows(batch_size: int, mesh: Mesh) -> bool:
-  """Whether no host before this one holds the same rows of a batch."""
+  """Whether this is the first of the hosts that hold the same rows."""
   parts = batch_sharding(mesh).devices_indices_map((batch_size,))
   own = jax.process_index()
   rows = {
@@ -223,12 +228,12 @@ def is_first_host_of_rows(batch_size: int, mesh: Mesh) -> bool:
 
 
 def put_batch(batch: Any, mesh: Mesh, batch_size: int) -> Any:
-  """Places this host's rows of a batch on its devices; does not wait.
+  """Copies this host's rows of a batch to its devices, asynchronously.
 
   Args:
-    batch: arrays of these rows.
+    batch: arrays of this host's rows.
     mesh: of all devices.
-    batch_size: rows of all hosts.
+    batch_size: number of rows on all hosts.
   """
   sharding = batch_sharding(mesh)
   return jax.tree.map(
@@ -240,7 +245,7 @@ def put_batch(batch: Any, mesh: Mesh, batch_size: int) -> Any:
 
 
 def put_global_batch(batch: Any, mesh: Mesh) -> Any:
-  """Places a batch that every host has all rows of; does not wait."""
+  """Shards a batch of which every host has all rows, asynchronously."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(
@@ -251,5 +256,5 @@ def put_global_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device, hence every host, has all of it."""
+  """Returns the sharding of an array that every device has in full."""
   return NamedSharding(mesh, PartitionSpec())

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process needs while it runs: console, metrics, files, signals."""
+"""Services of a running process: console, metrics, files, signals."""

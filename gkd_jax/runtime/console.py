@@ -17,8 +17,8 @@ class Progress:
 
     Args:
       total_steps: of the run.
-      first_step: steps that are done already.
-      every_seconds: between plain lines.
+      first_step: number of steps already done.
+      every_seconds: interval between lines if stderr is not a terminal.
     """
     self._total = total_steps
     self._first = self._step = first_step
@@ -33,7 +33,14 @@ class Progress:
   def update(
     self, step: int, *, loss: float, on_policy: float, tokens_per_second: float
   ) -> None:
-    """Shows the metrics after `step`: loss in nats, on-policy share so far."""
+    """Shows the metrics after a step.
+
+    Args:
+      step: the last step that is done.
+      loss: in nats.
+      on_policy: fraction of on-policy outputs so far.
+      tokens_per_second: target tokens.
+    """
     figures = (
       f'loss {loss:.4f}  on-policy {on_policy:.0%}  '
       f'{tokens_per_second:,.0f} target tokens/s'
@@ -52,13 +59,13 @@ class Progress:
       log(f'step {step}/{self._total}  {figures}  {minutes(left)} left')
 
   def close(self) -> None:
-    """Ends the bar."""
+    """Closes the progress bar."""
     if self._bar is not None:
       self._bar.close()
 
 
 def log(text: str) -> None:
-  """Prints a line without breaking the progress bar, on the first host."""
+  """Prints a line on the first host, above the progress bar if there is one."""
   if not hosts.is_first_host():
     return
   tqdm.tqdm.write(text, file=sys.stderr)

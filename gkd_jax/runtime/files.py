@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes files whole or not at all."""
+"""Atomic writes of text files."""
 
 import os
 import pathlib
@@ -8,10 +8,7 @@ from gkd_jax.parallel import hosts
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-  """Writes a file whole or not at all, and makes its folder.
-
-  Only the first host of a run writes.
-  """
+  """Writes a file atomically and creates its folder. First host only."""
   if not hosts.is_first_host():
     return
   path = pathlib.Path(path)
@@ -26,4 +23,4 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
 
 
 class CheckpointMismatch(ValueError):
-  """A checkpoint is complete, but does not fit this run."""
+  """A checkpoint is intact but belongs to a run with other settings."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes metrics as JSON lines and for TensorBoard."""
+"""Writes metrics to JSON lines and TensorBoard."""
 
 import json
 import os
@@ -23,12 +23,12 @@ class MetricWriter:
   """
 
   def __init__(self, run_dir: str | os.PathLike, first_step: int):
-    """Opens both.
+    """Opens both files.
 
     Args:
-      run_dir: of the run.
-      first_step: the run resumes after this step. Lines that an interrupted run
-        wrote of later steps are dropped: they will be written again.
+      run_dir: folder of the run.
+      first_step: the run resumes after this step. Lines of later steps, which
+        an interrupted run wrote, are dropped: the run repeats these steps.
     """
     self._file = self._board = None
     if not hosts.is_first_host():
@@ -36,10 +36,10 @@ class MetricWriter:
     path = pathlib.Path(run_dir) / 'metrics.jsonl'
     if path.exists():
       _keep_through_step(path, first_step)
-    # Unbuffered: closing the file must not write, which fails on a full disk.
+    # Unbuffered, so that `close` writes nothing and cannot fail on a full disk.
     self._file = path.open('ab', buffering=0)
-    # tensorboardX's SummaryWriter writes in a thread. A full disk kills it, and
-    # the next write then blocks forever.
+    # Not tensorboardX's SummaryWriter: it writes in a thread. A full disk kills
+    # the thread, and the next write blocks forever.
     self._board = event_file_writer.EventsWriter(
       os.path.join(run_dir, 'events')
     )
@@ -63,21 +63,21 @@ class MetricWriter:
       self._add(step=step, summary=summary.text(name, markdown))
 
   def _add(self, **fields):
-    """Writes an event to TensorBoard; it is flushed now and then."""
+    """Writes an event to TensorBoard; flushes every `_FLUSH_SECONDS`."""
     self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
     if time.monotonic() >= self._flush_at:
       self._board.flush()
       self._flush_at = time.monotonic() + _FLUSH_SECONDS
 
   def close(self) -> None:
-    """Closes both."""
+    """Closes both files."""
     if self._file is not None:
       self._file.close()
       self._board.close()
 
 
 def _keep_through_step(path: pathlib.Path, step: int) -> None:
-  """Drops the lines of later steps, and a last line that was cut off."""
+  """Drops the lines of later steps, and an incomplete last line."""
   kept, damaged = [], 0
   *whole, _ = path.read_text(errors='replace').split('\n')
   for line in whole:
@@ -90,17 +90,17 @@ def _keep_through_step(path: pathlib.Path, step: int) -> None:
     aside = path.with_name(f'damaged_{path.name}')
     shutil.copy(path, aside)
     console.log(
-      f'{path} has {damaged} lines that cannot be read. They are dropped; the '
-      f'original file is kept as {aside.name}.'
+      f'{path} has {damaged} unreadable lines. They are dropped; the original '
+      f'file is kept as {aside.name}.'
     )
   files.write_atomically(path, ''.join(kept))
 
 
 def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
-  """Returns the lines of a run's `metrics.jsonl`, [] without such a file."""
+  """Returns the lines of a run's `metrics.jsonl`; [] if it does not exist."""
   path = pathlib.Path(run_dir) / 'metrics.jsonl'
   if not path.exists():
     return []
-  # The last line may be incomplete: cut off, or being written now.
+  # The last line may be incomplete: truncated, or being written by a run.
   *whole, _ = path.read_text().split('\n')
   return [json.loads(line) for line in whole]

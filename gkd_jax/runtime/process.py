@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the whole process: libraries' logs, memory, compiled programs."""
+"""Process-wide settings: logs of libraries, memory, compilation cache."""
 
 import ctypes
 import importlib.util
@@ -12,11 +12,11 @@ from absl import logging as absl_logging
 
 
 def quiet_libraries() -> None:
-  """Silences TensorFlow, absl and Orbax, except for what users must act on."""
-  # TensorFlow only reads data here: it need not log, nor look for GPUs.
+  """Silences TensorFlow, absl and Orbax, except for errors."""
+  # TensorFlow only reads data here: its logs and its search for GPUs are noise.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   absl_logging.set_verbosity(absl_logging.ERROR)
-  # Orbax writes in many tasks, and each would log a full disk at length.
+  # Orbax writes in many tasks, each of which logs a full disk with a traceback.
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(_is_not_about_a_full_disk)
 
@@ -28,7 +28,7 @@ def _is_not_about_a_full_disk(record: logging.LogRecord) -> bool:
 
 
 def enable_compilation_cache() -> None:
-  """Makes JAX cache compiled programs on disk, for later and parallel runs.
+  """Enables JAX's persistent compilation cache.
 
   JAX's own variables take precedence: JAX_COMPILATION_CACHE_DIR, and
   JAX_ENABLE_COMPILATION_CACHE=false.
@@ -39,20 +39,20 @@ def enable_compilation_cache() -> None:
     try:
       os.makedirs(folder, exist_ok=True)
     except OSError as e:
-      print(f'Compiled programs are not cached: {e}', file=sys.stderr)
+      print(f'The compilation cache is disabled: {e}', file=sys.stderr)
       return
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
-  # By default programs that compile in under a second are not cached; there are
+  # JAX's default skips programs that compile in under a second, but a run has
   # many of them.
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 
 def retain_freed_memory() -> None:
-  """Makes the C library keep freed memory, where the CPU does the work.
+  """Makes glibc retain freed memory when JAX computes on the CPU.
 
-  A step's buffers are large. The C library would return them to the system
-  after each step, and the system would fill them with zeros again: a fifth of
-  the time of a step of T5 small. With an accelerator they lie on the device.
+  By default glibc returns a step's large buffers to the kernel, which zeroes
+  them again for the next step: a fifth of the step time of T5 small. On an
+  accelerator these buffers are in device memory.
   """
   accelerators = ('libtpu', 'jax_cuda12_plugin', 'jax_cuda13_plugin')
   if os.environ.get('JAX_PLATFORMS') != 'cpu' and any(
@@ -60,26 +60,26 @@ def retain_freed_memory() -> None:
   ):
     return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if mallopt is None:  # only glibc has it
+  if mallopt is None:  # not glibc
     return
   trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
-  mallopt(arena_max, 1)  # other arenas return large buffers regardless
+  mallopt(arena_max, 1)  # secondary arenas ignore the settings below
   mallopt(mmap_max, 0)
   mallopt(trim_threshold, 2**31 - 1)
   mallopt(top_pad, 2**26)
 
 
 def exit_if_multihost(error: BaseException) -> None:
-  """Exits immediately when one of several hosts fails.
+  """Exits immediately if this is one of several hosts.
 
-  A normal exit blocks in JAX's shutdown barrier until the others reach it; they
-  detect the lost host and end.
+  A normal exit would block in JAX's shutdown barrier, which the other hosts
+  never reach. They detect the lost host and exit, too.
   """
   hosts = sys.modules.get('gkd_jax.parallel.hosts')
   if hosts is None or not hosts.is_multihost():
     return
   if isinstance(error, SystemExit):
-    if error.code == os.EX_TEMPFAIL:  # all hosts have saved and end, too
+    if error.code == os.EX_TEMPFAIL:  # all hosts have saved and exit normally
       return
     print(error.code, file=sys.stderr)
   else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that a run writes to: checked, locked, and full disks named."""
+"""The folder of a run: checks, lock, manifest, and errors of a full disk."""
 
 import contextlib
 import dataclasses
@@ -21,9 +21,9 @@ from gkd_jax.runtime import files as files_lib
 
 _CONFIG = 'config.gin'
 _VERSIONS = 'versions.json'
-# Settings that may change when a run is resumed: where its folder lies; and the
-# division of its data, which its checkpoints record. A long value begins on the
-# next line, and continues while lines are indented.
+# Settings that may change when a run resumes: its folder, which may be moved,
+# and the number of data shards, which `TrainIterator.restore` checks. gin puts
+# a long value on the following, indented lines.
 _FREE_SETTINGS = re.compile(
   r'^(?:MODEL_DIR|experiment\.Data\.num_shards) = .*(?:\n .*)*', re.MULTILINE
 )
@@ -31,14 +31,14 @@ _FREE_SETTINGS = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """Where an experiment is run, and what started it.
+  """The folder of a run, its configuration, and when its process started.
 
   Attributes:
-    model_dir: the run's folder; made if it does not exist.
+    model_dir: the run's folder; created if it does not exist.
     config_text: returns the resolved configuration, which is saved with the run
-      and must be the same when it is resumed.
-    started: when the process started, by `time.monotonic`; None: not known.
-    import_seconds: time that its imports have taken so far.
+      and must not change when the run resumes.
+    started: `time.monotonic` at the start of the process; None: unknown.
+    import_seconds: time spent on imports so far.
   """
 
   model_dir: str
@@ -53,23 +53,23 @@ class Run:
 
 
 def has_run(folder: pathlib.Path) -> bool:
-  """Whether a run was started in a folder."""
+  """Whether a folder holds a run, finished or not."""
   return (folder / _CONFIG).exists()
 
 
 def check_same_config(folder: pathlib.Path, config: str) -> None:
-  """Raises ValueError if another experiment has written a folder.
+  """Raises ValueError if a folder holds a run with another configuration.
 
   Args:
-    folder: of the run; need not exist.
+    folder: of the run; may not exist.
     config: the resolved configuration.
   """
   path = folder / _CONFIG
   if not path.exists():
     if folder.exists() and any(folder.glob('[!.]*')):
       raise ValueError(
-        f'MODEL_DIR {folder} holds files but no {_CONFIG}: it is not a run of '
-        'gkd_jax. Use another MODEL_DIR.'
+        f'MODEL_DIR {folder} is not empty and has no {_CONFIG}: it is not a '
+        'run of gkd_jax. Use another MODEL_DIR.'
       )
     return
   was = _comparable(path.read_text(errors='replace'))
@@ -85,13 +85,13 @@ def check_same_config(folder: pathlib.Path, config: str) -> None:
     f'MODEL_DIR {folder} holds another run. Its {_CONFIG} (-) differs from '
     'this one (+):\n  '
     + '\n  '.join(changes[:10])
-    + '\nUse another MODEL_DIR, or '
-    'the same settings to resume that run.'
+    + '\nUse another MODEL_DIR, or restore the old settings to resume that '
+    'run.'
   )
 
 
 def _comparable(config: str) -> list[str]:
-  """Returns the lines that must not change, without comments."""
+  """Returns the lines that must not change when a run resumes."""
   return [
     line
     for line in _FREE_SETTINGS.sub('', config).splitlines()
@@ -102,61 +102,61 @@ def _comparable(config: str) -> list[str]:
 def save_manifest(
   folder: pathlib.Path, config: str, versions: Mapping[str, str]
 ) -> None:
-  """Writes config.gin and versions.json beside the checkpoints.
+  """Writes config.gin and versions.json.
 
   Args:
-    folder: of the run, which exists.
+    folder: of the run; must exist.
     config: the resolved configuration.
     versions: {package: version}.
 
   Raises:
-    ValueError: this host does not see what the first one wrote.
+    ValueError: this host does not see the first host's files.
   """
-  # Written first: without it the folder is not recognised as a run.
+  # First, because `has_run` detects a run by this file.
   files_lib.write_atomically(folder / _CONFIG, config)
   manifest = {**versions, 'command': sys.argv}
   files_lib.write_atomically(
     folder / _VERSIONS, json.dumps(manifest, indent=2) + '\n'
   )
-  hosts.barrier('the folder is there')
+  hosts.barrier('manifest saved')
   if not (folder / _CONFIG).exists():
     raise ValueError(
-      f'MODEL_DIR {folder} is another folder on host {jax.process_index()}: '
-      'all hosts must share it.'
+      f'Host {jax.process_index()} does not see the files that the first host '
+      f'wrote to MODEL_DIR {folder}. Use a folder that all hosts share.'
     )
 
 
 def check_folder(path: str, setting: str) -> None:
-  """Raises ValueError if a run cannot write to a folder, which need not exist.
+  """Raises ValueError if a run cannot write to a folder.
 
   Args:
-    path: of the folder.
+    path: of the folder, which may not exist.
     setting: name of the path in gin, for messages.
   """
   if '://' in str(path):
     raise ValueError(
       f'{setting} {path}: a run folder must be on a file system. Mount the '
-      'bucket, e.g. with gcsfuse, and give the path where it is mounted.'
+      'bucket, e.g. with gcsfuse, and use the path of the mount.'
     )
-  there = pathlib.Path(path).absolute()
-  while not os.path.lexists(there):
-    there = there.parent
-  if not there.is_dir():
-    raise ValueError(f'{setting} {path}: {there} is a file, not a folder.')
-  if not os.access(there, os.W_OK | os.X_OK):
-    raise ValueError(f'{setting} {path}: {there} cannot be written to.')
+  existing = pathlib.Path(path).absolute()
+  while not os.path.lexists(existing):
+    existing = existing.parent
+  if not existing.is_dir():
+    raise ValueError(f'{setting} {path}: {existing} is a file, not a folder.')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise ValueError(f'{setting} {path}: {existing} is not writable.')
 
 
 @contextlib.contextmanager
 def explained_write_errors(folder: str, setting: str) -> Iterator[None]:
-  """Raises errors of writing to a folder as one line that names it.
+  """Replaces errors of writing to a folder by errors that name its setting.
 
   Args:
-    folder: that is written to.
+    folder: to which the code in the context writes.
     setting: name of its path in gin, for messages.
 
   Raises:
-    OSError: the disk is full, or a file cannot be written.
+    OSError: the disk is full, or a file is not writable.
   """
   try:
     yield
@@ -171,9 +171,9 @@ def explained_write_errors(folder: str, setting: str) -> Iterator[None]:
       elsewhere = [f for f, _ in files if not f.is_relative_to(folder)]
       where = elsewhere[0] if elsewhere else f'{setting} {folder}'
       raise OSError(
-        f'{where}: no space is left on its disk, or the quota is used up. Free '
-        'some and run the same command again: it resumes from the last '
-        'complete checkpoint.'
+        f'{where}: the disk is full, or the quota is exceeded. Free some space '
+        'and run the same command again: it resumes from the last complete '
+        'checkpoint.'
       ) from e
     for file, error in files if isinstance(e, OSError) else ():
       if file.is_relative_to(folder) or folder.is_relative_to(file):
@@ -182,8 +182,8 @@ def explained_write_errors(folder: str, setting: str) -> Iterator[None]:
 
 
 def is_full(error: BaseException) -> bool:
-  """Whether an error, or one that caused it, is that of a full disk."""
-  # TensorFlow and Orbax have no errno, only the text.
+  """Whether an error, or one of its causes, is that of a full disk."""
+  # Errors of TensorFlow and Orbax have the text without the errno.
   numbers = (errno.ENOSPC, errno.EDQUOT)
   return any(
     getattr(e, 'errno', None) in numbers
@@ -193,7 +193,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-  """Yields an error and those that caused it."""
+  """Yields an error and its causes."""
   while error is not None:
     yield error
     error = error.__cause__ or error.__context__
@@ -203,7 +203,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def locked(folder: pathlib.Path, setting: str) -> Iterator[None]:
   """Locks a folder, which must exist, against other processes.
 
-  The first of several hosts holds the lock for all. It ends with the process.
+  The first host holds the lock for all hosts. The kernel releases it when the
+  process ends.
 
   Args:
     folder: to lock.
@@ -215,19 +216,19 @@ def locked(folder: pathlib.Path, setting: str) -> Iterator[None]:
   if not hosts.is_first_host():
     yield
     return
-  # Network file systems cannot lock folders.
+  # A file in it, because network file systems cannot lock folders.
   descriptor = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT)
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       raise ValueError(
-        f'{setting} {folder} is in use by another process. Wait for it to end, '
+        f'{setting} {folder} is in use by another process. Wait until it ends, '
         f'or use another folder: --gin.{setting}=...'
       ) from e
-    except OSError as e:  # some network file systems have no locks
+    except OSError as e:  # some network file systems do not support locks
       console.log(
-        f'{folder} cannot be locked ({e}): start only one process there.'
+        f'{folder} cannot be locked ({e}): do not start a second process in it.'
       )
     yield
   finally:

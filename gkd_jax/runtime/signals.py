@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handles SIGTERM and Ctrl-C, so that a run saves before it stops."""
+"""Handles SIGTERM and Ctrl-C: a run saves a checkpoint before it stops."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from gkd_jax.runtime import console
 
 
 class Interrupted(KeyboardInterrupt):
-  """The run stops because of a signal.
+  """A signal stops the run.
 
   Attributes:
-    exit_code: of the process: 75 (EX_TEMPFAIL, "try again") after a scheduler's
-      SIGTERM; 130 after Ctrl-C, as in shells.
+    exit_code: of the process: 75 (EX_TEMPFAIL, "try again") after SIGTERM, 130
+      after Ctrl-C, as in shells.
   """
 
   def __init__(self, message: str, exit_code: int):
@@ -26,17 +26,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-  """Records SIGTERM and Ctrl-C; a second Ctrl-C ends the process as usual.
+  """Records SIGTERM and Ctrl-C; a second Ctrl-C raises KeyboardInterrupt.
 
-  With several hosts JAX handles SIGTERM, and all hosts agree on where to stop:
-  see `hosts.reached_preemption`.
+  With several hosts JAX handles SIGTERM and stops all hosts after the same
+  step: see `hosts.reached_preemption`.
 
   Attributes:
-    received: number of the first signal; None: there was none.
+    received: number of the first signal; None: no signal yet.
   """
 
   def __init__(self):
-    """Installs no handler yet; see `recorded`."""
+    """Installs no handler; see `recorded`."""
     self.received: int | None = None
     self._raises_immediately = False
 
@@ -46,10 +46,10 @@ class Signals:
 
   @contextlib.contextmanager
   def recorded(self) -> Iterator[None]:
-    """Within it signals are recorded; outside they end the process."""
+    """Records signals within the context, instead of ending the process."""
     is_main = threading.current_thread() is threading.main_thread()
     if hosts.is_multihost() or not is_main:
-      yield  # Python lets no other thread handle signals
+      yield  # Python allows signal handlers in the main thread only
       return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, self._record) for number in numbers]
@@ -61,9 +61,9 @@ class Signals:
 
   @contextlib.contextmanager
   def raised_immediately(self) -> Iterator[None]:
-    """Within it a signal raises `Interrupted`, even one received before.
+    """Raises `Interrupted` within the context, also for an earlier signal.
 
-    With several hosts none does: those call `check`.
+    With several hosts it has no effect on later signals: call `check`.
     """
     self._raises_immediately = True
     try:
@@ -73,13 +73,13 @@ class Signals:
       self._raises_immediately = False
 
   def should_stop(self) -> bool:
-    """Whether the run is to stop. All hosts must call it equally often."""
+    """Whether the run must stop. All hosts must call it equally often."""
     if hosts.reached_preemption():
       self.received = signal.SIGTERM
     return self.received is not None
 
   def check(self) -> None:
-    """Raises `Interrupted` if the run is to stop; see `should_stop`."""
+    """Raises `Interrupted` if the run must stop; see `should_stop`."""
     self.should_stop()
     self._raise_if_received()
 

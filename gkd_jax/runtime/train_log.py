@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of training steps: averaged, written, shown, and checked."""
+"""Averages, writes, displays and checks the metrics of training steps."""
 
 import dataclasses
 import json
@@ -21,16 +21,16 @@ _PROGRESS_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSettings:
-  """What a log writes, and when.
+  """Settings of `TrainLog`.
 
   Attributes:
     total_steps: of the run.
-    period: steps whose metrics are averaged into one line.
-    max_skipped_steps: in a row, after which the run is to stop.
-    learning_rate: step -> rate.
-    raise_failure: raises what went wrong on the host during a step, if anything
-      did; see `rewards.Reward`.
-    after_first_step: called once.
+    period: number of steps that are averaged into one line.
+    max_skipped_steps: consecutive skipped steps after which the run must stop.
+    learning_rate: step -> learning rate.
+    raise_failure: raises the exception of a host callback during a step, if
+      there was one; see `rewards.Reward`.
+    after_first_step: called once, after the first step.
   """
 
   total_steps: int
@@ -42,9 +42,9 @@ class LogSettings:
 
 
 class TrainLog:
-  """Reads the metrics of a step after the next one was dispatched.
+  """Reads the metrics of a step after the next step was dispatched.
 
-  So the host waits for a step only while the device works on the next.
+  Thus the device computes the next step while the host waits for metrics.
   """
 
   def __init__(
@@ -54,7 +54,7 @@ class TrainLog:
     run_dir: pathlib.Path,
     first_step: int,
   ):
-    """Starts after `first_step`."""
+    """Opens the log of a run that starts, or resumes, after `first_step`."""
     self._settings = settings
     self._writer = writer
     self._skipped_path = run_dir / SKIPPED_STEPS
@@ -62,42 +62,42 @@ class TrainLog:
       settings.total_steps, first_step, _PROGRESS_SECONDS
     )
     self._after_first_step = settings.after_first_step
-    self._skipped: list[str] = []  # messages, of the steps just before
+    self._skipped: list[str] = []  # messages of consecutive skipped steps
     self._pending = None
     self._window: list[dict[str, float]] = []
     self._on_policy: list[float] = []
     self.restart_clock()
 
   def restart_clock(self) -> None:
-    """Leaves the time since the last line out of the next one's speed."""
+    """Excludes the time since the last line from the next line's speed."""
     self._clock = time.monotonic()
 
   @property
   def too_many_skipped(self) -> bool:
-    """Whether as many steps were skipped in a row as there may be."""
+    """Whether `max_skipped_steps` consecutive steps were skipped."""
     return len(self._skipped) >= self._settings.max_skipped_steps
 
   def raise_if_too_many_skipped(self) -> None:
     """Raises FloatingPointError if `too_many_skipped`."""
     if self.too_many_skipped:
       raise FloatingPointError(
-        f'{len(self._skipped)} steps in a row were skipped, and '
+        f'{len(self._skipped)} consecutive steps were skipped; '
         'experiment.Schedule.max_skipped_steps is '
-        f'{self._settings.max_skipped_steps}. They changed nothing, and the '
-        'run is saved. Lower LEARNING_RATE or set '
+        f'{self._settings.max_skipped_steps}. Skipped steps do not change the '
+        'parameters; the run is saved. Lower LEARNING_RATE or set '
         'experiment.Optimization.max_grad_norm, and start again in another '
-        f'MODEL_DIR; {self._skipped_path} has the batches.'
+        f'MODEL_DIR. Their batches are in {self._skipped_path}.'
       )
 
   def dispatched(
     self, step: int, step_metrics: dict[str, jax.Array], batch: Batch
   ) -> None:
-    """Logs the step before, and keeps this one for later.
+    """Logs the previous step, and stores this step to be logged later.
 
     Args:
-      step: that the device works on.
-      step_metrics: of this step, not ready yet.
-      batch: that it is trained on.
+      step: that was dispatched.
+      step_metrics: of this step, not computed yet.
+      batch: of this step.
     """
     self.flush()
     self._pending = (step, step_metrics, batch)
@@ -115,9 +115,9 @@ class TrainLog:
       self._after_first_step = None
     if not math.isfinite(values['param_norm']):
       raise FloatingPointError(
-        f'Step {step}: the parameters are not finite any more. Lower '
-        'LEARNING_RATE or set experiment.Optimization.max_grad_norm, and start '
-        'again: the run resumes from its last checkpoint.'
+        f'Step {step}: the parameters are not finite. Lower LEARNING_RATE or '
+        'set experiment.Optimization.max_grad_norm, and start again in another '
+        'MODEL_DIR.'
       )
     if math.isfinite(values['loss']) and math.isfinite(values['grad_norm']):
       self._skipped = []
@@ -160,7 +160,7 @@ class TrainLog:
     )
 
   def _skip(self, step: int, values: dict[str, float], batch: Batch) -> None:
-    """Reports a step that was skipped, and appends its batch to a file."""
+    """Logs a skipped step, and appends its batch to a file."""
     message = (
       f'Step {step} was skipped: loss {values["loss"]}, gradient norm '
       f'{values["grad_norm"]}.'
@@ -178,9 +178,9 @@ class TrainLog:
 
 
 def _means(window: list[dict[str, float]]) -> dict[str, float]:
-  """Returns the mean of each metric over the steps that have one.
+  """Returns the mean of each metric over the steps in which it is not NaN.
 
-  A step in which the student wrote nothing has no reward, which is NaN.
+  The reward is NaN in a step without outputs of the student.
   """
   mean = {}
   for name in window[0]:

@@ -448,7 +448,7 @@ def refused(run_main):
     ([SFT, '--topology=cpu:0'], ['--topology=cpu:0 is invalid']),
     (
       [SFT, '--topology=cpu:1', '--gin.experiment.MeshConfig.model=3'],
-      ['does not use the 1'],
+      ['does not match the 1'],
     ),
     ([JSD, '--topology=cpu:1'], ['needs a teacher', 'TEACHER_SIZE']),
     (

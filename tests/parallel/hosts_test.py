@@ -248,12 +248,12 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_all(start):
 @pytest.mark.parametrize(
   ('given', 'said'),
   [
-    (('10.0.0.1:80', 2, None), 'belong together'),
-    ((None, None, 0), 'belong together'),
+    (('10.0.0.1:80', 2, None), 'Set --coordinator_address'),
+    ((None, None, 0), 'Set --coordinator_address'),
     (('10.0.0.1', 2, 0), 'has no port'),
     (
       ('10.0.0.1:80', 2, 2),
-      'from 0 to --process_count - 1, which is 1',
+      'from 0 to --process_count - 1 = 1',
     ),
     (('10.0.0.1:80', 2, -1), 'must be from 0'),
   ],

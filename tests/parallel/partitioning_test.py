@@ -69,8 +69,8 @@ def test_rules_that_there_are_not_are_refused(dims):
   ],
   ids=str,
 )
-def test_mesh_that_does_not_use_the_devices_there_are_is_refused(shape):
-  with pytest.raises(ValueError, match='devices there are. Set data=-1'):
+def test_mesh_that_does_not_match_the_devices_is_refused(shape):
+  with pytest.raises(ValueError, match='devices of this run. Set data=-1'):
     partitioning.make_mesh(**shape)
 
 

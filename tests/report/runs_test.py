@@ -313,7 +313,7 @@ def kinds(tmp_path, first, second):
   for name, macros in (('first', first), ('second', second)):
     run_folders.write(tmp_path / name, {'greedy/wer': 50.0}, **macros)
   found, _ = runs.find(str(tmp_path))
-  return [runs.kind(run) for run in found]
+  return [runs.experiment_key(run) for run in found]
 
 
 @pytest.mark.parametrize(

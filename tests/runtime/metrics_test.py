@@ -89,7 +89,7 @@ def test_a_line_in_the_middle_that_was_damaged_is_left_out(
 
   assert [m['step'] for m in metrics_lib.read(tmp_path)] == [1, 3, 4]
   assert (tmp_path / 'damaged_metrics.jsonl').read_bytes() == damaged
-  assert '1 lines that cannot be read' in capsys.readouterr().err
+  assert '1 unreadable lines' in capsys.readouterr().err
 
 
 def test_a_whole_last_line_without_its_newline_counts_as_cut_off(tmp_path):

@@ -102,7 +102,7 @@ def test_a_full_disk_is_named(error, where):
     with run_folder.explained_write_errors('/data/run', 'MODEL_DIR'):
       raise error
 
-  assert str(told.value).startswith(f'{where}: no space is left on its disk')
+  assert str(told.value).startswith(f'{where}: the disk is full')
 
 
 def test_a_file_of_the_folder_that_cannot_be_written_is_named():
