@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds what an experiment names: models from checkpoints, and the step.
+"""Builds the models of an experiment from checkpoints, and the training step.
 
-Training, evaluation, inference and planning open checkpoints and make models
-here alone.
+Training, evaluation, inference and planning share these functions.
 """
 
 import dataclasses
@@ -39,12 +38,12 @@ Params = Any
 
 
 class Task(NamedTuple):
-  """What models need to know of a task.
+  """The vocabulary of a task, and the special ids of a model that uses it.
 
   Attributes:
-    vocabulary: seqio's.
+    vocabulary: a seqio vocabulary.
     description: of the vocabulary, in one line; see `vocabularies.describe`.
-    ids: the special ids of a model with this vocabulary.
+    ids: special ids of the model.
   """
 
   vocabulary: Any
@@ -56,9 +55,9 @@ class Model(NamedTuple):
   """A model and its parameters.
 
   Attributes:
-    module: that computes.
-    params: arrays; or, in planning, shapes, dtypes and shardings.
-    folder: that the parameters came from.
+    module: see `models.interface`.
+    params: arrays; in planning: shapes, dtypes and shardings.
+    folder: of the checkpoint.
   """
 
   module: interface.Model
@@ -80,7 +79,7 @@ def open_task(dataset: datasets.DatasetConfig, config: ModelConfig) -> Task:
     config: of the model that reads and writes it.
 
   Raises:
-    ValueError: there is no such task, or the model's ids are others.
+    ValueError: the task does not exist, or its EOS id is not the model's.
   """
   vocabulary = datasets.get_vocabulary(dataset)
   return Task(
@@ -91,12 +90,12 @@ def open_task(dataset: datasets.DatasetConfig, config: ModelConfig) -> Task:
 
 
 def check_data(experiment: Experiment, task: Task) -> None:
-  """Checks the data of an experiment, of which it reads the first examples.
+  """Checks the data of an experiment. Reads the first example of each split.
 
   Raises:
-    ValueError: the student has too few embeddings for the task's vocabulary, a
-      split is empty, or the student would be evaluated on what a model wrote
-      for its training.
+    ValueError: the vocabulary is larger than the student's embedding, a split
+      is empty, or the student would be evaluated on the split for which its
+      training outputs (TRAIN_ON_PREDICTIONS) were written.
   """
   train, evaluated = experiment.data.train, experiment.evaluation.all_datasets
   embeds = experiment.student.config.vocab_size
@@ -104,8 +103,8 @@ def check_data(experiment: Experiment, task: Task) -> None:
     raise ValueError(
       f'The student embeds {embeds} ids, but the vocabulary of task '
       f'{train.mixture_or_task_name!r} has {task.ids.num_ids}. Set VOCAB_SIZE '
-      'to that or more (or, where a checkpoint gives the shape, '
-      'VOCABULARY_EXTRA_IDS to fewer).'
+      'to that or more. If a checkpoint determines the shape, reduce '
+      'VOCABULARY_EXTRA_IDS instead.'
     )
   for dataset in (train, *evaluated):
     datasets.check_not_empty(dataset)
@@ -115,16 +114,16 @@ def check_data(experiment: Experiment, task: Task) -> None:
     if split in [dataset.split for dataset in evaluated]:
       raise ValueError(
         f'TRAIN_ON_PREDICTIONS {train.predictions} was written for the split '
-        f'{split!r}, on which this run is evaluated. Let the teacher write for '
-        'the training split: INFER_SPLIT.'
+        f'{split!r}, on which this run is evaluated. Run --run_mode=infer on '
+        'the training split (INFER_SPLIT).'
       )
 
 
 def data_shards(data: Data, mesh: Mesh) -> dict[str, Any]:
-  """Returns which part of the data this host reads, for `TrainIterator`.
+  """Returns the arguments of `TrainIterator` that select this host's shards.
 
   Raises:
-    ValueError: the shards do not divide the batch into whole parts of hosts.
+    ValueError: the shards do not divide the batch, or one spans two hosts.
   """
   batch_size, num_shards = data.train.batch_size, data.num_shards
   first, end = partitioning.rows_of_host(batch_size, mesh)
@@ -134,8 +133,8 @@ def data_shards(data: Data, mesh: Mesh) -> dict[str, Any]:
   if batch_size % num_shards or first % rows or end % rows:
     raise ValueError(
       f'experiment.Data.num_shards {num_shards} must divide BATCH_SIZE '
-      f'{batch_size} into parts of which each host has whole ones; this one '
-      f'has rows {first} to {end - 1}.'
+      f'{batch_size} into shards that each lie on one host; this host has rows '
+      f'{first} to {end - 1}.'
     )
   return {
     'shards': range(first // rows, end // rows),
@@ -148,12 +147,12 @@ def data_shards(data: Data, mesh: Mesh) -> dict[str, Any]:
 
 
 class Sources(NamedTuple):
-  """Checkpoints of an experiment, of which the headers were read.
+  """The open checkpoints of an experiment; only their headers are read.
 
   Attributes:
-    student: None: it starts from random parameters.
-    teacher: None: there is none.
-    reward: None: the reward has no model.
+    student: None: random initialisation.
+    teacher: None: no teacher.
+    reward: None: no reward model.
   """
 
   student: pretrained.Pretrained | None
@@ -162,15 +161,15 @@ class Sources(NamedTuple):
 
   @property
   def folders(self) -> list[epath.Path]:
-    """Folders whose tokenizer is the student's, its own first."""
+    """Folders that hold the student's tokenizer files, the student's first."""
     return [x.folder for x in (self.student, self.teacher) if x is not None]
 
 
 def open_sources(experiment: Experiment, task: Task) -> Sources:
-  """Opens the checkpoints of an experiment; reads their headers alone.
+  """Opens the checkpoints of an experiment; reads only their headers.
 
   Raises:
-    ValueError: one is missing, or its shape or vocabulary does not fit.
+    ValueError: a checkpoint is missing, or has another shape or vocabulary.
   """
 
   def source(path, setting, config, config_setting):
@@ -180,7 +179,7 @@ def open_sources(experiment: Experiment, task: Task) -> Sources:
 
   student, teacher = experiment.student, experiment.teacher
   reward = experiment.reward_model
-  # The teacher first: its error is the most likely one.
+  # The teacher first, because errors in its settings are the most likely.
   opened = source(
     teacher.checkpoint_path,
     'TEACHER_CHECKPOINT_PATH',
@@ -211,17 +210,17 @@ def open_source(
   config: ModelConfig | None = None,
   config_setting: str = 'STUDENT',
 ) -> pretrained.Pretrained:
-  """Opens a checkpoint of a task's vocabulary; reads its header alone.
+  """Opens a checkpoint with a task's vocabulary; reads only its header.
 
   Args:
     path: see `pretrained.open_checkpoint`.
-    task: whose vocabulary it must have.
-    setting: name of the path in gin.
-    config: shape that it must have; None: any.
-    config_setting: name of this shape in gin.
+    task: whose vocabulary the checkpoint must have.
+    setting: name of the path in gin, for errors.
+    config: shape that the checkpoint must have; None: any.
+    config_setting: name of this shape in gin, for errors.
 
   Raises:
-    ValueError: there is no checkpoint, or it does not fit.
+    ValueError: the checkpoint is missing, or has another shape or vocabulary.
   """
   source = pretrained.open_checkpoint(path, setting)
   pretrained.check_fits(
@@ -233,14 +232,15 @@ def open_source(
 def open_model_and_task(
   path: str, dataset: datasets.DatasetConfig
 ) -> tuple[pretrained.Pretrained, Task]:
-  """Opens the checkpoint of a model that is evaluated, and its task.
+  """Opens a checkpoint for evaluation or inference, and its task.
 
   Args:
     path: see `pretrained.open_checkpoint`.
     dataset: of the task.
 
   Raises:
-    ValueError: there is no checkpoint or task, or they do not fit each other.
+    ValueError: the checkpoint or the task does not exist, or their
+      vocabularies differ.
   """
   source = pretrained.open_checkpoint(path)
   task = open_task(dataset, source.config)
@@ -249,18 +249,18 @@ def open_model_and_task(
 
 
 def make_model(config: ModelConfig, mesh: Mesh) -> interface.Model:
-  """Makes a model that is placed on a mesh by the standard rules."""
+  """Makes a model on a mesh, with the standard sharding rules."""
   return registry.make_model(config, partitioning.Placement(mesh))
 
 
 def load_model(
   source: pretrained.Pretrained, mesh: Mesh, dtype: str | None = None
 ) -> Model:
-  """Loads a model as its checkpoint describes it, and logs what it is.
+  """Loads a model with the shape of its checkpoint, and logs its description.
 
   Args:
     source: see `open_source`.
-    mesh: that it is placed on.
+    mesh: of the parameters.
     dtype: of the parameters; None: as saved.
   """
   console.log(f'Model: {source}')
@@ -275,7 +275,7 @@ def load_model(
 def _make_frozen_model(
   config: ModelConfig, experiment: Experiment, mesh: Mesh
 ) -> interface.Model:
-  """Returns a model that computes in the student's dtype, compiled as it is."""
+  """Makes a teacher or reward model with the student's dtype and layer scan."""
   student = experiment.student.config
   config = dataclasses.replace(
     config, dtype=student.dtype, scan_layers=student.scan_layers
@@ -291,13 +291,13 @@ def load_frozen(
   experiment: Experiment,
   mesh: Mesh,
 ) -> Model:
-  """Loads a model that no step changes: teacher or the reward's.
+  """Loads a frozen model: the teacher, or the model of the reward.
 
   Args:
-    source: its checkpoint; None: there is no such model.
+    source: its checkpoint; None: no such model.
     dtype: of the parameters; None: as saved.
-    experiment: whose student it computes beside.
-    mesh: that it is placed on.
+    experiment: determines the model's dtype, layer scan and sharding rules.
+    mesh: of the parameters.
   """
   if source is None:
     return NO_MODEL
@@ -314,13 +314,13 @@ def plan_frozen(
   experiment: Experiment,
   mesh: Mesh,
 ) -> Model:
-  """Returns what `load_frozen` does, with shapes for parameters.
+  """Returns the result of `load_frozen` with abstract parameters.
 
   Args:
-    config: of the model; None: there is no such model.
+    config: of the model; None: no such model.
     dtype: of the parameters; None: float32.
-    experiment: whose student it computes beside.
-    mesh: that it is placed on.
+    experiment: determines the model's dtype, layer scan and sharding rules.
+    mesh: of the parameters.
   """
   if config is None:
     return NO_MODEL
@@ -352,7 +352,7 @@ class Models(NamedTuple):
 def load_models(
   experiment: Experiment, plan: 'Plan', sources: Sources, mesh: Mesh
 ) -> Models:
-  """Loads the parameters of all models of a run, and logs what they are."""
+  """Loads the parameters of all models of a run, and logs their sources."""
   teacher = load_frozen(
     sources.teacher, experiment.teacher.dtype, experiment, mesh
   )
@@ -370,7 +370,7 @@ def load_models(
 def plan_score(
   experiment: Experiment, task: Task, sources: Sources, mesh: Mesh
 ) -> rewards.Score | None:
-  """Makes the reward's function, before its model is loaded."""
+  """Makes the reward function before its model is loaded."""
   model = NO_MODEL
   if sources.reward is not None:
     model = plan_frozen(
@@ -387,16 +387,17 @@ def make_score(
   model: Model,
   dataset: datasets.DatasetConfig,
 ) -> rewards.Score | None:
-  """Makes a reward's function for a task, and traces it once.
+  """Makes the reward function for a task, and traces it once.
 
   Args:
-    reward: None: there is none.
+    reward: None: no reward.
     task: whose outputs it scores.
-    model: of the reward; `NO_MODEL` where it has none.
-    dataset: gives the shape of a batch.
+    model: of the reward; `NO_MODEL` if it has none.
+    dataset: determines the shape of a batch.
 
   Raises:
-    ValueError: the reward does not suit the vocabulary, or returns no scores.
+    ValueError: the reward does not support the vocabulary, or does not return
+      scores.
   """
   if reward is None:
     return None
@@ -414,10 +415,10 @@ def make_score(
 
 
 class Plan(NamedTuple):
-  """What a run compiles, as far as no file need be read.
+  """The parts of a run that depend on settings alone, not on files.
 
   Attributes:
-    student: the model that learns.
+    student: the student's module.
     optimizer: of its parameters.
     state: shapes, dtypes and shardings of the training state.
   """
@@ -431,8 +432,8 @@ def make_plan(experiment: Experiment, mesh: Mesh) -> Plan:
   """Makes the student and its optimizer.
 
   Raises:
-    ValueError: the batch cannot be sharded over the mesh, or the optimizer is
-      none.
+    ValueError: the mesh does not divide a batch, or the optimizer is not an
+      optax optimizer.
   """
   check_mesh(experiment, mesh)
   student = experiment.student
@@ -453,7 +454,7 @@ def make_plan(experiment: Experiment, mesh: Mesh) -> Plan:
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
-  """Raises ValueError if devices would get different numbers of rows."""
+  """Raises ValueError unless the mesh divides all batches and microbatches."""
   for dataset in experiment.evaluation.all_datasets:
     partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   batch_size = experiment.data.train.batch_size
@@ -505,7 +506,7 @@ def abstract_batch(dataset: datasets.DatasetConfig, mesh: Mesh) -> Batch:
 def _initial_params(
   experiment: Experiment, plan: Plan, source: pretrained.Pretrained | None
 ) -> Params:
-  """Loads or initialises the student's parameters, and logs which."""
+  """Loads or initialises the student's parameters, and logs their source."""
   if source is not None:
     params = source.load(plan.state.params, 'float32')
     console.log(f'Student: {source}')
@@ -524,7 +525,7 @@ def _initial_params(
 def initial_state(
   experiment: Experiment, plan: Plan, params: Params, mesh: Mesh
 ) -> TrainState:
-  """Returns the state before the first step. It holds `params`."""
+  """Returns the state before the first step. It contains `params`."""
   init = functools.partial(
     state_lib.init_state,
     optimizer=plan.optimizer,
@@ -541,10 +542,13 @@ def compile_step(
   frozen: Frozen,
   batch: Batch,
 ) -> jax.stages.Compiled:
-  """Compiles a step for the devices that its arguments lie on.
+  """Compiles a step for the devices of its arguments. The state is donated.
 
-  Args: those of the step, as arrays, or as shapes, dtypes and shardings. The
-    state is donated.
+  Args:
+    train_step: see `make_train_step`.
+    state: arrays, or shapes, dtypes and shardings.
+    frozen: likewise.
+    batch: likewise.
   """
   jitted = jax.jit(
     train_step, donate_argnums=0, out_shardings=(shardings(state), None)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An experiment: what a training run is, as one object.
+"""An experiment: all settings of a training run, as one object.
 
-Each part checks its own values when it is made. `RULES` are facts about values
-of several parts; `check` reads no file and no device. Settings that depend on
-files, the vocabulary or the devices are checked where those are opened.
+Each part checks its own values in `__post_init__`. `RULES` check values of
+several parts; `check` applies them without files and devices. Settings that
+depend on files, the vocabulary or the devices are checked where these are
+opened.
 """
 
 import dataclasses
@@ -31,12 +32,12 @@ DECODINGS: Mapping[str, Decoding] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-  """The model that learns.
+  """The model that is trained.
 
   Attributes:
-    config: its shape, and how it is executed (dtype, remat, scan).
-    initial_checkpoint_path: the parameters that it starts from; see
-      `pretrained.open_checkpoint`. None: random ones.
+    config: its shape and execution (dtype, remat, scan).
+    initial_checkpoint_path: initial parameters; see
+      `pretrained.open_checkpoint`. None: random initialisation.
     parameter_partitioning_dims: see `partitioning.standard_logical_axis_rules`.
     activation_partitioning_dims: likewise.
   """
@@ -57,15 +58,14 @@ class Student:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-  """The model that is imitated, or only compared with.
+  """The teacher: distilled from, or only compared with in evaluations.
 
   Attributes:
-    checkpoint_path: its parameters; None: there is no teacher.
+    checkpoint_path: its parameters; None: no teacher.
     config: the shape that the checkpoint must have; None: any.
     dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
     parameter_partitioning_dims: see `partitioning.standard_logical_axis_rules`.
-    activation_partitioning_dims: likewise. Both also hold for the model of the
-      reward.
+    activation_partitioning_dims: likewise. Both also apply to the reward model.
   """
 
   checkpoint_path: str | None = None
@@ -86,10 +86,10 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModel:
-  """The model of a reward that has one, such as `rewards.entailment`.
+  """The model of a reward such as `rewards.entailment`.
 
   Attributes:
-    checkpoint_path: its parameters; it has the task's vocabulary.
+    checkpoint_path: its parameters; it must have the task's vocabulary.
     config: the shape that the checkpoint must have; None: any.
     dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
   """
@@ -104,13 +104,13 @@ class RewardModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-  """What the student is trained on.
+  """The training data.
 
   Attributes:
     train: task, split and batch.
-    num_shards: that the data is divided into, which determines its order; None:
-      as many as hosts that have rows of their own. To resume on another number
-      of hosts, use one that both divide.
+    num_shards: number of shards of the data; determines the order of examples.
+      None: one shard per host that has rows of its own. To resume on another
+      number of hosts, set a multiple of both numbers of hosts.
   """
 
   train: datasets.DatasetConfig
@@ -123,24 +123,23 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimization:
-  """The optimizer, its learning rate, and how a batch is worked through.
+  """The optimizer, the learning rate schedule, and gradient accumulation.
 
-  By default the rate rises linearly from 0 to its peak, then falls on a cosine
-  to `final_learning_rate` at the last step. With a cooldown it stays at its
-  peak, then falls linearly to 0, as in the GKD paper.
+  By default the learning rate has a linear warm-up to its peak, then a cosine
+  decay to `final_learning_rate` at the last step. With a cooldown it stays at
+  its peak, then decays linearly to 0, as in the GKD paper.
 
   Attributes:
     optimizer: called with learning_rate=...; the default has T5X's settings:
-      decay 0.8, update clipping 1, steps scaled by the parameters' size.
+      decay 0.8, update clipping 1, steps scaled by the parameters' RMS.
     learning_rate: the peak; None with a `schedule`.
-    warmup_steps: of the linear rise.
+    warmup_steps: of the linear warm-up.
     final_learning_rate: after the last step; not with a cooldown.
-    cooldown_start: the last step with the peak rate; None: a cosine.
+    cooldown_start: the last step with the peak rate; None: cosine decay.
     cooldown_steps: from the peak to 0.
-    schedule: step -> rate, in place of the five settings above.
-    max_grad_norm: gradients of a larger global norm are scaled down to it.
-    num_microbatches: parts that a batch is worked through in, to save memory;
-      see `step.make_train_step`.
+    schedule: step -> learning rate; replaces the five settings above.
+    max_grad_norm: gradients are clipped to this global norm.
+    num_microbatches: of a batch, to save memory; see `step.make_train_step`.
   """
 
   optimizer: Callable[..., optax.GradientTransformation] = optax.adafactor
@@ -171,8 +170,8 @@ class Optimization:
     _check_int('WARMUP_STEPS', self.warmup_steps, 0)
     if (self.cooldown_start is None) != (self.cooldown_steps is None):
       raise ValueError(
-        'experiment.Optimization: cooldown_start and cooldown_steps belong '
-        f'together, got {self.cooldown_start} and {self.cooldown_steps}.'
+        'experiment.Optimization: set both cooldown_start and cooldown_steps, '
+        f'or neither; got {self.cooldown_start} and {self.cooldown_steps}.'
       )
     if self.max_grad_norm is not None and self.max_grad_norm <= 0.0:
       raise ValueError(
@@ -184,7 +183,7 @@ class Optimization:
     )
 
   def make_schedule(self, total_steps: int) -> optax.Schedule:
-    """Returns step -> rate for a run of so many steps."""
+    """Returns step -> learning rate for a run of `total_steps`."""
     if self.schedule is not None:
       return self.schedule
     if self.cooldown_start is None:
@@ -205,28 +204,28 @@ class Optimization:
     )
 
   def make_optimizer(self, total_steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer, after the clipping of gradients, if any.
+    """Returns the optimizer, with gradient clipping if it is set.
 
     Raises:
-      ValueError: `optimizer` makes no optax optimizer of a learning rate.
+      ValueError: `optimizer` does not return an optax optimizer.
     """
-    wanted = (
-      'experiment.Optimization.optimizer must make an optax optimizer of a '
-      'learning rate, as @optax.adafactor does; it '
+    rule = (
+      'experiment.Optimization.optimizer must return an optax optimizer for '
+      'learning_rate=..., as @optax.adafactor does; it '
     )
     try:
       made = self.optimizer(learning_rate=self.make_schedule(total_steps))
     except TypeError as e:
-      raise ValueError(f'{wanted}raises TypeError: {e}.') from e
+      raise ValueError(f'{rule}raises TypeError: {e}.') from e
     if not (hasattr(made, 'init') and hasattr(made, 'update')):
-      raise ValueError(f'{wanted}returns {made!r}.')
+      raise ValueError(f'{rule}returns {made!r}.')
     if self.max_grad_norm is None:
       return made
     return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), made)
 
 
 class Due(NamedTuple):
-  """What happens after a step."""
+  """Whether an evaluation and a checkpoint are due after a step."""
 
   step: int
   evaluation: bool
@@ -235,17 +234,17 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-  """How long the run is, and what happens when.
+  """The length of the run, its seed, and its periods.
 
   Attributes:
-    total_steps: of this run, from 0.
+    total_steps: number of steps of this run.
     seed: determines initialisation, data order, sampling and dropout.
-    eval_period: steps; 0: only after the last one.
-    checkpoint_period: steps; 0: only after the last one.
-    log_period: steps whose metrics are averaged into one line.
-    max_skipped_steps: a step whose loss or gradient is not finite changes
-      nothing, and the learning rate's schedule waits. After so many in a row
-      the run stops.
+    eval_period: in steps; 0: only after the last step.
+    checkpoint_period: in steps; 0: only after the last step.
+    log_period: number of steps that are averaged into one line of metrics.
+    max_skipped_steps: a step whose loss or gradient is not finite is skipped:
+      it changes neither the parameters nor the optimizer. After this many
+      consecutive skipped steps the run stops.
   """
 
   total_steps: int
@@ -267,7 +266,7 @@ class Schedule:
       _check_int(name, value, least)
 
   def due(self, step: int) -> Due:
-    """Returns what is due after a step."""
+    """Returns whether an evaluation and a checkpoint are due after a step."""
     last = step == self.total_steps
     return Due(
       step,
@@ -278,14 +277,14 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-  """What is measured on which examples.
+  """The evaluations of a run.
 
   Attributes:
-    validation: evaluated every `Schedule.eval_period` steps and after the last;
-      None: nothing is evaluated during training.
-    test: evaluated once, at the end, into eval_<split>.json and
-      samples_<split>.json; None: nothing is.
-    decodings: {name: how outputs are drawn}.
+    validation: evaluated every `Schedule.eval_period` steps and after the last
+      step; None: no evaluation during training.
+    test: evaluated once after training, into eval_<split>.json and
+      samples_<split>.json; None: no evaluation after training.
+    decodings: {name: sampler or beam search}.
   """
 
   validation: datasets.DatasetConfig | None = None
@@ -299,7 +298,7 @@ class EvaluationPlan:
 
   @property
   def all_datasets(self) -> list[datasets.DatasetConfig]:
-    """The datasets that are evaluated."""
+    """The validation and test datasets that are set."""
     return [x for x in (self.validation, self.test) if x is not None]
 
 
@@ -308,9 +307,9 @@ class Keep:
   """Which checkpoints are kept.
 
   Attributes:
-    last: how many of the last ones.
-    best_metric: name of a validation metric; the checkpoint that is best by it
-      is kept as well.
+    last: number of most recent checkpoints.
+    best_metric: a validation metric; the best checkpoint by this metric is
+      kept, too. None: no best checkpoint.
     best_mode: 'min' or 'max'.
   """
 
@@ -331,8 +330,9 @@ class MeshConfig:
   """The device mesh of a run.
 
   Attributes:
-    data: devices that a batch is sharded over; -1: all.
-    model: devices that a parameter is sharded over.
+    data: number of devices that a batch is sharded over; -1: all devices,
+      divided by `model`.
+    model: number of devices that a parameter is sharded over.
   """
 
   data: int = -1
@@ -345,7 +345,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-  """What a training run is. `train` and the planning tools take it whole."""
+  """All settings of a training run; argument of `train` and `precompile`."""
 
   student: Student
   method: Method
@@ -362,11 +362,11 @@ class Experiment:
 PARTS = {field.name: field.type for field in dataclasses.fields(Experiment)}
 
 
-# --- Facts about values of several parts --------------------------------------
+# --- Rules about values of several parts --------------------------------------
 
 
 def parts_of_the_method_fit_together(experiment: Experiment) -> None:
-  """The rules of methods hold; see `distill.rules`."""
+  """The method satisfies the rules of `distill.rules`."""
   rules.check(
     rules.Setup(
       experiment.method,
@@ -387,7 +387,7 @@ def divergence_compares_logits_of_the_students_size(
 
 
 def microbatches_divide_the_batch(experiment: Experiment) -> None:
-  """All microbatches have one shape."""
+  """All microbatches have the same shape."""
   batch_size = experiment.data.train.batch_size
   parts = experiment.optimization.num_microbatches
   if batch_size % parts:
@@ -398,7 +398,7 @@ def microbatches_divide_the_batch(experiment: Experiment) -> None:
 
 
 def warmup_ends_before_the_run(experiment: Experiment) -> None:
-  """The cosine begins after the warm-up."""
+  """The cosine decay starts before the last step."""
   optimization, total = experiment.optimization, experiment.schedule.total_steps
   is_cosine = optimization.schedule is None
   is_cosine = is_cosine and optimization.cooldown_start is None
@@ -410,7 +410,7 @@ def warmup_ends_before_the_run(experiment: Experiment) -> None:
 
 
 def learning_rates_are_numbers_from_zero(experiment: Experiment) -> None:
-  """A schedule gives a number for each step, and never a negative one."""
+  """A schedule returns a non-negative number for each step."""
   total = experiment.schedule.total_steps
   schedule = experiment.optimization.make_schedule(total)
   for step in (0, total // 2, total):
@@ -418,8 +418,8 @@ def learning_rates_are_numbers_from_zero(experiment: Experiment) -> None:
       rate = rate_at(schedule, step)
     except (TypeError, ValueError) as e:
       raise ValueError(
-        'experiment.Optimization.schedule must give a number for each step, as '
-        f'@optax.constant_schedule() does: {e}.'
+        'experiment.Optimization.schedule must return a number for each step, '
+        f'as @optax.constant_schedule() does: {e}.'
       ) from e
     if rate < 0.0:
       raise ValueError(
@@ -429,12 +429,12 @@ def learning_rates_are_numbers_from_zero(experiment: Experiment) -> None:
 
 
 def best_metric_is_measured(experiment: Experiment) -> None:
-  """The best checkpoint is chosen among those that were evaluated."""
+  """A best checkpoint needs a validation split."""
   best = experiment.keep.best_metric
   if best is not None and experiment.evaluation.validation is None:
     raise ValueError(
-      f'BEST_METRIC is {best!r}, but nothing is evaluated during training: '
-      'leave EVAL as it is, or set BEST_METRIC = None.'
+      f'BEST_METRIC is {best!r}, but EVAL = None: there is no evaluation '
+      'during training. Set EVAL, or set BEST_METRIC = None.'
     )
 
 
@@ -448,11 +448,11 @@ RULES: tuple[Callable[[Experiment], None], ...] = (
 )
 
 
-# --- Facts about checkpoints that a run reads, and planning does not ----------
+# --- Rules about checkpoints, which apply to a run but not to planning --------
 
 
 def needed_teacher_has_a_checkpoint(experiment: Experiment) -> None:
-  """A divergence, and a policy that lets the teacher write, need a teacher."""
+  """A divergence, and a policy with teacher outputs, need a teacher."""
   path = experiment.teacher.checkpoint_path
   if experiment.method.needs_teacher_checkpoint and path is None:
     raise ValueError(
@@ -462,22 +462,23 @@ def needed_teacher_has_a_checkpoint(experiment: Experiment) -> None:
 
 
 def settings_of_the_teacher_have_a_checkpoint(experiment: Experiment) -> None:
-  """Without a checkpoint nothing reads the teacher's shape and dtype."""
+  """The teacher's shape and dtype have no effect without a checkpoint."""
   teacher = experiment.teacher
   for name in ('config', 'dtype'):
     if getattr(teacher, name) is not None and teacher.checkpoint_path is None:
       raise ValueError(
-        f'experiment.Teacher.{name} is set, but no TEACHER_CHECKPOINT_PATH.'
+        f'experiment.Teacher.{name} is set, but TEACHER_CHECKPOINT_PATH is not.'
       )
 
 
-def reward_model_is_there_where_one_is_read(experiment: Experiment) -> None:
-  """A reward has a model just where it needs one."""
+def reward_model_is_set_where_needed(experiment: Experiment) -> None:
+  """A reward model is set if and only if the reward needs one."""
   model = experiment.reward_model
   for name in ('config', 'dtype'):
     if getattr(model, name) is not None and model.checkpoint_path is None:
       raise ValueError(
-        f'experiment.RewardModel.{name} is set, but no REWARD_CHECKPOINT_PATH.'
+        f'experiment.RewardModel.{name} is set, but REWARD_CHECKPOINT_PATH is '
+        'not.'
       )
   rewards.check_model(experiment.method.reward, model.checkpoint_path, None)
 
@@ -485,16 +486,18 @@ def reward_model_is_there_where_one_is_read(experiment: Experiment) -> None:
 CHECKPOINT_RULES: tuple[Callable[[Experiment], None], ...] = (
   needed_teacher_has_a_checkpoint,
   settings_of_the_teacher_have_a_checkpoint,
-  reward_model_is_there_where_one_is_read,
+  reward_model_is_set_where_needed,
 )
 
 
 def check(experiment: Experiment, *, with_checkpoints: bool = True) -> None:
   """Raises ValueError if parts of an experiment contradict each other.
 
+  Uses no files, no devices and no TensorFlow.
+
   Args:
-    experiment: read without files, devices and TensorFlow.
-    with_checkpoints: whether the checkpoints must be named, as for a run.
+    experiment: to check.
+    with_checkpoints: whether to apply the rules about checkpoints, too.
   """
   for rule in RULES:
     rule(experiment)
@@ -506,10 +509,10 @@ def check(experiment: Experiment, *, with_checkpoints: bool = True) -> None:
 
 
 def check_decodings(decodings: Mapping[str, Any]) -> None:
-  """Raises ValueError if a value is no way to draw outputs."""
+  """Raises ValueError unless all values are samplers or beam searches."""
   if not decodings:
     raise ValueError(
-      'DECODINGS is empty: name at least one way to draw outputs, e.g. '
+      'DECODINGS is empty. Set at least one sampler or beam search, e.g. '
       "{'greedy': @greedy/sampler.SamplerConfig()}."
     )
   for name, decoding in decodings.items():

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Runs the experiment that a gin file describes.
+r"""Runs an experiment that gin files describe.
 
     python -m gkd_jax.main --run_mode=train \
         --gin_file=configs/cmudict_g2p/student.gin --gin.MODEL_DIR=runs/student
 
-Later files and `--gin.NAME=VALUE` flags override earlier ones. A value that is
-no gin literal is taken as a string, so paths need no quotes. Add `--dry_run` to
-print the resolved configuration and stop.
+Later files override earlier ones; `--gin.NAME=VALUE` flags override all files.
+A value that is no gin literal is a string: paths need no quotes. `--dry_run`
+prints the resolved configuration and exits.
 
 Run modes:
   train    train a student; the same command resumes an interrupted run
   eval     evaluate a checkpoint (CHECKPOINT_PATH) into EVAL_OUTPUT_DIR
-  infer    write a checkpoint's outputs into INFER_OUTPUT_DIR
-  export   write a checkpoint for Hugging Face transformers or T5X; needs no
+  infer    write the outputs of a checkpoint into INFER_OUTPUT_DIR
+  export   convert a checkpoint to Hugging Face transformers or T5X; needs no
            --gin_file
-  sweep    run every point of a grid, and compare them in a report; or print the
-           commands of the runs
-  report   gather finished runs (RUNS, a glob) into tables, figures and a page;
-           needs no --gin_file
-  precompile  compile the step of a file for `train` for a TPU slice that need
-           not exist (--topology), and report whether it fits; reads no files,
-           so settings that name some need not be set
+  sweep    run every point of a grid and compare the runs in a report; or print
+           the commands of the runs
+  report   make tables, figures and an HTML page of finished runs (RUNS, a
+           glob); needs no --gin_file
+  precompile  compile the training step for a TPU slice (--topology) on any
+           machine, and report whether it fits; reads no checkpoint and no data,
+           so their paths may be unset
 """
 
 import functools
@@ -47,16 +47,16 @@ _RUN_MODES = {
   'report': 'gkd_jax.report.report.report',
   'precompile': 'gkd_jax.capacity.precompile.precompile',
 }
-# Run mode -> what gin configures where it is not that function itself.
+# Run mode -> the configurable that its gin files must bind.
 _RUN = 'gkd_jax.runtime.run_folder.Run'
 _CONFIGURES = _RUN_MODES | {'train': _RUN, 'precompile': _RUN}
-# Files of the modes that need no experiment.
+# Default gin files of the modes that need no experiment.
 _GIN_FILE_OF_MODE = {
   'export': 'gin/runs/export.gin',
   'report': 'gin/runs/report.gin',
 }
 _TEST_SPLIT = 'final_eval/datasets.DatasetConfig.split'
-# A sweep starts such processes, and writes command lines to their stdin.
+# Not for users: a sweep starts workers and writes commands to their stdin.
 _WORKER = 'worker'
 _MULTIHOST_MODES = ('train', 'eval', 'infer')
 
@@ -64,49 +64,53 @@ _RUN_MODE = flags.DEFINE_string(
   'run_mode', 'train', f'One of: {", ".join(_RUN_MODES)}.'
 )
 _GIN_FILE = flags.DEFINE_multi_string(
-  'gin_file', None, 'Experiment to run, e.g. configs/cmudict_g2p/sft.gin.'
+  'gin_file', None, 'Gin file to parse, e.g. configs/cmudict_g2p/sft.gin.'
 )
 _GIN_BINDINGS = flags.DEFINE_multi_string(
-  'gin_bindings', [], 'One override each; --gin.NAME=VALUE is short for this.'
+  'gin_bindings', [], 'Override NAME=VALUE; --gin.NAME=VALUE is its short form.'
 )
 _GIN_SEARCH_PATHS = flags.DEFINE_list(
   'gin_search_paths',
   ['.'],
-  "Folders that gin files are looked for in, before gkd_jax's own.",
+  'Folders to search for gin files, before the root of gkd_jax.',
 )
 _TOPOLOGY = flags.DEFINE_string(
-  'topology', None, 'Of --run_mode=precompile: a TPU slice, e.g. v5e:4x4.'
+  'topology', None, 'For --run_mode=precompile: a TPU slice, e.g. v5e:4x4.'
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'Of --run_mode=precompile: JSON file for its report.'
+  'output', None, 'For --run_mode=precompile: JSON file for its report.'
 )
 _TFDS_DATA_DIR = flags.DEFINE_string(
-  'tfds_data_dir', None, 'Data folder of TFDS; its default otherwise.'
+  'tfds_data_dir', None, "Data folder of TFDS; default: TFDS's own default."
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
   'coordinator_address',
   None,
-  'Of a run on several hosts: host:port of the first process. This and the '
-  'next two are detected on TPUs.',
+  'For a run on several hosts: host:port of the first process. This flag, '
+  '--process_count and --process_index are detected on TPU.',
 )
 _PROCESS_COUNT = flags.DEFINE_integer(
-  'process_count', None, 'Of such a run: number of processes, one per host.'
+  'process_count',
+  None,
+  'For a run on several hosts: number of processes, one per host.',
 )
 _PROCESS_INDEX = flags.DEFINE_integer(
-  'process_index', None, 'Of such a run: index of this process, from 0.'
+  'process_index',
+  None,
+  'For a run on several hosts: index of this process, from 0.',
 )
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run',
   False,
-  'Print the resolved configuration and stop. Builds nothing, so settings that '
-  'contradict each other are detected by a run alone.',
+  'Print the resolved configuration and exit. Builds nothing: only a run '
+  'detects settings that contradict each other.',
 )
 
 expand_gin_flags = gin_config.expand_flags
 
 
 def main(argv: Sequence[str]) -> None:
-  """Resolves the configuration, then calls the run mode."""
+  """Parses the configuration and calls the function of the run mode."""
   process.quiet_libraries()
   try:
     try:
@@ -119,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
       print(
         str(e)
         or 'Interrupted. The same command resumes a training run from its last '
-        'checkpoint (CHECKPOINT_PERIOD).',
+        'checkpoint.',
         file=sys.stderr,
       )
       sys.exit(getattr(e, 'exit_code', 130))
@@ -143,7 +147,7 @@ def _run(argv: Sequence[str]) -> None:
     return
   files = _check_flags(argv)
   mode = _RUN_MODE.value
-  if mode != 'precompile':  # which measures how long compiling takes
+  if mode != 'precompile':  # it measures compilation time
     process.enable_compilation_cache()
   if mode in _MULTIHOST_MODES:
     process.retain_freed_memory()
@@ -178,7 +182,8 @@ def _run_in_worker(arguments: Sequence[str]) -> None:
 
   global _START
   _START = time.monotonic()
-  vocabularies.import_libraries.cache_clear()  # the seconds are the first run's
+  # Only the first run of this process spends time on imports.
+  vocabularies.import_libraries.cache_clear()
   flags.FLAGS.unparse_flags()
   sys.argv[1:] = arguments
   main(flags.FLAGS(expand_gin_flags(sys.argv)))
@@ -188,14 +193,14 @@ def _check_flags(argv: Sequence[str]) -> Sequence[str]:
   """Returns the gin files.
 
   Raises:
-    ValueError: flags are unknown, missing, or of another run mode.
+    ValueError: flags are unknown, missing, or for another run mode.
   """
   if len(argv) > 1:
-    raise ValueError(f'Unexpected arguments {argv[1:]}. Flags begin with --.')
+    raise ValueError(f'Unexpected arguments {argv[1:]}. Flags start with --.')
   mode = _RUN_MODE.value
   if mode not in _RUN_MODES:
     raise ValueError(
-      f'There is no --run_mode={mode}.' + gin_errors.nearest(mode, _RUN_MODES)
+      f'Unknown --run_mode={mode}.' + gin_errors.nearest(mode, _RUN_MODES)
     )
   files = _GIN_FILE.value or []
   if not files and mode in _GIN_FILE_OF_MODE:
@@ -214,7 +219,7 @@ def _check_flags(argv: Sequence[str]) -> Sequence[str]:
 
 
 def _keywords(mode: str, bindings: Sequence[str]) -> dict[str, Any]:
-  """Returns what a run mode gets beside what gin binds to it."""
+  """Returns the arguments of a run mode that gin does not bind."""
   keywords = {}
   if mode in ('train', 'precompile'):
     keywords['experiment'] = _experiment()
@@ -236,7 +241,7 @@ def _keywords(mode: str, bindings: Sequence[str]) -> dict[str, Any]:
 
 
 def _experiment() -> Any:
-  """Builds an experiment from its parts, as gin binds their arguments."""
+  """Builds an experiment from its parts, with the arguments that gin binds."""
   from gkd_jax import experiment
 
   parts = {
@@ -260,13 +265,13 @@ def _start_hosts(mode: str) -> None:
 
 
 def _check_mode(mode: str, files: Sequence[str]) -> None:
-  """Raises ValueError if the files that were parsed are for another mode."""
+  """Raises ValueError if the parsed files do not configure a run mode."""
   config = gin_config.text()
   configured = [name for name in _RUN_MODES if f'{_selector(name)}.' in config]
   if mode not in configured:
     raise ValueError(
       f'{", ".join(files)} does not configure --run_mode={mode}: it sets '
-      f'nothing of {_selector(mode)}.'
+      f'no parameter of {_selector(mode)}.'
       + (f' It is for --run_mode={configured[0]}.' if configured else '')
       + ' Files for this mode include gin/runs/'
       f'{"train" if mode == "precompile" else mode}.gin.'
@@ -274,15 +279,15 @@ def _check_mode(mode: str, files: Sequence[str]) -> None:
 
 
 def _selector(mode: str) -> str:
-  """Returns what gin calls what a mode configures: run_folder.Run."""
+  """Returns gin's name of a mode's configurable, e.g. run_folder.Run."""
   return '.'.join(_CONFIGURES[mode].split('.')[-2:])
 
 
 def _check_arguments(arguments: Sequence[str], result: str) -> None:
-  """Raises ValueError if main would refuse the arguments of a sweep's run.
+  """Raises ValueError if the arguments of a sweep's run are invalid.
 
-  Or if that run would not write the file, `result`, by which the sweep detects
-  that it is done. Replaces the configuration of this run, which has read it.
+  They are also invalid if the run would not write `result`, the file by which
+  the sweep detects that it is done. Replaces the configuration of this process.
   """
   flag = [argument.partition('=') for argument in expand_gin_flags(arguments)]
   of = {
@@ -302,10 +307,10 @@ def _check_arguments(arguments: Sequence[str], result: str) -> None:
       written = f'eval_{gin_config.parameter(_TEST_SPLIT)}.json'
     if written != result:
       raise ValueError(
-        f'the sweep waits for {result}, but FINAL_EVAL and {_TEST_SPLIT} make '
-        f'it write {written or "none"}. Set FINAL_EVAL = '
-        "'@final_eval/datasets.DatasetConfig()' and the split, or name the "
-        "file that it ends with: {'result': 'eval_validation.json'}."
+        f'the sweep waits for {result}, but with this FINAL_EVAL and '
+        f'{_TEST_SPLIT} the run writes {written or "no such file"}. Set '
+        "FINAL_EVAL = '@final_eval/datasets.DatasetConfig()' and the split, or "
+        "set the last file of the run: {'result': 'eval_validation.json'}."
       )
 
 

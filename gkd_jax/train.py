@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a student: checks and builds everything, then runs the loop."""
+"""Trains a student: checks settings, builds the run, and runs the loop."""
 
 import difflib
 import functools
@@ -26,15 +26,15 @@ from gkd_jax.runtime.signals import Interrupted, Signals
 
 
 def train(experiment: Experiment, run: run_folder.Run) -> None:
-  """Trains a student and evaluates it. Resumes a run that was interrupted.
+  """Trains a student and evaluates it. Resumes an interrupted run.
 
   Args:
-    experiment: what is run.
-    run: where it is run.
+    experiment: settings of the method, models, data and evaluation.
+    run: folder and start time.
 
   Raises:
-    ValueError: settings contradict each other, or do not fit files or devices.
-      All such errors come before anything is compiled or written.
+    ValueError: settings contradict each other, the files or the devices.
+      Raised before anything is compiled or written.
     Interrupted: SIGTERM or Ctrl-C was received; the run is saved.
     FloatingPointError: too many steps were skipped; the run is saved.
   """
@@ -50,9 +50,9 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   sources = build.open_sources(experiment, task)
   score = build.plan_score(experiment, task, sources, mesh)
 
-  # From here on checkpoints are read whole, and the run's folder is written.
+  # From here on parameters are loaded and the run's folder is written.
   models = build.load_models(experiment, plan, sources, mesh)
-  side_files, sources = sources.folders, None  # frees what they have read
+  side_files, sources = sources.folders, None  # frees their memory
   signals = Signals()
   validation, test = _evaluations(
     experiment, plan, task, models, score, mesh, signals.check
@@ -66,7 +66,7 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
     pad_id=task.ids.pad,
     **shards,
   )
-  hosts.barrier('all is checked')
+  hosts.barrier('settings checked')
   run.folder.mkdir(parents=True, exist_ok=True)
   with run_folder.locked(run.folder, 'MODEL_DIR'):
     resumes = run_folder.has_run(run.folder)
@@ -77,7 +77,7 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
     checkpoints = build.open_checkpoints(experiment, task, run.folder)
     initial = build.initial_state(experiment, plan, models.student_params, mesh)
     saved = _restore(checkpoints, plan, initial, iterator, resumes)
-    # The first step is given these arrays, and deletes them.
+    # The first step donates these arrays: drop the other references to them.
     models, initial = models._replace(student_params=None), None
     state, train_seconds = _loop(
       _Training(
@@ -107,19 +107,19 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
 
 
 class _Training(NamedTuple):
-  """What the loop works with.
+  """Inputs of the training loop.
 
   Attributes:
     schedule: of the run.
-    run_dir: its folder.
+    run_dir: folder of the run.
     train_step: not compiled yet.
-    frozen: parameters that it does not change.
+    frozen: parameters that the step does not change.
     iterator: of the training data.
-    put_batch: places a host's part of a batch on the devices.
-    evaluation: of the validation split; None: there is none.
+    put_batch: copies this host's rows of a batch to the devices.
+    evaluation: of the validation split; None: no evaluation.
     checkpoints: of the run.
     signals: that stop the run.
-    log: settings of its metrics.
+    log: settings of the metrics.
   """
 
   schedule: Schedule
@@ -137,18 +137,17 @@ class _Training(NamedTuple):
 def _loop(
   training: _Training, saved: checkpoint.Saved
 ) -> tuple[TrainState, float]:
-  """Runs the steps that are left; returns the state and the seconds spent.
+  """Runs the remaining steps; returns the state and the training seconds.
 
-  The host waits for the device only to read the metrics of the step before the
-  one that the device works on. The seconds include neither compilation nor
-  evaluation.
+  Dispatch is asynchronous: the host reads the metrics of a step while the
+  device computes the next step. The seconds exclude compilation and evaluation.
   """
   state, train_seconds, to_evaluate = saved
   first_step, total_steps = int(state.step), training.schedule.total_steps
   if first_step == total_steps and not to_evaluate:
     return state, train_seconds
   writer = metrics.MetricWriter(training.run_dir, first_step)
-  if to_evaluate:  # the run was interrupted in this evaluation
+  if to_evaluate:  # the run was interrupted during this evaluation
     values = _evaluate(training, writer, state, first_step)
     training.checkpoints.add_metrics(first_step, values)
   if first_step == total_steps:
@@ -222,9 +221,10 @@ def _evaluate_and_save(
   writer: metrics.MetricWriter,
   stops: bool,
 ) -> bool:
-  """Does what is due after a step; returns whether the run stops.
+  """Evaluates and saves if due after a step; returns whether the run stops.
 
-  A run that stops does not evaluate; its checkpoint records that it has to.
+  A run that stops skips the evaluation. Its checkpoint records that the
+  evaluation is pending.
   """
   stops = stops or log.too_many_skipped
   values, to_evaluate = None, _is_evaluation_due(training, due)
@@ -247,7 +247,7 @@ def _evaluate_and_save(
 
 
 def _stop(training: _Training, log: train_log.TrainLog, step: int) -> None:
-  """Closes everything, and raises what the run ends with."""
+  """Closes the checkpoints and the log, and raises the reason for the stop."""
   training.checkpoints.close()
   log.close()
   log.raise_if_too_many_skipped()
@@ -265,13 +265,13 @@ def _restore(
   iterator: iterators.TrainIterator,
   resumes: bool,
 ) -> checkpoint.Saved:
-  """Returns where the run is: at its last checkpoint, or at its start.
+  """Returns the last checkpoint of the run, or its initial state.
 
   Args:
     checkpoints: of the run.
     plan: of the run.
     initial: state before the first step.
-    iterator: moved to where the checkpoint was saved.
+    iterator: restored to its position at the checkpoint.
     resumes: whether the run was started before.
   """
   saved = checkpoints.restore(plan.state, iterator)
@@ -295,7 +295,7 @@ def _evaluations(
   """Makes the evaluations of the validation and the test split.
 
   Raises:
-    ValueError: the best checkpoint is chosen by a metric that does not exist.
+    ValueError: BEST_METRIC is not a validation metric.
   """
   mean_reward = None
   if score is not None:
@@ -335,10 +335,10 @@ def _evaluate_test(
   train_seconds: float,
   run_dir: pathlib.Path,
 ) -> None:
-  """Evaluates the trained student, unless its results are there already."""
+  """Evaluates the trained student, unless its results exist already."""
   if (run_dir / f'eval_{split}.json').exists():
     return
-  # The teacher's own test metrics are those of its own run.
+  # Without the teacher: its own run has its test metrics.
   values, _ = evaluation(state.params, with_teacher=False)
   evaluate.write_samples(run_dir, split, evaluation.samples(state.params))
   evaluate.write_results(
@@ -365,7 +365,7 @@ def _log_settings(
   def log_first_step():
     console.log(
       f'First step done after {time.monotonic() - started:.1f} s, of which '
-      f'imports took {import_seconds:.1f} s.'
+      f'{import_seconds:.1f} s are imports.'
     )
 
   return train_log.LogSettings(
@@ -382,7 +382,7 @@ def _check_best_metric(name: str, names: Sequence[str]) -> None:
   if name not in names:
     near = difflib.get_close_matches(name, names, n=1)
     raise ValueError(
-      f'BEST_METRIC {name!r} is none of the validation metrics.'
+      f'BEST_METRIC {name!r} is not a validation metric.'
       + (f' Did you mean {near[0]!r}?' if near else '')
-      + f' They are: {", ".join(names)}.'
+      + f' Validation metrics: {", ".join(names)}.'
     )

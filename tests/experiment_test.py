@@ -72,7 +72,7 @@ BROKEN = [
   (
     'learning_rates_are_numbers_from_zero',
     {'learning_rate': optax.constant_schedule},
-    'must give a number for each step',
+    'must return a number for each step',
   ),
   (
     'learning_rates_are_numbers_from_zero',
@@ -110,24 +110,24 @@ BROKEN = [
     'experiment.Teacher.dtype is set',
   ),
   (
-    'reward_model_is_there_where_one_is_read',
+    'reward_model_is_set_where_needed',
     {'credit': credit.reinforce(entailment.entailment(), 1.0)},
     'set REWARD_CHECKPOINT_PATH to a run',
   ),
   (
-    'reward_model_is_there_where_one_is_read',
+    'reward_model_is_set_where_needed',
     {'reward_checkpoint_path': 'x'},
     'REWARD uses no model',
   ),
   (
-    'reward_model_is_there_where_one_is_read',
+    'reward_model_is_set_where_needed',
     {'reward_model': STUDENT},
     'experiment.RewardModel.config is set',
   ),
   (
-    'reward_model_is_there_where_one_is_read',
+    'reward_model_is_set_where_needed',
     {'reward_dtype': 'bfloat16'},
-    'but no REWARD_CHECKPOINT_PATH',
+    'but REWARD_CHECKPOINT_PATH is not',
   ),
 ]
 

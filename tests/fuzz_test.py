@@ -195,7 +195,7 @@ def test_what_gin_allows_and_the_function_takes_is_accepted(start, bindings):
     ),
     (
       'experiment.Optimization.optimizer=@experiment.Keep',
-      'experiment.Optimization.optimizer must make an optax optimizer',
+      'experiment.Optimization.optimizer must return an optax optimizer',
     ),
     (
       'MIXTURE_OR_TASK_MODULE=./my.py',

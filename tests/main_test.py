@@ -655,7 +655,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest_right_one():
     ([STUDENT, 'stray'], "Unexpected arguments ['stray']"),
     (
       [STUDENT, '--run_mode=eval'],
-      'nothing of evaluate.evaluate_checkpoint. It is for --run_mode=train',
+      'no parameter of evaluate.evaluate_checkpoint. It is for --run_mode=train',
     ),
     ([STUDENT, '--run_mode=eval'], 'this mode include gin/runs/eval.gin.'),
   ],
@@ -671,7 +671,7 @@ def test_a_command_line_that_makes_no_sense_is_refused(
   [
     (
       [FORWARD_KL, *NO_FILES, '--gin.BETA=0.5'],
-      ['BETA changes nothing in this experiment'],
+      ['BETA has no effect in this experiment'],
     ),
     (
       [FORWARD_KL, *NO_FILES, '--gin.STUDENT_DATA_FRACTION=1.5'],
@@ -742,7 +742,7 @@ def test_a_command_line_that_makes_no_sense_is_refused(
     ),
     (
       [STUDENT, '--gin.experiment.Teacher.dtype=bfloat16'],
-      ['experiment.Teacher.dtype is set, but no TEACHER_CHECKPOINT_PATH'],
+      ['experiment.Teacher.dtype is set, but TEACHER_CHECKPOINT_PATH is not'],
     ),
     (
       [STUDENT, '--gin.BEST_MODE=least'],
@@ -777,7 +777,7 @@ def test_a_metric_that_is_not_measured_cannot_choose_the_best(refused, letters):
     *gin_flags(MIXTURE_OR_TASK_NAME=letters, BEST_METRIC='greedy/eror'),
   )
 
-  assert "BEST_METRIC 'greedy/eror' is none of" in message
+  assert "BEST_METRIC 'greedy/eror' is not a validation metric" in message
   assert "Did you mean 'greedy/error'?" in message
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gin: parsing, checks of values, errors that name the setting."""
+"""gin: parsing, type checks, and errors that name the setting."""

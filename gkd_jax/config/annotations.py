@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the type of a setting against the parameter that it is bound to."""
+"""Checks the type of a setting against the annotation of its parameter."""
 
 import inspect
 import math
@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any
 
-# Kind of annotation -> what to write for it in a gin file.
+# Type in an annotation -> its description in error messages.
 _DESCRIPTIONS = {
   'bool': 'True or False',
   'int': 'a whole number',
@@ -29,8 +29,8 @@ _DESCRIPTIONS = {
   'ModelConfig': 'the shape of a model, such as @t5.T5Config()',
   'DatasetConfig': 'examples, such as @eval/datasets.DatasetConfig()',
   'Objective': 'an objective, such as @objectives.Objective()',
-  'SamplerConfig': 'a way to draw outputs, such as @sampler.SamplerConfig()',
-  'BeamConfig': 'a search, such as @beam_search.BeamConfig()',
+  'SamplerConfig': 'a sampler, such as @sampler.SamplerConfig()',
+  'BeamConfig': 'a beam search, such as @beam_search.BeamConfig()',
   'seqio.Vocabulary': 'a vocabulary, such as @seqio.ByteVocabulary()',
   'Reward': 'a reward, such as @rewards.exact_match()',
 }
@@ -38,34 +38,34 @@ _LITERALS = (
   *(bool, int, float, complex, str, bytes),
   *(list, tuple, dict, set, type(None)),
 )
-# These cannot be written in a gin file.
+# A gin file has no syntax for values of these types.
 _ARRAYS = {'Array', 'ndarray', 'number'}
-# A larger number overflows an int32 somewhere.
+# Larger integers overflow JAX's int32.
 _MAX_INT = 2**31 - 1
 
 
 def check(setting: str, value: Any, annotation: Any) -> None:
-  """Raises ValueError if a value's type is not that of its parameter.
+  """Raises ValueError if a value does not have the type of its parameter.
 
   Args:
     setting: its name in gin.
-    value: a literal; anything else stands for a function.
-    annotation: of the parameter, from `inspect.signature`. With a type that is
-      unknown here any value is accepted.
+    value: a literal; any other value is a reference to a function.
+    annotation: of the parameter, from `inspect.signature`. If it has a type
+      that this module does not handle, every value is accepted.
   """
   kinds = _kinds(annotation)
-  if 'complex' in kinds:  # jax.typing.ArrayLike: what counts as a number
+  if 'complex' in kinds:  # jax.typing.ArrayLike; in gin: a number
     kinds = [kind for kind in kinds if kind not in ('bool', 'int', 'complex')]
   kinds = [kind for kind in kinds if kind not in _ARRAYS]
   if not _DESCRIPTIONS.keys() >= {*kinds}:
     return
   if any(_is_of_kind(value, kind) for kind in kinds):
     return
-  written = dict.fromkeys(_DESCRIPTIONS[kind] for kind in kinds)
+  expected = dict.fromkeys(_DESCRIPTIONS[kind] for kind in kinds)
   if 'int' in kinds and type(value) is int:
-    written = [f'from {-_MAX_INT} to {_MAX_INT}']
+    expected = [f'from {-_MAX_INT} to {_MAX_INT}']
   raise ValueError(
-    f'{setting} must be {" or ".join(written)}, got {_shortened(value)}.'
+    f'{setting} must be {" or ".join(expected)}, got {_shortened(value)}.'
   )
 
 
@@ -73,8 +73,8 @@ def _kinds(annotation: Any) -> list[str]:
   """Returns the names of the types in an annotation."""
   if annotation in (inspect.Parameter.empty, Any):
     return ['Any']
-  if isinstance(annotation, str):  # evaluating it could import what it names
-    while '[' in annotation:  # the innermost first
+  if isinstance(annotation, str):  # not evaluated, which could import modules
+    while '[' in annotation:  # innermost brackets first
       annotation = re.sub(r'\[[^\[\]]*\]', '', annotation)
     return annotation.split(' | ')
   origin = typing.get_origin(annotation)
@@ -85,13 +85,13 @@ def _kinds(annotation: Any) -> list[str]:
 
 
 def _is_of_kind(value: Any, kind: str) -> bool:
-  """Whether a value is of a kind."""
+  """Whether a value has the type that `kind` names."""
   if kind == 'int':
     is_int = isinstance(value, int) and not isinstance(value, bool)
     return is_int and abs(value) <= _MAX_INT
   if kind == 'float':
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # An int may be too large to be any float.
+    # An int may be too large for a float32.
     return is_number and abs(value) < 2**127 and math.isfinite(value)
   types_of = {
     'bool': bool,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parses gin files and `--gin.NAME=VALUE` flags; checks names and types."""
+"""Parses gin files and `--gin.NAME=VALUE` flags, and checks names and types."""
 
 import ast
 import contextlib
@@ -24,7 +24,7 @@ def expand_flags(args: Sequence[str]) -> list[str]:
 
 
 def quote_strings(binding: str) -> str:
-  """Returns NAME = VALUE with VALUE as gin reads it."""
+  """Returns NAME = VALUE; a VALUE that is no gin literal becomes a string."""
   name, equals, value = binding.partition('=')
   name, value = name.strip(), value.strip()
   if not equals or not name:
@@ -45,21 +45,21 @@ def parse(
   *,
   needs_files: bool = True,
 ) -> None:
-  """Parses files and bindings, in place of what was parsed before.
+  """Parses files and bindings. Replaces the previous configuration.
 
   Args:
-    files: gin files; later ones override earlier ones.
-    bindings: what `quote_strings` returned; they override the files.
-    search_paths: folders that files are looked for in, before gkd_jax's own.
-    needs_files: if False, settings that name files need not be set.
+    files: gin files; later files override earlier ones.
+    bindings: results of `quote_strings`; they override the files.
+    search_paths: folders to search for files, before the root of gkd_jax.
+    needs_files: if False, settings that name files may be unset.
 
   Raises:
-    ValueError: a file is missing; a name is unknown, misspelt or read by
-      nothing; or a value is of another type than its parameter.
+    ValueError: a file is missing; a name is unknown; no setting reads a macro;
+      or a value does not have the type of its parameter.
   """
   gin_errors.keep_exceptions()
   gin.clear_config()
-  # gin would also look inside Python packages, and takes folders for some.
+  # gin would also search Python packages, and would treat folders as packages.
   gin.config._FILE_READERS[:] = [(_open_gin_file, os.path.isfile)]
   folders = [*search_paths, str(_ROOT)]
   for folder in folders:
@@ -68,7 +68,7 @@ def parse(
     _check_exists(file, folders)
   try:
     gin.parse_config_files_and_bindings(files, [], finalize_config=False)
-    # A flag may name whatever the modules that the files import define.
+    # A flag may use the names of modules that the files import.
     imports = re.findall(r'^(?:from|import) .+', gin.config_str(), re.MULTILINE)
     for binding in bindings:
       _parse_binding(imports, binding)
@@ -110,7 +110,7 @@ def _open_gin_file(path: str) -> io.TextIOBase:
     file = io.StringIO(pathlib.Path(path).read_text(encoding='utf-8'))
   except (OSError, UnicodeDecodeError) as e:
     raise ValueError(f'The gin file {path} cannot be read: {e}.') from e
-  file.name = path  # for gin's messages
+  file.name = path  # gin's error messages read it
   return file
 
 
@@ -119,15 +119,15 @@ def _parse_binding(imports: Sequence[str], binding: str) -> None:
     gin.parse_config([*imports, binding])
   except (SyntaxError, tokenize.TokenError) as e:
     raise ValueError(
-      f'--gin.{binding.replace(" = ", "=", 1)} is not a gin value: numbers, '
-      'strings, True, False, None, lists, {...}, @names and %MACROS are.'
+      f'--gin.{binding.replace(" = ", "=", 1)} is not a gin value. Use a '
+      'number, string, True, False, None, list, {...}, @name or %MACRO.'
     ) from e
 
 
 def _check_types() -> None:
-  """Raises ValueError if a value's type is not that of its parameter.
+  """Raises ValueError if a value does not have the type of its parameter.
 
-  The result of a call (@name()) is not known yet, and checked where it is used.
+  Results of calls (@name()) are not known yet. Their users check them.
   """
   for (_, selector), bindings in gin.config._CONFIG.items():
     if selector == 'gin.macro':
@@ -141,16 +141,16 @@ def _check_types() -> None:
 
 
 def _check_macros_are_read() -> None:
-  """Raises ValueError for a macro that no setting reads, a misspelt one, say.
+  """Raises ValueError for a macro that no setting reads, e.g. a misspelt one.
 
-  gin accepts any.
+  gin itself accepts any macro.
   """
   config = gin.config_str()
   defined = set(re.findall(r'^([A-Za-z_]\w*) =', config, re.MULTILINE))
   used = set(re.findall(r'%([A-Za-z_]\w*)', config))
   for name in sorted(defined - used):
     raise ValueError(
-      f'{name} changes nothing: no setting of this experiment reads it.'
+      f'{name} has no effect: no setting of this experiment reads it.'
       + (
         " (SETTINGS and GRID set the macros of a sweep's runs.)"
         if 'sweep.sweep.' in config
@@ -161,7 +161,7 @@ def _check_macros_are_read() -> None:
 
 
 def resolve(setting: str, value: Any) -> tuple[str, Any]:
-  """Follows macros: returns the last one's name, and its value."""
+  """Follows macros: returns the name of the last macro and its value."""
   seen = [setting]
   while isinstance(value, gin.config.ConfigurableReference):
     macro = gin.config._CONFIG.get(value.config_key, {})
@@ -175,12 +175,12 @@ def resolve(setting: str, value: Any) -> tuple[str, Any]:
 
 
 def macro(name: str) -> Any:
-  """Returns a macro's value, None where it is not set."""
+  """Returns the value of a macro; None if it is not set."""
   return parameter(f'{name}/gin.macro.value')
 
 
 def parameter(name: str) -> Any:
-  """Returns the value of a parameter, None where it is not set."""
+  """Returns the value of a parameter; None if it is not set."""
   try:
     value = gin.query_parameter(name)
   except ValueError:
@@ -189,34 +189,37 @@ def parameter(name: str) -> Any:
 
 
 def bound(configurable: str) -> dict[str, Any]:
-  """Returns what is bound to a configurable's parameters, macros included."""
+  """Returns the bindings of a configurable; macros are not resolved."""
   return gin.config._CONFIG.get(('', configurable), {})
 
 
 def text() -> str:
-  """Returns the configuration as it was parsed, macros resolved by name."""
+  """Returns the configuration that was parsed."""
   return gin.config_str()
 
 
 def operative_text(bindings: Sequence[str]) -> str:
-  """Returns the settings that were read, once all parts have been built.
+  """Returns the settings that were read while the experiment was built.
+
+  Args:
+    bindings: overrides from the command line.
 
   Raises:
-    ValueError: an override from the command line was not among them.
+    ValueError: an override was not read.
   """
   config = gin.operative_config_str()
   for binding in bindings:
     name = binding.split(' = ', 1)[0]
     if not re.search(rf'^{re.escape(name)} =', config, re.MULTILINE):
       raise ValueError(
-        f'{name} changes nothing in this experiment: the parts that are '
-        'chosen do not read it (only generalized_jsd reads BETA, say).'
+        f'{name} has no effect in this experiment: none of its parts reads it '
+        '(for example, only generalized_jsd reads BETA).'
       )
   return config
 
 
 def _without_files(config: str) -> list[str]:
-  """Returns bindings that leave out files: names, and the vocabulary in one."""
+  """Returns bindings that set required paths and vocabularies to None."""
   named = re.findall(r'^(\w+_(?:DIR|PATH)) = +%gin\.REQUIRED', config, re.M)
   vocabulary = re.findall(r'^(datasets\.\w+\.vocabulary) =', config, re.M)
   imports = re.findall(r'^(?:from|import) .+', config, re.MULTILINE)
@@ -225,13 +228,14 @@ def _without_files(config: str) -> list[str]:
 
 @contextlib.contextmanager
 def output_folder(configurable: str, *, may_be_remote: bool) -> Iterator[None]:
-  """Checks the folder that a configurable writes to; see `run_folder`.
+  """Checks the output folder of a configurable, and explains write errors.
 
   Args:
-    configurable: its full name; `model_dir` or `output_dir` is the folder.
-    may_be_remote: whether it may be at gs://.
+    configurable: its full name. Its parameter `model_dir` or `output_dir` is
+      the folder.
+    may_be_remote: whether the folder may be at gs://.
   """
-  # It imports JAX, which must not happen before the process is set up.
+  # It imports JAX, which must follow the settings of `runtime.process`.
   from gkd_jax.runtime import run_folder
 
   bindings = bound(configurable)
@@ -239,7 +243,7 @@ def output_folder(configurable: str, *, may_be_remote: bool) -> Iterator[None]:
     setting, folder = resolve(name, bindings[name])
     if isinstance(folder, str):
       break
-  else:  # it chooses one itself
+  else:  # the configurable chooses a folder itself
     yield
     return
   if not may_be_remote:
@@ -249,8 +253,8 @@ def output_folder(configurable: str, *, may_be_remote: bool) -> Iterator[None]:
 
 
 def build(function: Callable) -> Callable:
-  """Returns a function that gets the arguments that gin binds to it, if any."""
+  """Returns a function with the arguments that gin binds to it, if any."""
   try:
     return gin.get_configurable(function)
-  except ValueError:  # no file names it
+  except ValueError:  # no gin file names it
     return function

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which errors are about a setting, and what they print in one line.
+"""Decides which errors are about a setting, and formats them as one line.
 
-An error about a setting is one line without a traceback. An exception in code
-that is neither ours nor a library's, such as a user's divergence, reward,
-policy or task, keeps its traceback: the file and the line are the message.
+An error about a setting is printed as one line without a traceback. An
+exception in the user's own code (divergence, reward, policy, task) keeps its
+traceback, because the user needs the file and the line.
 """
 
 import difflib
@@ -27,15 +27,15 @@ _LIBRARIES = tuple(
     for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')
   }
 )
-# What the paper calls a setting -> what it is called here.
+# Name in the paper -> macro.
 _FROM_PAPER = {'LAMBDA': 'STUDENT_DATA_FRACTION'}
 _CALL = '\n  In call to configurable '
 
 
 def keep_exceptions() -> None:
-  """Makes gin raise a configurable's own exception, with its calls as notes.
+  """Makes gin re-raise the original exception, with its messages as notes.
 
-  gin raises a copy instead, which lacks what caused it.
+  By default gin raises a copy, which lacks the cause of the original.
   """
   gin.config.utils.augment_exception_message_and_reraise = _add_note_and_raise
 
@@ -46,14 +46,14 @@ def _add_note_and_raise(exception: BaseException, message: str) -> None:
 
 
 def message_of(error: BaseException) -> str:
-  """Returns an error's message as one line for whoever set the setting."""
+  """Returns the message of an error, with the macros that it depends on."""
   calls = [
     note.partition(_CALL)[2]
     for note in getattr(error, '__notes__', ())
     if _CALL in note
   ]
   message = str(error)
-  # Our messages name the setting; a library's do not know of gin.
+  # Messages of gkd_jax name the setting; those of libraries do not.
   if calls and not _is_in(raised_in(error), _PACKAGE):
     message = (
       message.rstrip('.') + '.' + _macros_of(calls[0].split()[0].strip("'"))
@@ -62,11 +62,11 @@ def message_of(error: BaseException) -> str:
 
 
 def is_about_a_setting(error: BaseException) -> bool:
-  """Whether an error needs no traceback.
+  """Whether an error is printed without its traceback.
 
-  True if our code or gin raised it on purpose, or any library while gin builds
-  the experiment, before the run itself has begun. False if a user's code is
-  involved, and for a TypeError in a run, which we never raise on purpose.
+  True if gkd_jax or gin raised it, or if any library raised it while gin built
+  the experiment. False if the traceback contains the user's code; and for a
+  TypeError during a run, which is a bug: gkd_jax never raises one on purpose.
   """
   if any(_is_users(file) for e in _chain(error) for file in _files(e)):
     return False
@@ -85,20 +85,20 @@ def raised_in(error: BaseException) -> pathlib.Path:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-  """Yields an error, and those that it was raised from."""
+  """Yields an error and its explicit causes."""
   while error is not None:
     yield error
     error = error.__cause__
 
 
 def _files(error: BaseException) -> Iterator[pathlib.Path]:
-  """Yields the file of each frame, the outermost first."""
+  """Yields the file of each stack frame, outermost first."""
   for frame in traceback.extract_tb(error.__traceback__):
     yield pathlib.Path(frame.filename)
 
 
 def _is_users(file: pathlib.Path) -> bool:
-  """Whether a frame's file is neither ours nor a library's."""
+  """Whether a file belongs neither to gkd_jax nor to a library."""
   if file.name.startswith('<') or not file.is_absolute():
     return False  # generated or frozen code
   return not any(_is_in(file, folder) for folder in (_PACKAGE, *_LIBRARIES))
@@ -109,8 +109,8 @@ def _is_in(file: pathlib.Path, folder: pathlib.Path) -> bool:
 
 
 def explain(message: str) -> str:
-  """Returns gin's own message, shortened, and the nearest right name."""
-  # gin may add the whole configuration, and the line among all flags.
+  """Returns a message of gin, shortened, with the closest valid name."""
+  # gin may append the whole configuration, or the line number of a flag.
   message = re.split(' in config string: |\n  In bindings string', message)[0]
   config = gin.config_str()
   if match := re.match(r'(\w+)/macro.value set to `%gin.REQUIRED`', message):
@@ -124,7 +124,7 @@ def explain(message: str) -> str:
     names = re.findall(r'^# Parameters for (.+):$', config, re.MULTILINE)
   elif match := re.match(r"Couldn't resolve selector (.+)\.(\w+);", message):
     package = match[1]
-    message = f'There is no {package}.{match[2]}.'
+    message = f'{package}.{match[2]} does not exist.'
     names = _callables(package)
   elif match := re.match(r".*'(.+)' doesn't have a .* named '(.+)'", message):
     names = parameters(gin.get_configurable(match[1]))
@@ -134,7 +134,7 @@ def explain(message: str) -> str:
 
 
 def _callables(package: str) -> list[str]:
-  """Returns what a module that gin imported offers for a configuration."""
+  """Returns the names of an imported module that a gin file can use."""
   module = next(
     (
       module
@@ -154,14 +154,14 @@ def _callables(package: str) -> list[str]:
 
 
 def parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
-  """Returns what a configurable takes."""
-  if inspect.isclass(function):  # gin hides what the class is called with
+  """Returns the parameters of a configurable."""
+  if inspect.isclass(function):  # gin wraps the class and hides its signature
     function = function.__init__
   return inspect.signature(function).parameters
 
 
 def _macros_of(function: str) -> str:
-  """Returns which macros a function's arguments come from, and their values."""
+  """Returns a sentence with the macros that set a function's parameters."""
   config = gin.config_str()
   binding = rf'^(?:.*/)?(?:\w+\.)?{function}\.\w+ =\s+%(\w+)'
   given = [
@@ -175,12 +175,12 @@ def _macros_of(function: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """Returns ' Did you mean ...?' for a name that does not exist."""
-  # Macros are in capitals, whatever was typed.
+  """Returns ' Did you mean ...?' for an unknown name, else all valid names."""
+  # Compared in capitals, because the user may have typed a macro in lower case.
   of_upper = {other.upper(): other for other in names}
   meant = _FROM_PAPER.get(name.upper(), name.upper())
   near = difflib.get_close_matches(meant, list(of_upper), n=1, cutoff=0.5)
   near = [of_upper[other] for other in near]
   if near:
     return f' Did you mean {near[0]}?'
-  return f' There are: {", ".join(sorted(set(names)))}.' if names else ''
+  return f' Valid names: {", ".join(sorted(set(names)))}.' if names else ''

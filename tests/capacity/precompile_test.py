@@ -473,7 +473,7 @@ def refused(run_main):
     ),
     (
       ['--gin_file=configs/quickstart.gin', '--topology=cpu:1'],
-      ['sets nothing of run_folder.Run', 'gin/runs/train.gin'],
+      ['sets no parameter of run_folder.Run', 'gin/runs/train.gin'],
     ),
   ],
 )

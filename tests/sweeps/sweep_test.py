@@ -325,24 +325,24 @@ GRID = {{'a': {{'good': {{'BETA': 0.5}}, 'bad': {{'BETTA': 0.5}}}}}}
 
   assert refused.code == 1
   assert (
-    'Error: a=bad/seed_0 cannot be run: BETTA changes nothing: no setting of '
+    'Error: a=bad/seed_0 cannot be run: BETTA has no effect: no setting of '
     'this experiment reads it. Did you mean BETA?'
   ) in refused.err
   assert not (tmp_path / 'out').exists()
   grid = "{'a': {'bad': {'DIVERGENCE': '@divergences.jsd'}}}"
   refused = run_main(*command, f'--gin.GRID={grid}')
   assert (
-    'a=bad/seed_0 cannot be run: There is no divergences.jsd' in refused.err
+    'a=bad/seed_0 cannot be run: divergences.jsd does not exist' in refused.err
   )
 
 
 @pytest.mark.parametrize(
   ['settings', 'message'],
   [
-    ({'FINAL_EVAL': None}, 'make it write none'),
+    ({'FINAL_EVAL': None}, 'the run writes no such file'),
     (
       {'final_eval/datasets.DatasetConfig.split': 'validation'},
-      'make it write eval_validation.json',
+      'the run writes eval_validation.json',
     ),
   ],
 )
@@ -387,7 +387,7 @@ GRID = {'NUM_PARALLEL': (1,)}
 
   assert refused.code == 1
   assert (
-    'num_parallel=1/seed_0 cannot be run: RANDOM_SEED changes nothing'
+    'num_parallel=1/seed_0 cannot be run: RANDOM_SEED has no effect'
   ) in refused.err
 
 
