@@ -655,7 +655,8 @@ def test_an_unknown_flag_is_refused_with_the_nearest_right_one():
     ([STUDENT, 'stray'], "Unexpected arguments ['stray']"),
     (
       [STUDENT, '--run_mode=eval'],
-      'no parameter of evaluate.evaluate_checkpoint. It is for --run_mode=train',
+      'no parameter of evaluate.evaluate_checkpoint. It is for '
+      '--run_mode=train',
     ),
     ([STUDENT, '--run_mode=eval'], 'this mode include gin/runs/eval.gin.'),
   ],
