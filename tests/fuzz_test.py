@@ -199,7 +199,7 @@ def test_what_gin_allows_and_the_function_takes_is_accepted(start, bindings):
     ),
     (
       'MIXTURE_OR_TASK_MODULE=./my.py',
-      "MIXTURE_OR_TASK_MODULE: './my.py' is no name of a Python module",
+      "MIXTURE_OR_TASK_MODULE: './my.py' is not the name of a Python module",
     ),
     ('TRAIN_STEPS=1+2j', '--gin.TRAIN_STEPS=1+2j is not a gin value'),
     ('STUDENT=3', 'STUDENT must be the shape of a model, such as @t5.T5C'),

@@ -490,8 +490,8 @@ def test_a_student_is_trained_on_what_its_teacher_wrote(
     for f in (lambda ids: ids == [1], lambda ids: ids[-1] != 1)
   )
   assert (
-    f'Trains on 96 predictions, {num_empty} of them empty and {num_unended} '
-    f'not ended: {teacher}/checkpoint_0 with SamplerConfig(temperature=1.0'
+    f'Training data: 96 predictions, {num_empty} of them empty and '
+    f'{num_unended} without EOS: {teacher}/checkpoint_0 with SamplerConfig(temperature=1.0'
   ) in said
   trained_on = {
     (tuple(x[x > 0].tolist()), tuple(y[w > 0].tolist()))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a seqio task to batches; the one place that imports TensorFlow."""
+"""Datasets: seqio tasks to batches. Only this package imports TensorFlow."""

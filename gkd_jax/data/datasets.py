@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a seqio task to batches and metrics.
+"""The configuration of a dataset, its seqio task, and its vocabulary.
 
-seqio and TensorFlow are imported when they are first used, here and in
-`seqio_tasks` and `vocabularies`: they take 10 seconds, which a misspelt setting
-need not wait for.
+seqio and TensorFlow are imported on first use, here and in `seqio_tasks` and
+`vocabularies`: the import takes 10 seconds, and errors in settings are reported
+before it.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ with epy.lazy_imports():
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-  """Which examples, and how they become a batch. Names as in T5X.
+  """A split of a task, and the shape of its batches. Names as in T5X.
 
   Attributes:
     mixture_or_task_name: a seqio task or mixture.
     task_feature_lengths: {'inputs': S, 'targets': T} in tokens, EOS included;
-      longer examples are cut.
+      longer examples are truncated.
     batch_size: rows of the global batch.
     split: of the task, e.g. 'train'.
-    shuffle: in an order that the seed determines.
-    mixture_or_task_module: imported first, to register the task; None for the
-      tasks that come with gkd_jax.
+    shuffle: whether to shuffle; the seed determines the order.
+    mixture_or_task_module: module that registers the task; None for the tasks
+      of gkd_jax.
     use_cached: read seqio's offline cache of the task.
-    num_examples: at most so many, from the split's start; None takes all. For
-      training these are a task's examples before they are preprocessed.
+    num_examples: use only the first examples of the split; None: all. For
+      training they are counted before preprocessing.
     vocabulary: of inputs and targets; None: the task's own.
-    task_arguments: of the function make_task in the task's module, for a task
-      that is not the same for everyone: where its files are, say.
-    predictions: path, or glob of several, of outputs that a model wrote (see
-      `predictions`); they and their inputs replace the split's examples.
+    task_arguments: of the function make_task in the task's module, e.g. the
+      paths of its files.
+    predictions: path or glob of files with outputs of a model (see
+      `predictions`); they and their inputs replace the examples of the split.
   """
 
   mixture_or_task_name: str
@@ -85,12 +85,12 @@ class DatasetConfig:
 
 
 def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
-  """Returns the task, after importing what registers it.
+  """Imports the module that registers the task, and returns the task.
 
   Raises:
-    ValueError: it is not registered, lacks the split, or has none of the
-      features of an encoder-decoder; there is no such module; the file of the
-      vocabulary cannot be read; or the predictions are of no use for it.
+    ValueError: the module does not exist; the task is not registered, or lacks
+      the split, inputs or targets; the vocabulary file is unreadable; or the
+      predictions were written for another task or vocabulary.
   """
   name = config.mixture_or_task_name
   task = seqio_tasks.find(
@@ -99,13 +99,13 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
   if config.split not in task.splits:
     raise ValueError(
       f'Task {name!r} has no split {config.split!r}. It has: '
-      f'{", ".join(sorted(task.splits))}. What need not be measured is left '
-      'out by EVAL = None (during training) or FINAL_EVAL = None (at its end).'
+      f'{", ".join(sorted(task.splits))}. To skip an evaluation, set EVAL = '
+      'None (during training) or FINAL_EVAL = None (after training).'
     )
   if missing := set(seqio_tasks.FEATURES) - set(task.output_features):
     raise ValueError(
       f'Task {name!r} has no output feature {sorted(missing)}; an '
-      'encoder-decoder reads inputs and targets.'
+      'encoder-decoder needs inputs and targets.'
     )
   if config.vocabulary is not None:
     task = seqio_tasks.with_vocabulary(task, config.vocabulary)
@@ -124,7 +124,7 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
 
 def check_not_empty(config: DatasetConfig) -> None:
-  """Raises ValueError if the split has no examples. Reads one."""
+  """Raises ValueError if the split has no examples. Reads the first one."""
   if _is_empty(
     get_task(config).name,
     config.split,
@@ -141,7 +141,7 @@ def check_not_empty(config: DatasetConfig) -> None:
 def _is_empty(
   name: str, split: str, lengths: Sequence[tuple[str, int]], use_cached: bool
 ) -> bool:
-  """Whether a split of a registered task is empty; reads it once a process."""
+  """Whether a split of a registered task is empty; cached in the process."""
   ds = seqio.get_mixture_or_task(name).get_dataset(
     sequence_length=dict(lengths),
     split=split,
@@ -170,22 +170,22 @@ def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:
 def special_ids(
   config: DatasetConfig, vocabulary: seqio.Vocabulary, model_config: Any
 ) -> SpecialIds:
-  """Returns the special ids of a model that reads and writes a task's ids.
+  """Returns the special ids of a model for a task's vocabulary.
 
   Args:
-    config: names the task in errors.
-    vocabulary: the task's, see `get_vocabulary`.
+    config: of the task, for errors.
+    vocabulary: of the task, see `get_vocabulary`.
     model_config: see `models.interface`.
 
   Raises:
-    ValueError: the vocabulary ends its rows with another id than the model,.
+    ValueError: vocabulary and model have different EOS ids.
   """
   if vocabulary.eos_id != model_config.eos_id:
     raise ValueError(
       f'The vocabulary of task {config.mixture_or_task_name!r} has EOS id '
-      f'{vocabulary.eos_id}, but the model ends its outputs with '
-      f'{model_config.eos_id}. Give the task the vocabulary that the model was '
-      'trained with: --gin_file=gin/vocabularies/sentencepiece.gin '
+      f'{vocabulary.eos_id}, but the model has EOS id {model_config.eos_id}. '
+      "Set the task's vocabulary to the model's: "
+      '--gin_file=gin/vocabularies/sentencepiece.gin '
       '--gin.VOCABULARY_PATH=FILE.'
     )
   return model_config.special_ids(vocabulary.vocab_size)

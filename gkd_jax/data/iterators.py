@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of a task: for training, evaluation and inference."""
+"""Batches of a task, for training, evaluation and inference."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ with epy.lazy_imports():
 
 
 class TrainIterator(Iterator[Batch]):
-  """Endless shuffled batches of one host's rows; can be saved and restored.
+  """Endless shuffled batches of one host's rows, with a saveable position.
 
-  The data is dealt to so many shards, each of which gives as many rows of a
-  batch, in an order that is a function of the seed. A batch handed out is
-  consumed: what is read ahead stays in the iterator and is saved with it.
+  The data is split into `num_shards` shards. Each shard provides
+  batch_size / num_shards rows of every batch, in an order that the seed
+  determines. Prefetched batches are part of the saved position.
   """
 
   def __init__(
@@ -43,13 +43,14 @@ class TrainIterator(Iterator[Batch]):
     """Opens the data.
 
     Args:
-      config: which examples.
-      seed: of their order.
-      shards: those of this host.
-      num_shards: of all hosts. With as many, the batches are the same however
-        many hosts there are.
-      saves: whether `save` writes; of hosts with the same shards one does.
-      pad_id: the model's.
+      config: of the dataset.
+      seed: of the order.
+      shards: indices of this host's shards.
+      num_shards: on all hosts. The batches depend on this number, not on the
+        number of hosts.
+      saves: whether `save` writes. Of the hosts with the same shards, only one
+        must write.
+      pad_id: of the model.
     """
     task = datasets.get_task(config)
     if config.num_examples is not None:
@@ -86,7 +87,7 @@ class TrainIterator(Iterator[Batch]):
     """Returns numpy arrays [rows of this host, ...].
 
     Raises:
-      ValueError: a row has the pad id before other ids; or, the first time,
+      ValueError: a row has the pad id before other ids; or, in the first call,
         the position cannot be saved.
     """
     parts = [next(iterator) for iterator in self._iterators.values()]
@@ -99,7 +100,8 @@ class TrainIterator(Iterator[Batch]):
       self._task_name,
     )
     if not self._was_read:
-      # TensorFlow finds out in saving whether it can: hours later, otherwise.
+      # TensorFlow detects only while saving that a dataset cannot be saved.
+      # Without this, the run would fail at its first checkpoint.
       with tempfile.TemporaryDirectory() as folder:
         self.save(folder)
       self._was_read = True
@@ -109,7 +111,7 @@ class TrainIterator(Iterator[Batch]):
     """Writes the position into a folder.
 
     Raises:
-      ValueError: the task is not made of TensorFlow alone.
+      ValueError: the task has operations whose state TensorFlow cannot save.
     """
     if not self._saves:
       return
@@ -121,33 +123,32 @@ class TrainIterator(Iterator[Batch]):
     except tf.errors.FailedPreconditionError as e:
       raise ValueError(
         f'The position in the data of task {self._task_name!r} cannot be '
-        'saved, so no run on it could be resumed. Its preprocessors may use '
-        'TensorFlow alone: no tf.py_function or tf.numpy_function, and nothing '
-        'that draws without a seed. (JSON lines are read by '
-        'gin/tasks/json_lines.gin.) TensorFlow says: '
-        f'{e.message.splitlines()[0]}'
+        'saved, so runs could not resume. Its preprocessors must not use '
+        'tf.py_function, tf.numpy_function, or random operations without a '
+        'seed. (For JSON lines use gin/tasks/json_lines.gin.) TensorFlow '
+        f'reports: {e.message.splitlines()[0]}'
       ) from e
 
   def restore(self, directory: str | os.PathLike) -> None:
-    """Goes to the position that `save` wrote.
+    """Restores the position that `save` wrote.
 
     Raises:
-      files.CheckpointMismatch: the data was dealt to another number of shards.
+      files.CheckpointMismatch: it was saved with another number of shards.
       ValueError: a file is damaged.
     """
     for name, iterator in self._iterators.items():
       path = os.path.join(directory, name)
       if not os.path.exists(path + '.index'):
-        there = sorted(
+        saved = sorted(
           name.removesuffix('.index')
           for name in os.listdir(directory)
           if name.endswith('.index')
         )
         raise files.CheckpointMismatch(
-          f'{directory} has the positions {", ".join(there) or "of nothing"}, '
-          f'but not {name}: this run deals its data to {self._num_shards} '
-          'shard(s). Set experiment.Data.num_shards to the number that it was '
-          'dealt to.'
+          f'{directory} has positions of the data shards '
+          f'{", ".join(saved) or "(none)"}, but not of {name}: this run has '
+          f'{self._num_shards} shard(s). Set experiment.Data.num_shards to the '
+          'saved number of shards.'
         )
       try:
         tf.train.Checkpoint(iterator=iterator).read(path).assert_consumed()
@@ -157,20 +158,21 @@ class TrainIterator(Iterator[Batch]):
 
 def _reading_options() -> tf.data.Options:
   options = tf.data.Options()
-  # Reading is cheap; the cores belong to the model.
+  # Few threads: reading is cheap, and the model needs the cores.
   options.threading.private_threadpool_size = 2
-  # TensorFlow's tuner sleeps for up to a minute at a time, and whoever lets the
-  # dataset go, as at the end of a run, waits for it to wake up.
+  # Autotune's thread sleeps for up to a minute, and deleting the dataset, as at
+  # the end of a run, waits for that thread.
   options.autotune.enabled = False
   options.deterministic = True
   return options
 
 
 def _feature_converter() -> seqio.FeatureConverter:
-  """Returns seqio's, for ids of which 0 may be one; see `_to_batch`.
+  """Returns seqio's feature converter, for vocabularies with any pad id.
 
-  seqio pads with 0 and takes every 0 for padding, but vocabularies differ in
-  what they use 0 for. So all ids are one higher while seqio handles them.
+  seqio pads with 0 and treats every 0 as padding, but 0 is a token in some
+  vocabularies. Therefore all ids are incremented here before seqio pads them,
+  and decremented by `_to_batch`.
   """
 
   class FeatureConverter(seqio.EncDecFeatureConverter):
@@ -187,7 +189,7 @@ def _feature_converter() -> seqio.FeatureConverter:
 def _to_batch(
   features: Mapping[str, np.ndarray], pad_id: int, task_name: str
 ) -> Batch:
-  """Returns what `_feature_converter` made, padded with the model's pad id.
+  """Converts results of `_feature_converter`; pads with the model's pad id.
 
   Raises:
     ValueError: see `_check_padding`.
@@ -200,24 +202,24 @@ def _to_batch(
     return tokens
 
   inputs, targets = ids('encoder_input_tokens'), ids('decoder_target_tokens')
-  # A task may pad its rows itself.
+  # The task's own rows may end with padding.
   weights = features['decoder_loss_weights'] * (targets != pad_id)
   return Batch(inputs, targets, weights.astype(np.float32))
 
 
 def _check_padding(tokens: np.ndarray, pad_id: int, task_name: str) -> None:
-  """Raises ValueError if the pad id stands before other ids of a row."""
+  """Raises ValueError if a row has the pad id before other ids."""
   is_pad = tokens == pad_id
   if (is_pad[..., :-1] & ~is_pad[..., 1:]).any():
     raise ValueError(
-      f'A row of task {task_name!r} has the id {pad_id} before other ids. It '
-      'is padding to the model, which would not read it. Give the task the '
-      'vocabulary that the model was trained with.'
+      f'A row of task {task_name!r} has the id {pad_id} before other ids. The '
+      "model masks this id as padding. Set the task's vocabulary to the "
+      "model's."
     )
 
 
 class EvalDataset:
-  """A split in memory, with the task's metrics (through seqio.Evaluator)."""
+  """A split in memory, with the task's metrics; uses seqio.Evaluator."""
 
   def __init__(
     self,
@@ -228,12 +230,12 @@ class EvalDataset:
     """Reads the split.
 
     Args:
-      config: of it.
-      before_batch: called before each, as to stop by raising an exception.
-      pad_id: the model's.
+      config: of the dataset.
+      before_batch: called before each batch; may raise an exception to stop.
+      pad_id: of the model.
 
     Raises:
-      ValueError: it is empty, or the task has no metrics.
+      ValueError: the split is empty, or the task has no metrics.
     """
     datasets.check_not_empty(config)
     self._before_batch = before_batch
@@ -258,9 +260,10 @@ class EvalDataset:
     return len(self._indices)
 
   def batches(self) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yields (row numbers [B], batch); rows that fill the last one up weigh 0.
+    """Yields (row numbers [B], batch).
 
-    All batches have the same shape, so that one compiled program serves.
+    All batches have the same shape, so that one compiled program suffices: the
+    last batch is filled up with rows of weight 0.
     """
     for start in range(0, len(self), self.batch_size):
       self._before_batch()
@@ -281,7 +284,7 @@ class EvalDataset:
   def predict(
     self, write: Callable[[np.ndarray, Batch], np.ndarray]
   ) -> np.ndarray:
-    """Returns the tokens [N, T] that write(row numbers, batch) gives."""
+    """Returns the outputs [N, T] of write(row numbers, batch) for all rows."""
     written = [np.asarray(write(rows, batch)) for rows, batch in self.batches()]
     return np.concatenate(written)[: len(self)]
 
@@ -292,10 +295,10 @@ class EvalDataset:
   def metrics_and_notes(
     self, tokens: np.ndarray
   ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns the task's metrics of outputs [N, T], and what else they say.
+    """Returns the task's metrics of outputs [N, T], and notes.
 
-    A metric function may return texts and mappings beside its numbers, such
-    as sacreBLEU's signature or the accuracy on each subject: the notes.
+    Notes are the texts and mappings that a metric function returns beside its
+    numbers, such as sacreBLEU's signature or the accuracy on each subject.
     """
     predictions = [
       (index, row) for index, row in zip(self._indices, tokens, strict=True)
@@ -303,7 +306,6 @@ class EvalDataset:
     results, _ = self._evaluator.evaluate(
       compute_metrics=True, predict_fn=lambda ds: predictions
     )
-    # seqio names the metric's class or function in the task's results.
     numbers, notes = {}, {}
     for name, value in results.result()[self._task.name].items():
       if isinstance(value, str | Mapping):
@@ -313,31 +315,31 @@ class EvalDataset:
     return numbers, notes
 
   def metric_names(self) -> list[str]:
-    """Returns the names of the task's metrics: those of the references."""
+    """Returns the names of the task's metrics, by scoring the references."""
     return list(self.metrics(self._rows.decoder_target_tokens))
 
   def decode(self, tokens: np.ndarray) -> list[str]:
-    """Returns the texts of outputs [N, T], as the task postprocesses them."""
+    """Returns the texts of outputs [N, T], each up to its EOS."""
     return [vocabularies.decode(self.vocabulary, row) for row in tokens]
 
   def pieces(self, tokens: Sequence[int]) -> list[str]:
-    """Returns the text that each token [T] adds; joined they are `decode`'s.
+    """Returns the text that each token [T] adds; joined they equal `decode`.
 
-    A token adds none where it is the end, or one of several bytes of a letter:
-    the letter comes with the last of them.
+    EOS adds no text. Of several bytes that encode one character, the last byte
+    adds the character and the others add no text.
     """
     ids = [int(t) for t in tokens]
     (whole,) = self.decode([ids])
     ends = [0]
     for i in range(1, len(ids)):
       (text,) = self.decode([ids[:i]])
-      # A vocabulary may write an unfinished letter as a letter of its own.
+      # A vocabulary may decode an incomplete character to a placeholder.
       ends.append(max(ends[-1], len(os.path.commonprefix([text, whole]))))
     ends.append(len(whole))
     return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
   def piece_after(self, tokens: Sequence[int], token: int) -> str:
-    """Returns the text that one more token would add; of bytes, which."""
+    """Returns the text that one more token would add, or \\xNN for a byte."""
     ids = [int(t) for t in tokens]
     before, after = self.decode([ids, [*ids, int(token)]])
     added = after[len(os.path.commonprefix([before, after])) :]
@@ -349,7 +351,7 @@ class EvalDataset:
     return f'<{token}>'
 
   def examples(self, num: int | None = None) -> list[dict[str, str]]:
-    """Returns {'inputs', 'targets'} of the first examples, or all, as text."""
+    """Returns {'inputs', 'targets'} of the first examples (None: all)."""
     return [
       {'inputs': x, 'targets': y}
       for x, y in zip(
@@ -370,13 +372,13 @@ def _read_split(
   use_cached: bool,
   pad_id: int,
 ) -> tuple[seqio.Evaluator, Sequence[int], Batch]:
-  """Reads a split once for all runs of this process.
+  """Reads a split; cached for all runs of this process.
 
-  A task has another registered name if its vocabulary, arguments or predictions
-  differ: see `seqio_tasks`.
+  The registered name identifies the task's vocabulary, arguments and
+  predictions: see `seqio_tasks`.
 
   Returns:
-    The evaluator, seqio's number of each row, and the rows [N, ...].
+    The evaluator, seqio's index of each row, and the rows [N, ...].
 
   Raises:
     ValueError: see `EvalDataset`.
@@ -392,14 +394,14 @@ def _read_split(
   )
   if not evaluator.eval_tasks:
     raise ValueError(
-      f'Task {name!r} has no metric_fns: there is nothing to evaluate.'
+      f'Task {name!r} has no metric_fns, so it cannot be evaluated.'
     )
   if len(evaluator.eval_tasks) > 1:
     raise ValueError(
-      f'{name!r} is a mixture of several tasks; evaluate them one by one.'
+      f'{name!r} is a mixture of several tasks. Evaluate each task separately.'
     )
   dataset = evaluator.cached_model_datasets[evaluator.eval_tasks[0].name]
-  # (row number, features) pairs; the numbers are seqio's.
+  # Pairs of (seqio's index, features).
   rows = list(dataset.as_numpy_iterator())
   return (
     evaluator,
@@ -411,21 +413,20 @@ def _read_split(
 
 
 class InferenceDataset:
-  """The inputs of a split in order, read when they are needed.
+  """The inputs of a split in order, streamed.
 
-  It takes any split of any task: one too large for the memory, too, and one
-  without metrics.
+  Unlike `EvalDataset` it needs no metrics, and the split may exceed memory.
   """
 
   def __init__(self, config: datasets.DatasetConfig, pad_id: int = 0):
     """Opens the split.
 
     Args:
-      config: of it.
-      pad_id: the model's.
+      config: of the dataset.
+      pad_id: of the model.
 
     Raises:
-      ValueError: it is empty, or of several tasks.
+      ValueError: the split is empty, or the task is a mixture of several tasks.
     """
     datasets.check_not_empty(config)
     self._config = config
@@ -434,12 +435,12 @@ class InferenceDataset:
     self._task, *others = seqio.get_subtasks(datasets.get_task(config))
     if others:
       raise ValueError(
-        f'{config.mixture_or_task_name!r} is a mixture of several tasks; write '
-        'outputs for one after the other.'
+        f'{config.mixture_or_task_name!r} is a mixture of several tasks. Run '
+        'inference on each task separately.'
       )
 
   def size(self) -> int | None:
-    """Returns the number of examples, None where the task does not tell."""
+    """Returns the number of examples; None if the task does not define it."""
     sizes = (
       self._task.num_input_examples(self._config.split),
       self._config.num_examples,
@@ -451,12 +452,12 @@ class InferenceDataset:
   ) -> Iterator[tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]]:
     """Yields (row numbers [B], encoder_input_tokens [B, S], examples).
 
-    All batches have the same shape: rows of padding fill the last one up. The
-    same rows have the same numbers as in `EvalDataset.batches`. An example is
-    {'inputs': text, 'targets': text, 'input_ids': those of its row}.
+    All batches have the same shape: the last batch is filled up with rows of
+    padding. Row numbers are those of `EvalDataset.batches`. An example is
+    {'inputs': text, 'targets': text, 'input_ids': ids without padding}.
 
     Args:
-      first_example: where to begin.
+      first_example: the first example to yield.
     """
     config = self._config
     ds = self._task.get_dataset(
@@ -464,7 +465,7 @@ class InferenceDataset:
       split=config.split,
       shuffle=False,
       use_cached=config.use_cached,
-      seed=42,  # as seqio.Evaluator: some preprocessors draw
+      seed=42,  # of random preprocessors, as in seqio.Evaluator
     )
     if config.num_examples is not None:
       ds = ds.take(config.num_examples)
@@ -487,7 +488,7 @@ class InferenceDataset:
   def _describe(self, features: Mapping[str, Any]) -> dict[str, Any]:
     texts = {}
     for name in seqio_tasks.FEATURES:
-      # What seqio keeps of the text before it was tokenized (and cut).
+      # seqio keeps the text before tokenization and truncation.
       text = features.get(f'{name}_pretokenized')
       texts[name] = (
         text.decode(errors='replace')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads JSON lines files that people and other programs write."""
+"""Reads JSON lines files of users, with checks."""
 
 import glob
 import json
@@ -9,38 +9,38 @@ from typing import Any
 
 
 def find(pattern: str, setting: str) -> list[str]:
-  """Returns the files that a pattern matches, in the order of their names.
+  """Returns the files that a pattern matches, sorted by name.
 
   Args:
-    pattern: a path, or a glob of several.
-    setting: what it is called in gin.
+    pattern: a path or a glob.
+    setting: name of the pattern in gin, for errors.
 
   Raises:
-    ValueError: there is none.
+    ValueError: no file matches.
   """
-  # A name may hold [ and ], which a glob would take for a set of letters.
+  # Not globbed if it is a file: its name may contain [ and ].
   paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
   paths = [path for path in paths if os.path.isfile(path)]
   if not paths:
-    raise ValueError(f'{setting}: there is no file {pattern}.')
+    raise ValueError(f'{setting}: no file matches {pattern}.')
   return paths
 
 
 def read(
   path: str, fields: Mapping[str, type], setting: str
 ) -> Iterator[dict[str, Any]]:
-  """Yields the lines of a file; those that are blank are left out.
+  """Yields the parsed lines of a file; skips blank lines.
 
   Args:
     path: of the file, in UTF-8.
     fields: that each line must have, e.g. {'inputs': str, 'targets': str}.
-    setting: what the path is called in gin.
+    setting: name of the path in gin, for errors.
 
   Raises:
-    ValueError: a line is no JSON object, or lacks a field, or one is of
+    ValueError: a line is not a JSON object, lacks a field, or has a field of
       another type.
   """
-  # In binary, lines end at \n alone; a text may hold other ends of lines.
+  # Binary, because text mode also splits lines at \r.
   with open(path, 'rb') as file:
     for number, line in enumerate(file, 1):
       if not line.strip():
@@ -49,11 +49,11 @@ def read(
         values = json.loads(line)
       except ValueError as e:
         raise ValueError(
-          f'{setting}: line {number} of {path} is no JSON: {e}'
+          f'{setting}: line {number} of {path} is not JSON: {e}'
         ) from e
       if not isinstance(values, dict):
         raise ValueError(
-          f'{setting}: line {number} of {path} is no JSON object {{...}}.'
+          f'{setting}: line {number} of {path} is not a JSON object {{...}}.'
         )
       for name, kind in fields.items():
         if name not in values:

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of outputs that a model wrote: `infer` writes them, `data` reads them.
+"""Files of model outputs: `infer` writes them, training datasets read them.
 
 `predictions_<split>.jsonl` has a line for each output:
 
     {"example": 0, "sample": 0, "inputs": "through", "targets": "Tru",
      "prediction": "Tru", "input_ids": [119, ..., 1], "prediction_ids": [...]}
 
-The texts are for people; a student that is trained on the file gets the ids.
-They are what the model read and wrote, whatever a tokenizer would make of the
-texts (text loses bytes that are no UTF-8, pieces that could be cut otherwise,
-spaces, unknown pieces, and where an output was cut off). Padding is left out;
-EOS is there where it was written. `predictions_<split>.json` beside it says who
-wrote them, how, and in which vocabulary.
+A student trains on the ids; the texts are for readers. The ids are exactly what
+the model read and wrote, without padding, and with EOS only if the model wrote
+it. Tokenizing the texts would not always restore them: text loses invalid
+UTF-8, the segmentation, spaces, unknown pieces, and whether an output ended.
+`predictions_<split>.json` beside the file records the checkpoint, the decoding
+and the vocabulary.
 
-A file without ids, {"inputs", "prediction"} a line, may come from anywhere; its
-texts are tokenized when it is read.
+A file without ids, with {"inputs", "prediction"} on each line, may come from
+any program; its texts are tokenized when it is read.
 """
 
 import json
@@ -29,24 +29,23 @@ from gkd_jax.data import json_lines
 from gkd_jax.runtime import files
 
 _SETTING = 'TRAIN_ON_PREDICTIONS'
-# Of the provenance, what may change while the file is written: how far it is,
-# and on what machine (another one may round otherwise).
+# Fields of the provenance that may differ when an interrupted write resumes.
 _CHANGING = ('num_examples', 'num_predictions', 'versions')
 
 
 def check_does_not_exist(path: pathlib.Path) -> None:
-  """Raises ValueError if a file has been written already."""
+  """Raises ValueError if a file exists."""
   if path.exists():
     raise ValueError(
-      f'{path} is there already, and would be lost. Choose another '
+      f'{path} exists and would be overwritten. Choose another '
       'INFER_OUTPUT_DIR, or remove it.'
     )
 
 
 class Writer:
-  """Writes predictions batch by batch; one that was interrupted goes on.
+  """Writes predictions batch by batch; resumes an interrupted file.
 
-  Until it is closed, the file ends in `.partial`.
+  Until `close` the name of the file ends in `.partial`.
   """
 
   def __init__(
@@ -55,20 +54,20 @@ class Writer:
     provenance: Mapping[str, Any],
     batch_size: int,
   ):
-    """Opens the file; its folder is made if it is not there.
+    """Opens the file, and creates its folder if it does not exist.
 
     Args:
       path: of the `.jsonl` file.
-      provenance: what its lines depend on, to be written beside it.
-      batch_size: examples that are appended together.
+      provenance: checkpoint, decoding, vocabulary etc.; written beside it.
+      batch_size: number of examples per call of `append`.
 
     Raises:
-      ValueError: it is finished already, or was begun by something else.
+      ValueError: the file is complete, or was started with another provenance.
     """
     check_does_not_exist(path)
     self._path = path
     self._partial = path.with_name(f'{path.name}.partial')
-    # As JSON has it: a tuple would not equal the list that it became.
+    # As JSON represents it: a tuple would not equal the list read back.
     self._provenance = json.loads(json.dumps(dict(provenance), default=str))
     self.num_examples = self.num_predictions = 0
     if self._partial.exists():
@@ -78,7 +77,7 @@ class Writer:
     self._file = self._partial.open('a', encoding='utf-8')
 
   def append(self, examples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """Writes a batch: for each example the fields of its predictions."""
+    """Writes a batch: a list of predictions for each example."""
     for predictions in examples:
       for sample, fields in enumerate(predictions):
         line = {'example': self.num_examples, 'sample': sample, **fields}
@@ -88,7 +87,7 @@ class Writer:
     self._file.flush()
 
   def close(self) -> None:
-    """Gives the file its name: all is written."""
+    """Closes the file and gives it its final name."""
     self._file.close()
     counts = {
       'num_examples': self.num_examples,
@@ -107,14 +106,14 @@ class Writer:
     ]
     if differences:
       raise ValueError(
-        f'{self._partial} was begun with other settings:\n  '
+        f'{self._partial} was started with other settings:\n  '
         + '\n  '.join(differences)
         + '\nChoose another INFER_OUTPUT_DIR, or remove it.'
       )
 
   def _keep_whole_batches(self, batch_size):
-    """Cuts the file where its last batch begins: it may not be whole."""
-    starts = []  # of each batch: offset, and the number of lines before it
+    """Truncates the file before its last batch, which may be incomplete."""
+    starts = []  # of each batch: (offset, number of preceding lines)
     offset = num_lines = 0
     with self._partial.open('rb') as file:
       for line in file:
@@ -130,17 +129,17 @@ class Writer:
 
 
 def find(pattern: str) -> list[str]:
-  """Returns the files that a pattern matches; ValueError if there is none."""
+  """Returns the files that a pattern matches; ValueError if none does."""
   return json_lines.find(pattern, _SETTING)
 
 
 class Examples(NamedTuple):
-  """Token ids of pairs to train on, one after the other.
+  """Token ids of training pairs, concatenated.
 
   Attributes:
     ids: {'inputs' and 'targets': int32 ids of all rows}.
-    offsets: {feature: where in `ids` each row begins, and the end [N + 1]}.
-    summary: what they are, in a line.
+    offsets: {feature: offset in `ids` of each row, and the end [N + 1]}.
+    summary: a description in one line.
   """
 
   ids: Mapping[str, np.ndarray]
@@ -159,25 +158,26 @@ def read(
   lengths: Mapping[str, int],
   add_eos: Mapping[str, bool],
 ) -> Examples:
-  """Reads predictions to train on: each is an example, its inputs beside it.
+  """Reads predictions as training pairs of inputs and outputs.
 
-  Ids are taken as they were written. Where a row is longer than `lengths`, it
-  is cut as the task's own rows are (EOS last, if the task adds EOS). An output
-  that had not ended within its length has no EOS: nothing teaches the student
-  to end there. An empty output, EOS alone, is one like all others.
+  Ids are used unchanged. A row longer than `lengths` is truncated like the
+  task's own rows: its last id becomes EOS if the task adds EOS. An output that
+  reached the maximum length has no EOS, so the student does not learn to end
+  there. Empty outputs (only EOS) are kept.
 
   Args:
-    pattern: of the files.
+    pattern: path or glob of the files.
     task: that the student is trained on.
-    vocabulary: the task's, as `vocabularies.describe` says it.
-    num_ids: how many ids it has.
-    eos_id: its end of sequence.
+    vocabulary: description of the task's, see `vocabularies.describe`.
+    num_ids: size of the vocabulary.
+    eos_id: of the vocabulary.
     encode: text -> ids, for files without ids.
-    lengths: {'inputs': S, 'targets': T}, at most.
-    add_eos: {feature: whether the task ends it with EOS}.
+    lengths: maximum lengths {'inputs': S, 'targets': T}.
+    add_eos: {feature: whether the task appends EOS}.
 
   Raises:
-    ValueError: there is no such file, or it is of no use for this task.
+    ValueError: there is no such file, or it was written for another task,
+      vocabulary or length.
   """
   rows = {'inputs': [], 'targets': []}
   end = {name: [eos_id] if adds else [] for name, adds in add_eos.items()}
@@ -215,12 +215,12 @@ def read(
       for name, of in rows.items()
     },
     f'{len(rows["inputs"]):,} predictions, {num_empty:,} of them empty and '
-    f'{num_unfinished:,} not ended: {"; ".join(sources)}',
+    f'{num_unfinished:,} without EOS: {"; ".join(sources)}',
   )
 
 
 def splits_of(pattern: str) -> set[str]:
-  """Returns the splits that the inputs of some files are from, where known."""
+  """Returns the splits for which files with ids were written."""
   splits = set()
   for path in find(pattern):
     if _has_ids(path):
@@ -254,7 +254,7 @@ def _read_rows(
 
 
 def _has_ids(path: str) -> bool:
-  """Whether a file's first line has token ids."""
+  """Whether the first line of a file has token ids."""
   first = next(json_lines.read(path, {}, _SETTING), {})
   return 'input_ids' in first or 'prediction_ids' in first
 
@@ -263,10 +263,10 @@ def _provenance(path: str) -> dict[str, Any]:
   side_file = _side_file(pathlib.Path(path))
   if not side_file.exists():
     raise ValueError(
-      f'{_SETTING}: {path} holds token ids, but {side_file.name}, which says '
-      'of which vocabulary they are, is not beside it. Put it there, or take '
-      '"input_ids" and "prediction_ids" out of all lines: then their texts are '
-      'tokenized.'
+      f'{_SETTING}: {path} has token ids, but {side_file.name}, which records '
+      'their vocabulary, is not beside it. Copy it there, or remove '
+      '"input_ids" and "prediction_ids" from all lines to tokenize the texts '
+      'instead.'
     )
   return _read_json(side_file)
 
@@ -274,7 +274,11 @@ def _provenance(path: str) -> dict[str, Any]:
 def _check_provenance(
   path: str, task: str, vocabulary: str, lengths: Mapping[str, int]
 ) -> str:
-  """Returns who wrote a file; raises ValueError if it is of no use."""
+  """Returns the checkpoint and decoding that wrote a file.
+
+  Raises:
+    ValueError: it was written for another task, vocabulary or input length.
+  """
   about = _provenance(path)
   for name, wanted in (('task', task), ('vocabulary', vocabulary)):
     if about.get(name) != wanted:
@@ -282,12 +286,12 @@ def _check_provenance(
         f'{_SETTING}: {path} was written for {name} {about.get(name)!r}; this '
         f'run has {wanted!r}.'
       )
-  read_up_to = about['task_feature_lengths']['inputs']
-  if lengths['inputs'] > read_up_to:
+  max_inputs = about['task_feature_lengths']['inputs']
+  if lengths['inputs'] > max_inputs:
     raise ValueError(
-      f'{_SETTING}: the inputs of {path} were cut at {read_up_to} tokens; this '
-      f"run's TASK_FEATURE_LENGTHS has {lengths['inputs']}. Set 'inputs' to "
-      f'{read_up_to} or less, or let the model write them again.'
+      f'{_SETTING}: the inputs of {path} were truncated to {max_inputs} '
+      f"tokens; this run's TASK_FEATURE_LENGTHS has {lengths['inputs']}. Set "
+      f"'inputs' to {max_inputs} or less, or run --run_mode=infer again."
     )
   return f'{about["checkpoint"]} with {about["decoding"]}'
 

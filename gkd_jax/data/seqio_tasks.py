@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a seqio task, and makes others of it.
+"""Finds seqio tasks, and derives tasks from them.
 
-With another vocabulary, with a model's outputs for examples, with the first
-examples alone. seqio knows tasks by name: each of these has one of its own, and
-is registered once. seqio and TensorFlow are imported when they are first used;
-see `data`.
+A derived task has another vocabulary, a model's outputs as its examples, or
+only the first examples. seqio identifies tasks by name, so each derived task is
+registered once under its own name. seqio and TensorFlow are imported on first
+use; see `datasets`.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ FEATURES = ('inputs', 'targets')
 
 
 def set_tfds_data_dir(folder: str) -> None:
-  """Sets the folder in which TFDS finds its data."""
+  """Sets the data folder of TFDS."""
   seqio.set_tfds_data_dir_override(folder)
 
 
 def find(
   name: str, module: str | None, arguments: Mapping[str, Any] | None
 ) -> seqio.Task | seqio.Mixture:
-  """Returns a task or mixture, after importing what registers it.
+  """Imports the module that registers a task or mixture, and returns the task.
 
   Args:
     name: of the task.
-    module: imported first; None for the tasks that come with gkd_jax.
-    arguments: of the function make_task in the module; None if it has none.
+    module: to import; None for the tasks of gkd_jax.
+    arguments: of the function make_task in the module; None: no arguments.
 
   Raises:
-    ValueError: it is not registered, there is no such module, or its make_task
-      does not take these arguments.
+    ValueError: the task is not registered, the module does not exist, or its
+      make_task does not accept the arguments.
   """
   imported = _import_module(name, module)
   registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
@@ -72,49 +72,49 @@ def find(
 
 
 def _import_module(name: str, module: str | None) -> types.ModuleType | None:
-  """Imports the task's module; None if nothing says which it is."""
+  """Imports the task's module; returns None for an unknown task without one."""
   if module is None:
     if name in _bundled_tasks():
       return importlib.import_module(f'gkd_jax.data.tasks.{name}')
     return None
   if not all(part.isidentifier() for part in module.split('.')):
     raise ValueError(
-      f'MIXTURE_OR_TASK_MODULE: {module!r} is no name of a Python module, such '
-      'as my_project.tasks.'
+      f'MIXTURE_OR_TASK_MODULE: {module!r} is not the name of a Python module, '
+      'such as my_project.tasks.'
     )
   try:
     return importlib.import_module(module)
   except ModuleNotFoundError as e:
     if e.name is None or not f'{module}.'.startswith(f'{e.name}.'):
-      raise  # it is there, and lacks something itself
+      raise  # an import inside the module fails
     raise ValueError(
-      f'MIXTURE_OR_TASK_MODULE: there is no Python module {module!r}. It is '
-      'looked for where Python is started, on PYTHONPATH, and among the '
-      'installed packages.'
+      f'MIXTURE_OR_TASK_MODULE: there is no Python module {module!r} in the '
+      'working directory, on PYTHONPATH, or among the installed packages.'
     ) from e
 
 
 def _make_task(
   module: types.ModuleType | None, name: str, arguments: Mapping[str, Any]
 ) -> seqio.Task | seqio.Mixture:
-  """Returns make_task(name, **arguments), registered under a name of its own.
+  """Returns make_task(name, **arguments), registered under its own name.
 
-  seqio's evaluator knows tasks by name, so other arguments need another name.
+  The name contains a hash of the arguments, because seqio's evaluator
+  identifies tasks by name.
   """
   make_task = getattr(module, 'make_task', None)
   if make_task is None:
     raise ValueError(
-      f'TASK_ARGUMENTS is set, but task {name!r} takes none: its module has no '
-      'function make_task.'
+      f'TASK_ARGUMENTS is set, but task {name!r} takes no arguments: its '
+      'module has no function make_task.'
     )
   signature = inspect.signature(make_task)
   try:
     signature.bind(name, **arguments)
   except TypeError as e:
     raise ValueError(
-      f'TASK_ARGUMENTS of task {name!r}: {e}. It takes '
-      f'{", ".join([*signature.parameters][1:])}; where there is a '
-      f'gin/tasks/{name}.gin, its macros set them.'
+      f'TASK_ARGUMENTS of task {name!r}: {e}. Its arguments are '
+      f'{", ".join([*signature.parameters][1:])}. If gin/tasks/{name}.gin '
+      'exists, its macros set them.'
     ) from e
   if arguments:
     name += f'__{_digest(json.dumps(arguments, sort_keys=True, default=str))}'
@@ -126,9 +126,9 @@ def _make_task(
 def with_vocabulary(
   task: seqio.Task | seqio.Mixture, vocabulary: seqio.Vocabulary
 ) -> seqio.Task | seqio.Mixture:
-  """Returns it with another vocabulary, registered under a new name.
+  """Returns the task with another vocabulary, registered under a new name.
 
-  A mixture keeps its rates, and how it samples.
+  A mixture keeps its rates and its sampling function.
   """
   name = f'{task.name}__vocabulary_{_digest(vocabularies.describe(vocabulary))}'
   if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
@@ -138,11 +138,11 @@ def with_vocabulary(
     changed = []
     for part_name, rate in task.rate_per_task_name.items():
       part = parts.get(part_name) or seqio.MixtureRegistry.get(part_name)
-      # A rate may be a function of the task: of the one it was written for.
+      # A rate may be a function of the task: call it with the original task.
       if callable(rate):
         rate = functools.partial(_rate_of, rate, part)
       changed.append((with_vocabulary(part, vocabulary), rate))
-    # seqio has no accessor for how a mixture samples.
+    # seqio has no public accessor for the sampling function.
     return _register(seqio.Mixture(name, changed, sample_fn=task._sample_fn))
   features = {
     feature: dataclasses.replace(value, vocabulary=vocabulary)
@@ -164,17 +164,17 @@ def with_predictions(
   split: str,
   lengths: Mapping[str, int],
 ) -> seqio.Task:
-  """Returns a task of a model's outputs, registered under a name of its own.
+  """Returns a task of a model's outputs, registered under its own name.
 
   Args:
     task: whose features it has.
-    pattern: of the files, see `predictions`.
-    task_name: that the predictions must be of, as a configuration has it.
-    split: its only one.
-    lengths: {'inputs': S, 'targets': T}, at most.
+    pattern: path or glob of the files, see `predictions`.
+    task_name: MIXTURE_OR_TASK_NAME that the files must record.
+    split: the only split of the new task.
+    lengths: maximum lengths {'inputs': S, 'targets': T}.
 
   Raises:
-    ValueError: the predictions are of no use for the task.
+    ValueError: the predictions do not fit the task; see `predictions.read`.
   """
   files = [
     (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
@@ -196,14 +196,14 @@ def with_predictions(
     lengths=lengths,
     add_eos={name: feature.add_eos for name, feature in features.items()},
   )
-  console.log(f'Trains on {examples.summary}')
+  console.log(f'Training data: {examples.summary}')
 
   def dataset(split, shuffle_files, seed=None):
     del split
     order = np.arange(len(examples.offsets['inputs']) - 1)
     if shuffle_files:
-      # Predictions for one input lie side by side: farther apart than seqio's
-      # buffer, which shuffles after this, would take them.
+      # seqio shuffles in a small buffer only, which would leave the predictions
+      # for one input close together.
       order = np.random.default_rng(seed).permutation(order)
     ids = {name: tf.constant(x) for name, x in examples.ids.items()}
     offsets = {name: tf.constant(x) for name, x in examples.offsets.items()}
@@ -228,10 +228,10 @@ def with_predictions(
 def first_examples(
   task: seqio.Task | seqio.Mixture, num_examples: int, use_cached: bool
 ) -> seqio.Task:
-  """Returns the task with the first examples alone, under a new name.
+  """Returns a task of the first examples, registered under a new name.
 
   Raises:
-    ValueError: they are mixed from several tasks, or come from a cache.
+    ValueError: the task is a mixture, or is read from a cache.
   """
   if isinstance(task, seqio.Mixture) or use_cached:
     raise ValueError(
@@ -249,7 +249,7 @@ def first_examples(
     return seqio.TaskRegistry.get(name)
 
   def dataset(split, shuffle_files, seed=None):
-    del shuffle_files, seed  # in their own order: these are always the same
+    del shuffle_files, seed  # unshuffled: always the same examples
     return task.source.get_dataset(split, shuffle=False).take(num_examples)
 
   source = seqio.FunctionDataSource(

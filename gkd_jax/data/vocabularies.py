@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vocabularies of tokens: made, described, and a row of tokens as text.
+"""Vocabularies: constructors, descriptions and decoding.
 
-seqio is imported when it is first used; see `data`.
+seqio is imported on first use; see `datasets`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ with epy.lazy_imports():
 
 @functools.cache
 def import_libraries() -> float:
-  """Imports what reads data, where nobody did; returns the seconds it took.
-
-  Whenever it is called again, it returns the same.
-  """
+  """Imports seqio and TensorFlow; returns the seconds of the first call."""
   start = time.monotonic()
-  _ = seqio.Vocabulary  # the first use imports it, and TensorFlow with it
+  _ = seqio.Vocabulary  # triggers the lazy import
   return time.monotonic() - start
 
 
@@ -34,21 +31,21 @@ def sentencepiece(path: str, extra_ids: int = 100) -> seqio.Vocabulary:
   """Returns the vocabulary of a SentencePiece model.
 
   Args:
-    path: of the `.model` file; Hugging Face calls it spiece.model.
-    extra_ids: sentinels after the model's pieces; 100 in T5.
+    path: of the `.model` file, spiece.model in Hugging Face repositories.
+    extra_ids: number of sentinels after the model's pieces; 100 in T5.
 
   Raises:
-    ValueError: the file is not there, or is no SentencePiece model.
+    ValueError: the file does not exist, or is not a SentencePiece model.
   """
   if not epath.Path(path).exists():
-    raise ValueError(f'VOCABULARY_PATH {path} is not there.')
+    raise ValueError(f'VOCABULARY_PATH {path} does not exist.')
   import_libraries()
   vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids)
   try:
     vocabulary.load_model()
   except Exception as e:  # protobuf's and sentencepiece's, of many types
     raise ValueError(
-      f'VOCABULARY_PATH {path} is no SentencePiece model: {e}'
+      f'VOCABULARY_PATH {path} is not a SentencePiece model: {e}'
     ) from e
   return vocabulary
 
@@ -60,10 +57,10 @@ def byte(extra_ids: int = 0) -> seqio.Vocabulary:
 
 
 def describe(vocabulary: seqio.Vocabulary) -> str:
-  """Returns a line that is equal for equal vocabularies; saved with models."""
+  """Returns a one-line fingerprint of a vocabulary; saved with checkpoints."""
   kind, size = type(vocabulary).__name__, vocabulary.vocab_size
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    # Of the file, not of what seqio makes of it: other systems have the file.
+    # Hash of the file itself, because other systems can compute it, too.
     model = epath.Path(vocabulary.sentencepiece_model_file).read_bytes()
     digest = hashlib.sha256(model).hexdigest()
     return f'{kind} {size} ids, model sha256 {digest}'
@@ -76,7 +73,7 @@ def decode(vocabulary: seqio.Vocabulary, tokens: Iterable[int]) -> str:
 
 
 def check_can_be_read(task_name: str, vocabulary: seqio.Vocabulary) -> None:
-  """Raises ValueError if a task's SentencePiece model is out of reach."""
+  """Raises ValueError if a task's SentencePiece model cannot be read."""
   if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
     return
   path = vocabulary.sentencepiece_model_file
@@ -87,15 +84,16 @@ def check_can_be_read(task_name: str, vocabulary: seqio.Vocabulary) -> None:
   except Exception as e:  # of TensorFlow, protobuf, sentencepiece, urllib
     raise ValueError(
       f'The vocabulary of task {task_name!r}, {path}, cannot be read: {e}. If '
-      'you have the file (Hugging Face calls it spiece.model), add --gin_file='
-      'gin/vocabularies/sentencepiece.gin --gin.VOCABULARY_PATH=FILE.'
+      'you have the file (spiece.model in Hugging Face repositories), add '
+      '--gin_file=gin/vocabularies/sentencepiece.gin '
+      '--gin.VOCABULARY_PATH=FILE.'
     ) from e
 
 
 @functools.cache
 def _check_google_storage_answers() -> None:
-  """Raises OSError after seconds, where TensorFlow would try for minutes."""
+  """Raises OSError within seconds; TensorFlow would retry for minutes."""
   try:
     urllib.request.urlopen('https://storage.googleapis.com', timeout=10)
   except urllib.error.HTTPError:
-    pass  # an answer: it is there
+    pass  # any response means that the server is reachable

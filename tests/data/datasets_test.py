@@ -548,9 +548,7 @@ def test_a_vocabulary_whose_eos_is_not_the_models_is_refused():
 
   vocabulary = datasets.get_vocabulary(config)
 
-  with pytest.raises(
-    ValueError, match='EOS id 3, but the model ends .* with 1'
-  ):
+  with pytest.raises(ValueError, match='EOS id 3, but the model has EOS id 1'):
     datasets.special_ids(config, vocabulary, tiny.config())
   ids = datasets.special_ids(config, vocabulary, tiny.config(eos_id=3))
   assert (ids.eos, ids.num_ids) == (3, 9)

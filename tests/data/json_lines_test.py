@@ -35,9 +35,9 @@ def test_other_ends_of_lines_within_a_text_do_not_end_the_line(tmp_path):
   [
     ('{"inputs": "a"}', 'has no "targets". It has: inputs'),
     ('{"inputs": "a", "targets": 3}', '"targets" in line 2 .* is int, not str'),
-    ('["a", "b"]', 'line 2 of .* is no JSON object'),
-    ('{"inputs": "a", "tar', 'line 2 of .* is no JSON'),
-    (b'{"inputs": "\xff", "targets": ""}', 'line 2 of .* is no JSON'),
+    ('["a", "b"]', 'line 2 of .* is not a JSON object'),
+    ('{"inputs": "a", "tar', 'line 2 of .* is not JSON'),
+    (b'{"inputs": "\xff", "targets": ""}', 'line 2 of .* is not JSON'),
   ],
 )
 def test_what_is_wrong_is_refused_with_its_line(tmp_path, text, said):
@@ -66,5 +66,5 @@ def test_a_name_with_brackets_is_a_file_and_no_pattern(tmp_path):
 
 
 def test_no_file_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='MY_FILES: there is no file .*nothing'):
+  with pytest.raises(ValueError, match='MY_FILES: no file matches .*nothing'):
     json_lines.find(f'{tmp_path}/nothing*', 'MY_FILES')

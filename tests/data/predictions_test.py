@@ -125,7 +125,7 @@ def test_it_says_what_was_read(path):
   summary = read(write(path)).summary
 
   assert summary == (
-    '3 predictions, 1 of them empty and 1 not ended: '
+    '3 predictions, 1 of them empty and 1 without EOS: '
     '/runs/teacher/checkpoint_7 with greedy'
   )
 
@@ -162,7 +162,7 @@ def test_of_texts_the_task_says_whether_eos_ends_them(path):
     ({'vocabulary': '31 letters'}, "written for vocabulary '31 letters'"),
     (
       {'task_feature_lengths': {'inputs': 5, 'targets': 4}},
-      r"cut at 5 tokens.*TASK_FEATURE_LENGTHS has 6. Set 'inputs' to 5",
+      r"truncated to 5 tokens.*TASK_FEATURE_LENGTHS has 6. Set 'inputs' to 5",
     ),
   ],
 )
@@ -177,7 +177,7 @@ def test_ids_of_which_nobody_knows_the_vocabulary_are_refused(path):
   write(path)
   path.with_suffix('.json').unlink()
 
-  with pytest.raises(ValueError, match='predictions_train.json, which says'):
+  with pytest.raises(ValueError, match='predictions_train.json, which records'):
     read(path)
 
 
@@ -232,9 +232,7 @@ def test_an_empty_file_is_refused(path):
 
 
 def test_no_file_is_refused(path):
-  with pytest.raises(
-    ValueError, match='TRAIN_ON_PREDICTIONS: there is no file'
-  ):
+  with pytest.raises(ValueError, match='TRAIN_ON_PREDICTIONS: no file matches'):
     read(path)
 
 

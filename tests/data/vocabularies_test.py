@@ -90,12 +90,12 @@ def test_t5s_vocabulary_out_of_reach_is_told_in_time(monkeypatch):
 
 
 def test_a_vocabulary_that_is_not_there_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='VOCABULARY_PATH .*x.model is not ther'):
+  with pytest.raises(ValueError, match='VOCABULARY_PATH .*x.model does not'):
     vocabularies.sentencepiece(tmp_path / 'x.model')
 
 
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
   (tmp_path / 'x.model').write_bytes(b'hello')
 
-  with pytest.raises(ValueError, match='x.model is no SentencePiece model'):
+  with pytest.raises(ValueError, match='x.model is not a SentencePiece model'):
     vocabularies.sentencepiece(tmp_path / 'x.model')

@@ -366,7 +366,7 @@ def test_a_run_with_other_settings_does_not_go_on(
   folder = interrupted(line_ends(whole.lines)[9])
   before = (folder / f'{FILE}.partial').read_bytes()
 
-  with pytest.raises(ValueError, match='was begun with other settings') as e:
+  with pytest.raises(ValueError, match='was started with other settings') as e:
     sample(str(folder), **({'num_samples': 2} | changes))
 
   assert re.search(said, str(e.value))
@@ -431,7 +431,7 @@ def test_predictions_are_not_overwritten(sample, tmp_path):
   sample(str(tmp_path))
   before = (tmp_path / FILE).read_bytes()
 
-  with pytest.raises(ValueError, match='is there already, and would be lost'):
+  with pytest.raises(ValueError, match='exists and would be overwritten'):
     sample(str(tmp_path), seed=1)
   assert (tmp_path / FILE).read_bytes() == before
 

@@ -675,7 +675,7 @@ GRID = {{'LEARNING_RATE': (1e-2,)}}
     (tmp_path / 'out/outputs/predictions_train.json').read_text()
   )
   assert 10 < about['num_predictions'] <= 20
-  assert f'Trains on {about["num_predictions"]} predictions' in log
+  assert f'Training data: {about["num_predictions"]} predictions' in log
   assert f'{tmp_path}/out/teacher/checkpoint_2 with BeamConfig' in log
   for name in ('config.gin', 'eval_test.json', 'metrics.jsonl'):
     assert (run / name).exists()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks that come with gkd_jax: one file each."""
+"""The tasks of gkd_jax, one file each."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several tasks share: T5's features, sources of examples, ROUGE."""
+"""Shared by several tasks: T5's features, sources of examples, ROUGE."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from gkd_jax.data import json_lines
 
-# 32,000 pieces and 100 extra ids. Read when it is first used.
+# 32,000 pieces and 100 extra ids. The file is read on first use.
 T5_VOCABULARY_PATH = (
   'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 )
@@ -28,7 +28,7 @@ T5_FEATURES: Mapping[str, seqio.Feature] = {
 
 SPLITS = ('train', 'validation', 'test')
 
-# The preprocessors that every task ends with.
+# The last preprocessors of every task.
 TOKENIZE = (
   seqio.preprocessors.tokenize,
   seqio.preprocessors.append_eos_after_trim,
@@ -36,12 +36,12 @@ TOKENIZE = (
 
 
 class TfdsSource(seqio.TfdsDataSource):
-  """Data that TFDS has prepared before; a run downloads nothing.
+  """A TFDS data set that is already prepared; a run downloads nothing.
 
   Args:
     name: of the TFDS data set, with its version.
-    splits: {our split: TFDS's split or slice}.
-    manual: what a person must put into TFDS's folder for manual downloads.
+    splits: {split of the task: TFDS's split or slice}.
+    manual: files that TFDS cannot download and the user must provide.
   """
 
   def __init__(
@@ -66,9 +66,9 @@ class TfdsSource(seqio.TfdsDataSource):
     by_hand = ''
     if self._manual:
       by_hand = f' put {self._manual} into {folder}/downloads/manual, and'
-    # Not `tfds build`: TFDS's program needs Apache Beam, this does not.
+    # Not `tfds build`, which needs Apache Beam.
     raise ValueError(
-      f'TFDS has no {name} in {folder}. If it lies elsewhere, say where: '
+      f'TFDS has no {name} in {folder}. If it is in another folder, set '
       f'--tfds_data_dir=FOLDER. To prepare it, on a machine with a network,'
       f'{by_hand} run: python -c "import tensorflow_datasets as tfds; '
       f"tfds.builder('{name}', data_dir='{folder}').download_and_prepare()\""
@@ -80,8 +80,8 @@ class RowsSource(seqio.FunctionDataSource):
 
   Args:
     columns: split -> {feature: one text, or list of texts, per example}; called
-      once a split.
-    splits: their names.
+      once per split.
+    splits: names of the splits.
   """
 
   def __init__(
@@ -93,8 +93,8 @@ class RowsSource(seqio.FunctionDataSource):
 
     def dataset(split, shuffle_files, seed=None):
       del shuffle_files, seed  # seqio shuffles after tokenizing
-      # Without tf.constant, tf.data takes the lists apart: ten times slower.
-      # Without a dtype, an empty list would be one of floats.
+      # Without tf.constant, tf.data converts the lists element by element: ten
+      # times slower. Without a dtype, an empty list would have floats.
       return tf.data.Dataset.from_tensor_slices(
         {
           name: tf.constant(column, tf.string)
@@ -109,16 +109,16 @@ class RowsSource(seqio.FunctionDataSource):
 
 
 def check_splits(setting: str, files: Mapping[str, str]) -> None:
-  """Raises ValueError unless these are files of SPLITS, one or more."""
+  """Raises ValueError unless `files` maps one or more of SPLITS to a file."""
   if not isinstance(files, Mapping) or not files or set(files) - {*SPLITS}:
     raise ValueError(
       f"{setting} must be {{'train': file, 'validation': file, 'test': file}} "
-      f'or some of these, got {files!r}.'
+      f'or a part of it, got {files!r}.'
     )
 
 
 def check_files(setting: str, files: Mapping[str, str]) -> None:
-  """Raises ValueError if one is not there. Reads none."""
+  """Raises ValueError if a file does not exist. Reads no file."""
   for path in files.values():
     if not os.path.isfile(path):
       raise ValueError(f'{setting}: there is no file {path}.')
@@ -127,18 +127,18 @@ def check_files(setting: str, files: Mapping[str, str]) -> None:
 def read_json_lines(
   setting: str, path: str, fields: Sequence[str]
 ) -> dict[str, list[str]]:
-  """Reads a file of one JSON object a line, whole, into memory.
+  """Reads a JSON lines file into memory.
 
   Args:
-    setting: that named the file, for messages.
+    setting: name of the path in gin, for errors.
     path: of the file; empty lines are skipped.
-    fields: texts that each object must have; others are left out.
+    fields: texts that each object must have; other fields are dropped.
 
   Returns:
-    {field: one text a line}.
+    {field: one text per line}.
 
   Raises:
-    ValueError: a line is no such object, or there is none; says which.
+    ValueError: a line is not such an object, or the file is empty.
   """
   columns = {field: [] for field in fields}
   for row in json_lines.read(path, dict.fromkeys(fields, str), setting):
@@ -152,10 +152,9 @@ def read_json_lines(
 def exact_match_and_rouge(
   targets: Sequence[str], predictions: Sequence[str]
 ) -> dict[str, Any]:
-  """Returns exact match and ROUGE-L in percent.
+  """Returns exact match and ROUGE-L in percent: natural_instructions' metrics.
 
-  And, as a note, the bounds of ROUGE-L's 95% confidence interval. They are the
-  metrics of natural_instructions.
+  A note has the bounds of ROUGE-L's 95% confidence interval.
   """
   exact = sum(
     t.strip() == p.strip() for t, p in zip(targets, predictions, strict=True)
@@ -175,7 +174,7 @@ def rouge(
 
   Args:
     targets: references.
-    predictions: texts, each for the target of its place; may be empty.
+    predictions: one text per target; may be empty.
     types: rouge_score's names, e.g. 'rouge2'.
 
   Returns:
@@ -190,7 +189,7 @@ def rouge(
     aggregator.add_scores(
       scorer.score(_sentence_a_line(target), _sentence_a_line(prediction))
     )
-  # The aggregator draws from NumPy's global generator; put it back after.
+  # The aggregator uses NumPy's global generator: restore its state afterwards.
   state = np.random.get_state()
   np.random.seed(0)
   try:
@@ -207,5 +206,5 @@ def rouge(
 
 
 def _sentence_a_line(text: str) -> str:
-  """Returns the text as rougeLsum wants it."""
+  """Returns the text with one sentence per line, as rougeLsum expects."""
   return re.sub(r'(?<=[.!?])\s+', '\n', text)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts with worked examples ("shots"), and tasks made of several groups.
+"""Few-shot prompts, and tasks that consist of several groups.
 
-A prompt is head + shots + query. Where it is longer than the inputs may be, the
-last shots are left out: cut at its end, it would lose the query.
+A prompt is head + shots + query. If it exceeds the length of the inputs, the
+last shots are dropped: truncation would remove the query.
 """
 
 import collections
@@ -23,8 +23,8 @@ def fit_shots(
 ) -> tf.data.Dataset:
   """Replaces `head` [], `shots` [K] and `query` [] by `inputs` [], all texts.
 
-  As many of the first shots are taken as fit with EOS into
-  sequence_length['inputs']; all of them if it is None.
+  Keeps as many of the first shots as fit, with EOS, into
+  sequence_length['inputs']; all shots if sequence_length is None.
   """
   vocabulary = output_features['inputs'].vocabulary
 
@@ -55,12 +55,12 @@ def fit_shots(
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Questions of one kind, with their own shots; a subject of MMLU, say.
+  """Questions of one kind with their own shots, e.g. a subject of MMLU.
 
   Attributes:
-    head: what a prompt begins with.
+    head: the start of a prompt.
     shots: worked examples, each with its separator at the end.
-    queries: one a question.
+    queries: one per question.
     answers: to the queries.
   """
 
@@ -82,14 +82,14 @@ def grouped_task(
   Args:
     name: of the task.
     groups: split -> {name of the group: Group}, all with equally many shots.
-    splits: their names.
-    postprocess: text written -> answer.
+    splits: names of the splits.
+    postprocess: output text -> answer.
     metric: of targets (group, answer) and predictions, see `accuracy`.
   """
 
   def columns(split):
     columns = {'group': [], 'head': [], 'shots': [], 'query': [], 'targets': []}
-    # In turns, so that the first examples are of all groups.
+    # Groups take turns, so that the first examples cover all groups.
     for rows in itertools.zip_longest(
       *(
         [
@@ -125,7 +125,7 @@ def grouped_task(
 def accuracy(
   targets: Sequence[tuple[str, str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Returns {group: percent of its predictions that equal its answers}."""
+  """Returns {group: percentage of predictions that equal the answer}."""
   right = collections.defaultdict(list)
   for (group, answer), prediction in zip(targets, predictions, strict=True):
     right[group].append(prediction == answer)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers `arithmetic_cot`: sums and differences, worked out step by step.
 
-`38-57-10+5` in, `38-57=-19 -19-10=-29 -29+5=-24 #### -24` out: a small
-stand-in for GSM8K, in its answer format, where every step can be checked. The
-examples are generated here, from a fixed seed; nothing is downloaded.
+Input `38-57-10+5`, target `38-57=-19 -19-10=-29 -29+5=-24 #### -24`: a small
+substitute for GSM8K with the same answer format, in which every step can be
+checked. The examples are generated from a fixed seed; nothing is downloaded.
 
 Importing this module imports TensorFlow; the examples are generated when the
 first dataset is built.
@@ -25,13 +25,14 @@ NUM_EXAMPLES: Mapping[str, int] = {
   'test': 2_000,
 }
 
-# Nine digits are far above any true answer, and int() refuses 4301.
+# At most nine digits: true answers are far smaller, and int() raises an error
+# for more than 4300 digits.
 _INTEGER = '-?[0-9]{1,9}'
 _EQUATION = f'({_INTEGER})([+-][0-9]{{1,9}})=({_INTEGER})'
 
 
 def chain_of_thought(expression: str) -> str:
-  """Adds the terms from left to right: one equation each, then the answer."""
+  """Adds terms from left to right: one equation per term, then the answer."""
   first, *rest = re.findall('[+-]?[0-9]+', expression)
   total = int(first)
   steps = []
@@ -43,11 +44,11 @@ def chain_of_thought(expression: str) -> str:
 
 @functools.cache
 def expressions() -> Mapping[str, tuple[str, ...]]:
-  """Maps each split to its expressions; no expression occurs twice in all.
+  """Maps each split to its expressions; all expressions are distinct.
 
-  The splits are slices of one list in the order of hashes, so they are equally
-  hard. (Drawn one after the other, the later ones would be longer: the short
-  expressions run out.)
+  The splits are slices of one list sorted by hash, so they are equally hard. If
+  they were drawn one after another, later splits would have longer expressions,
+  because the short ones run out.
   """
   rng = random.Random(0)
   distinct = set()
@@ -63,13 +64,13 @@ def expressions() -> Mapping[str, tuple[str, ...]]:
 
 
 def _draw(rng: random.Random) -> str:
-  """Draws 2, 3 or 4 terms of 1 or 2 digits, each with equal chances.
+  """Draws 2, 3 or 4 terms of 1 or 2 digits, with equal probabilities.
 
   Among the distinct expressions 16% have two terms, 41% three and 43% four.
   """
 
   def below(n: int) -> int:
-    # Of Random's methods, only random() is promised never to change.
+    # Python guarantees reproducible results of random() only.
     return int(n * rng.random())
 
   def term() -> str:
@@ -84,7 +85,8 @@ def _dataset(
   """Yields `inputs` and `targets`."""
   del shuffle_files, seed  # one fixed order; seqio shuffles after tokenizing
   chosen = expressions()[split]
-  # Without tf.constant, tf.data takes the lists apart: ten times slower.
+  # Without tf.constant, tf.data converts the lists element by element: ten
+  # times slower.
   return tf.data.Dataset.from_tensor_slices(
     {
       'inputs': tf.constant(chosen),
@@ -96,16 +98,16 @@ def _dataset(
 def final_answer(text: str) -> int | None:
   """Returns the integer after the last `####`, None if there is none."""
   _, marker, answer = text.rpartition('####')
-  answer = answer.strip()  # of control characters, too, which int() is not
+  answer = answer.strip()  # also strips control characters; int() does not
   if marker and re.fullmatch(_INTEGER, answer):
     return int(answer)
   return None
 
 
 def equations(text: str) -> list[bool]:
-  """For each word of `text` with a `=` in it: is it a true `a+b=c` or `a-b=c`?
+  """Returns whether each word with a `=` is a true `a+b=c` or `a-b=c`.
 
-  A malformed one, such as `1+2=` or `1+2=3+4=7`, is not true.
+  A malformed equation, such as `1+2=` or `1+2=3+4=7`, is not true.
   """
   return [_is_true(word) for word in text.split() if '=' in word]
 
@@ -126,9 +128,9 @@ def accuracies(
   Returns:
     accuracy: percent of the predictions whose final answer is the target's. A
       prediction without a readable answer is wrong.
-    steps_correct: percent of the equations written in the predictions that are
-      arithmetically true, whether or not they belong to the problem; 0 if none
-      is written.
+    steps_correct: percentage of the equations in the predictions that are
+      arithmetically true, whether or not they belong to the problem; 0 without
+      equations.
   """
   answers = [final_answer(p) for p in predictions]
   right = sum(

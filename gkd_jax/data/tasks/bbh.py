@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The task `bbh`: the 23 tasks of BIG-Bench Hard, 3-shot.
 
-Questions and prompts are read from a folder that the user downloads, the
-authors' repository (Suzgun et al., 2022): `bbh/<task>.json` and
-`cot-prompts/<task>.txt`. The shots are those of the prompts; with their chains
-of thought, or with the answers alone ("direct").
+Questions and prompts are read from a copy of the authors' repository (Suzgun et
+al., 2022): `bbh/<task>.json` and `cot-prompts/<task>.txt`. The shots are those
+of the prompts, with their chains of thought or only their answers ("direct").
 
 Importing this module imports TensorFlow; data is read when the first dataset
 is built.
@@ -21,7 +20,7 @@ import seqio
 
 from gkd_jax.data.tasks import _few_shot
 
-# Two of the 23 come in three sizes, a file each, which count as one.
+# Two of the 23 tasks have three files each, one per size.
 FILES: Sequence[str] = tuple(
   """
   boolean_expressions causal_judgement date_understanding disambiguation_qa
@@ -41,7 +40,7 @@ _THINK = "Let's think step by step."
 
 
 def answer(text: str) -> str:
-  """Returns what follows the last `answer is`, else all, without a period."""
+  """Returns the text after the last `answer is`, or all, without its period."""
   text = ' '.join(text.split())
   return text.rpartition('answer is ')[2].removesuffix('.').strip()
 
@@ -49,9 +48,9 @@ def answer(text: str) -> str:
 def accuracy(
   targets: Sequence[tuple[str, str]], predictions: Sequence[str]
 ) -> dict[str, Any]:
-  """Returns the unweighted mean over the 23 tasks of the percentage right.
+  """Returns the accuracy in percent, as the unweighted mean over the 23 tasks.
 
-  And, as a note, the percentage of each of the 27 files.
+  A note has the accuracy on each of the 27 files.
   """
   by_file = _few_shot.accuracy(targets, predictions)
   of_task = collections.defaultdict(list)
@@ -74,7 +73,7 @@ def make_task(
   Args:
     name: of the task.
     folder: that holds bbh and cot-prompts.
-    chain_of_thought: whether the shots think before they answer.
+    chain_of_thought: whether the shots contain chains of thought.
 
   Raises:
     ValueError: a file is missing.
@@ -123,10 +122,10 @@ def _read_examples(path: pathlib.Path) -> list[tuple[str, str]]:
 def _read_prompt(
   path: pathlib.Path, chain_of_thought: bool
 ) -> tuple[str, list[str]]:
-  """Returns what the task is, and the shots.
+  """Returns the description of a task, and its shots.
 
-  A file is a warning to those who collect training data, a line of dashes, and
-  the prompt: what the task is, and three times a question and its answer.
+  A file has a warning against its use as training data, a line of dashes, and
+  the prompt: a description of the task and three questions with answers.
   """
   prompt = path.read_text(encoding='utf-8').partition('-----\n')[2]
   head, *shots = re.split(r'\n\n(?=Q: )', prompt.strip())
@@ -138,9 +137,10 @@ def _read_prompt(
   if not chain_of_thought:
     if not all('answer is ' in shot for shot in shots):
       raise ValueError(
-        f'{path} has a shot without "answer is ", so its answer cannot be told '
-        'from its chain of thought. BBH_CHAIN_OF_THOUGHT = True shows both.'
+        f'{path} has a shot without "answer is ", so its answer cannot be '
+        'separated from its chain of thought. Set BBH_CHAIN_OF_THOUGHT = True '
+        'to keep both.'
       )
-    asked_and_thought = [shot.partition(_THINK) for shot in shots]
-    shots = [asked + answer(text) for asked, _, text in asked_and_thought]
+    parts = [shot.partition(_THINK) for shot in shots]
+    shots = [question + answer(text) for question, _, text in parts]
   return f'{head}\n\n', [f'{shot}\n\n' for shot in shots]

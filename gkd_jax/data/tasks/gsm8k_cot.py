@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers `gsm8k_cot`: a word problem in, its solution step by step out.
+"""Registers `gsm8k_cot`: word problems with chain-of-thought solutions.
 
-`Q: ... A:` in, after four worked examples in the same form; the steps and
-`#### 72` out. Data: GSM8K (Cobbe et al., 2021) from TFDS's gsm8k:1.0.0, which
-must be prepared before, or from JSON lines. Metric: share of right answers.
+Inputs are four worked examples and the question, each as `Q: ... A:`. Targets
+are the steps and `#### 72`. Data: GSM8K (Cobbe et al., 2021) from TFDS's
+gsm8k:1.0.0, which must be prepared in advance, or from JSON lines. Metric:
+accuracy.
 
 - One training question in 20 (by the hash of its text) is `validation`.
 - The worked examples are four training questions with short solutions, the
-  same for all prompts, and not trained on; or those of a file.
-- GSM8K's annotations for a calculator, `<<48/2=24>>`, are left out where the
-  vocabulary has no `<`, as T5's.
+  same in all prompts, and excluded from training; or the examples of a file.
+- GSM8K's calculator annotations, `<<48/2=24>>`, are removed if the vocabulary
+  has no `<`, as T5's.
 
 Importing this module imports TensorFlow; data is read when the first dataset
 is built.
@@ -31,8 +32,8 @@ _ANNOTATION = '<<[^<>]*>>'
 _WHOLE = '(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)'
 _NUMBER = rf'(-?\s*\$?|\$\s*-)\s*({_WHOLE}(?:\.[0-9]+)?|\.[0-9]+)'
 
-# Of the worked examples. 250 characters are 75 of T5's tokens: four of them
-# leave room for all but one of GSM8K's questions in 512 tokens.
+# Of the worked examples. 250 characters are about 75 tokens of T5. With four
+# such examples all but one of GSM8K's questions fit into 512 tokens.
 _NUM_SHOTS = 4
 _SHOT_CHARACTERS = 250
 _SHOT_STEPS = range(2, 5)
@@ -49,8 +50,8 @@ def strip_annotations(answer: str) -> str:
 def final_answer(text: str) -> decimal.Decimal | None:
   """Returns the number after the last `####`, None if there is none.
 
-  `#### 1,000`, `#### $1000` and `####1000.0 apples` are the same number. What
-  holds other digits than the number's, such as `1/2`, is none.
+  `#### 1,000`, `#### $1000` and `####1000.0 apples` are the same number. A text
+  with further digits, such as `1/2`, is not a number.
   """
   _, marker, answer = text.rpartition('####')
   answer = answer.strip().partition('\n')[0]
@@ -78,10 +79,11 @@ def accuracy(
 
 
 def draw_shots(rows: Sequence[Row]) -> list[Row]:
-  """Returns the worked examples: the same whatever the rows' order.
+  """Returns the worked examples; they do not depend on the order of rows.
 
-  Those questions of all with two to four steps and at most 250 characters,
-  solution included and annotations not, whose hashes are the least.
+  They are the questions with the smallest hashes among those with two to four
+  steps and at most 250 characters, including the solution but not its
+  annotations.
   """
 
   def is_short(row):
@@ -109,16 +111,16 @@ def make_task(
     files: {'train': path, 'test': path}, JSON lines of {question, answer} in
       place of TFDS's data. Any of train, validation and test may be left out;
       without a validation file, part of train is held out for it.
-    shots_file: JSON lines of {question, answer}: the worked examples of the
-      prompt, all of them, in this order.
+    shots_file: JSON lines of {question, answer}: all worked examples of the
+      prompt, in this order.
   """
   splits = _common.SPLITS
   if files is not None:
     _common.check_splits('GSM8K_FILES', files)
     if 'train' not in files and shots_file is None:
       raise ValueError(
-        "GSM8K_FILES has no 'train' to take the worked examples of the prompt "
-        'from: add it, or set GSM8K_SHOTS_FILE.'
+        "GSM8K_FILES has no 'train', from which the worked examples of the "
+        'prompt are drawn. Add it, or set GSM8K_SHOTS_FILE.'
       )
     _common.check_files('GSM8K_FILES', files)
     has_validation = 'validation' in files or 'train' in files
@@ -160,9 +162,9 @@ def make_task(
     drawn = draw_shots([row for row in read('train') if not _is_held_out(row)])
     if len(drawn) < _NUM_SHOTS:
       raise ValueError(
-        f'Only {len(drawn)} of the training questions of {name!r} have two to '
-        f'four steps and {_SHOT_CHARACTERS} characters, to be worked examples '
-        f'of the prompt; {_NUM_SHOTS} are needed. Set GSM8K_SHOTS_FILE.'
+        f'The prompt needs {_NUM_SHOTS} worked examples with two to four steps '
+        f'and at most {_SHOT_CHARACTERS} characters, but {name!r} has only '
+        f'{len(drawn)} such training questions. Set GSM8K_SHOTS_FILE.'
       )
     return tuple(drawn)
 

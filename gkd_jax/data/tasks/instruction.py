@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers `instruction`: instructions of many kinds in, answers out.
+"""Registers `instruction`: a mixture of instruction-tuning data.
 
-A mixture in the manner of FLAN (Wei et al., 2022). Data: collections of TFDS,
-which must be prepared before, and JSON lines of {inputs, targets}. Each is
-drawn from in proportion to its number of examples, up to a maximum.
+The mixture follows FLAN (Wei et al., 2022). Data: collections of TFDS, which
+must be prepared in advance, and JSON lines of {inputs, targets}. Mixing rates
+are proportional to the number of examples, up to a maximum.
 
-To evaluate on MMLU and BIG-Bench Hard means that they are not trained on:
-natural_instructions holds MMLU's questions (its tasks named `mmmlu`) and a task
-of BIG-Bench; these are left out.
+natural_instructions contains questions of MMLU (its tasks named `mmmlu`) and a
+task of BIG-Bench. They are removed, so that MMLU and BIG-Bench Hard remain
+valid evaluations.
 
 Importing this module imports TensorFlow; data is read when the first dataset
 is built.
@@ -21,14 +21,14 @@ import tensorflow as tf
 
 from gkd_jax.data.tasks import _common
 
-# FLAN's maximum is 3,000 examples; but its members are single data sets, and
-# these are collections of up to 1,600.
+# FLAN's maximum is 3,000 examples per data set, but each source here is a
+# collection of up to 1,600 data sets.
 MAXIMUM = 500_000
 _VALIDATION_PERCENT = 1
 
 
 def _joined(*texts: tf.Tensor) -> tf.Tensor:
-  """Joins two texts with an empty line between, if both are there."""
+  """Joins two texts with an empty line if the second is not empty."""
   first, second = (tf.strings.strip(text) for text in texts)
   separator = tf.where(tf.equal(second, ''), '', '\n\n')
   return tf.strings.join([first, separator, second])
@@ -51,7 +51,7 @@ def _natural_instructions(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def _unnatural_instructions(dataset: tf.data.Dataset) -> tf.data.Dataset:
   def examples(row):
-    """An instruction's inputs, then the same of its reformulations."""
+    """Returns the inputs of an instruction, then those of its paraphrases."""
     parts = (row['instances'], row['reformulations'])
     return tf.data.Dataset.from_tensor_slices(
       {
@@ -73,7 +73,7 @@ def _databricks_dolly(dataset: tf.data.Dataset) -> tf.data.Dataset:
   )
 
 
-# Ours and TFDS's name -> version, and how its examples are laid out.
+# Source (TFDS's name) -> version, and the function that makes its examples.
 _TFDS: Mapping[str, tuple[str, Callable]] = {
   'natural_instructions': ('1.0.1', _natural_instructions),
   'unnatural_instructions': ('0.0.1', _unnatural_instructions),
@@ -110,11 +110,11 @@ def make_task(
 
   Args:
     name: of the mixture; its tasks are <name>_<source>.
-    sources: which of natural_instructions, unnatural_instructions and
-      databricks_dolly; of each the last percent is `validation`.
-    files: {name: file}, JSON lines of {inputs, targets}, one more source each.
-      They are read into memory.
-    maximum: a source with more examples is drawn from as if it had so many.
+    sources: any of natural_instructions, unnatural_instructions and
+      databricks_dolly; the last percent of each is `validation`.
+    files: {name: file}, JSON lines of {inputs, targets}; each is a further
+      source and is read into memory.
+    maximum: number of examples at which the mixing rate of a source is capped.
   """
   files = dict(files or {})
   if isinstance(sources, str):
@@ -124,15 +124,15 @@ def make_task(
   if unknown := set(sources) - set(_TFDS):
     raise ValueError(
       f'INSTRUCTION_SOURCES: {sorted(unknown)} is none of {", ".join(_TFDS)}. '
-      'Your own JSON lines go into INSTRUCTION_FILES.'
+      'Add your own JSON lines to INSTRUCTION_FILES.'
     )
   if both := set(sources) & set(files):
     raise ValueError(
-      f'INSTRUCTION_FILES: {sorted(both)} is the name of a source, too.'
+      f'INSTRUCTION_FILES: {sorted(both)} is also in INSTRUCTION_SOURCES.'
     )
   if not sources and not files:
     raise ValueError(
-      'There is nothing to mix: set INSTRUCTION_SOURCES or INSTRUCTION_FILES.'
+      'The mixture is empty: set INSTRUCTION_SOURCES or INSTRUCTION_FILES.'
     )
   if not isinstance(maximum, int) or maximum < 1:
     raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers `json_lines`: your own inputs and targets, a JSON object a line.
+"""Registers `json_lines`: your own inputs and targets, one JSON object a line.
 
     {"inputs": "translate English to German: Hello.", "targets": "Hallo."}
 
@@ -21,8 +21,8 @@ def make_task(name: str, files: Mapping[str, str]) -> seqio.Task:
 
   Args:
     name: of the task.
-    files: {split: file} of train, validation and test, any of which may be left
-      out. They are read into memory; fields other than inputs and targets are
+    files: {split: file} of train, validation and test; any may be left out. The
+      files are read into memory; fields other than inputs and targets are
       ignored.
   """
   _common.check_splits('JSON_LINES_FILES', files)

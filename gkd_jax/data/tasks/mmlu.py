@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The task `mmlu`: multiple-choice questions on 57 subjects, 5-shot.
 
-Questions and answers are read from a folder that the user downloads, in the
-layout of the authors' archive (Hendrycks et al., 2021): `dev`, `val` and `test`
-with a file `<subject>_<split>.csv` each. The prompt is the authors' as well;
-the five questions of `dev` are the shots. The model writes a letter.
+Questions and answers are read from a folder with the layout of the authors'
+archive (Hendrycks et al., 2021): `dev`, `val` and `test`, with one file
+`<subject>_<split>.csv` per subject. The prompt is the authors'; the five
+questions of `dev` are the shots. The answer is a letter.
 
 Importing this module imports TensorFlow; data is read when the first dataset
 is built.
@@ -46,7 +46,7 @@ _FOLDERS = {'validation': 'val', 'test': 'test'}
 
 
 def letter(text: str) -> str:
-  """Returns the letter that a text is, without parentheses and period."""
+  """Returns the letter A to D without parentheses and period; else the text."""
   match = re.fullmatch(r'\(?([A-D])\)?\.?', text.strip())
   return match[1] if match else text
 
@@ -54,9 +54,9 @@ def letter(text: str) -> str:
 def accuracy(
   targets: Sequence[tuple[str, str]], predictions: Sequence[str]
 ) -> dict[str, Any]:
-  """Returns the unweighted mean over subjects of the percentage right.
+  """Returns the accuracy in percent, as the unweighted mean over subjects.
 
-  And, as a note, the percentage of each subject.
+  A note has the accuracy on each subject.
   """
   by_subject = _few_shot.accuracy(targets, predictions)
   return {
@@ -70,7 +70,7 @@ def make_task(name: str, folder: str) -> seqio.Task:
 
   Args:
     name: of the task.
-    folder: that holds dev, val and test.
+    folder: contains dev, val and test.
 
   Raises:
     ValueError: a file is missing.
@@ -84,9 +84,8 @@ def make_task(name: str, folder: str) -> seqio.Task:
   if missing:
     raise ValueError(
       f'MMLU_DIR {folder} lacks {len(missing)} of {len(paths)} files, such as '
-      f'{missing[0]}. It must be the folder `data` of the archive data.tar, '
-      'to which https://github.com/hendrycks/test links: it holds dev, val and '
-      'test.'
+      f'{missing[0]}. Set it to the folder `data` of the archive data.tar from '
+      'https://github.com/hendrycks/test, which contains dev, val and test.'
     )
 
   def groups(split) -> Mapping[str, _few_shot.Group]:
@@ -113,7 +112,7 @@ def make_task(name: str, folder: str) -> seqio.Task:
 
 
 def _read(path: pathlib.Path) -> list[list[str]]:
-  """Returns rows of question, four choices, and the letter of the right one."""
+  """Returns rows of question, four choices, and the letter of the answer."""
   with path.open(encoding='utf-8', newline='') as file:
     rows = list(csv.reader(file))
   for number, row in enumerate(rows, start=1):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers `wmt14_ende`: English in, German out.
+"""Registers `wmt14_ende`: translation from English to German.
 
-Data: TFDS's wmt14_translate/de-en:1.0.0, which must be prepared before;
+Data: TFDS's wmt14_translate/de-en:1.0.0, which must be prepared in advance;
 newstest2013 is `validation`, newstest2014 `test`. Prompt: T5's. Metric:
 sacreBLEU.
 
@@ -17,8 +17,8 @@ import tensorflow as tf
 
 from gkd_jax.data.tasks import _common
 
-# Name of the metric -> sacreBLEU's tokenization: its default, and the one in
-# T5's own evaluation, with which T5's published figures were made.
+# Metric -> tokenization of sacreBLEU: its default, and that of T5's published
+# results.
 _TOKENIZERS = {'bleu': '13a', 'bleu_intl': 'intl'}
 
 
@@ -35,10 +35,10 @@ def _prompt(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def bleu(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
-  """Returns corpus BLEU, 0 to 100, and as notes sacreBLEU's signatures.
+  """Returns corpus BLEU, 0 to 100, and sacreBLEU's signatures as notes.
 
   Args:
-    targets: one reference each, not tokenized.
+    targets: one reference per example, not tokenized.
     predictions: not tokenized.
   """
   from sacrebleu import metrics  # takes a moment to import

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers `xsum`: a BBC article in, its one-sentence summary out.
+"""Registers `xsum`: one-sentence summaries of BBC articles.
 
-Data: TFDS's xsum:1.1.0 (Narayan et al., 2018), which must be prepared before,
-from an archive that its user makes. Prompt: T5's. Metric: ROUGE.
+Data: TFDS's xsum:1.1.0 (Narayan et al., 2018), which must be prepared in
+advance from an archive that the user makes. Prompt: T5's. Metric: ROUGE.
 
 Importing this module imports TensorFlow; data is read when the first dataset
 is built.
@@ -30,7 +30,7 @@ def _prompt(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
   """Returns ROUGE-1, ROUGE-2 and ROUGE-Lsum, mean F-measures in percent.
 
-  And, as a note, the bounds of their 95% confidence intervals by bootstrap.
+  A note has the bounds of their 95% confidence intervals by bootstrap.
   """
   types = ('rouge1', 'rouge2', 'rougeLsum')
   means, bounds = _common.rouge(targets, predictions, types)

@@ -329,7 +329,7 @@ def test_too_few_short_questions_for_worked_examples(config, files, tmp_path):
   few = write_json_lines(tmp_path / 'few.jsonl', TRAIN[:3])
   refused(
     config,
-    'Only 2 of the training questions.*Set GSM8K_SHOTS_FILE',
+    'has only 2 such training questions.*Set GSM8K_SHOTS_FILE',
     files={**files, 'train': few},
   )
 
@@ -337,10 +337,10 @@ def test_too_few_short_questions_for_worked_examples(config, files, tmp_path):
 @pytest.mark.parametrize(
   ('line', 'match'),
   [
-    ('{"question": "1?", "answer"', 'line 2 of .* is no JSON'),
+    ('{"question": "1?", "answer"', 'line 2 of .* is not JSON'),
     ('{"question": "1?"}', 'line 2 of .* has no "answer"'),
     ('{"question": "1?", "answer": 1}', '"answer" in line 2 of .* is int, not'),
-    ('[1]', 'line 2 of .* is no JSON object'),
+    ('[1]', 'line 2 of .* is not a JSON object'),
   ],
 )
 def test_a_line_that_is_no_question_and_answer(
@@ -374,7 +374,7 @@ def test_the_fragment_takes_files(run_main, tmp_path):
   )
 
   assert finished.code == 1
-  assert "GSM8K_FILES has no 'train' to take the worked" in finished.err
+  assert "GSM8K_FILES has no 'train', from which the worked" in finished.err
 
 
 # --- The real questions, with T5's own vocabulary -----------------------------

@@ -246,9 +246,9 @@ def test_the_task_of_a_source_keeps_the_mixtures_t5_vocabulary():
       r"INSTRUCTION_SOURCES: \['dolly'\] is none of nat",
     ),
     ({'sources': 'databricks_dolly'}, 'INSTRUCTION_SOURCES must be a list'),
-    ({'sources': []}, 'There is nothing to mix: set INSTRUCTION_SOURCES'),
+    ({'sources': []}, 'The mixture is empty: set INSTRUCTION_SOURCES'),
     ({'files': {'mine': 'no.jsonl'}}, 'INSTRUCTION_FILES: .* no file no.jsonl'),
-    ({'files': {'databricks_dolly': 'x'}}, 'is the name of a source, too'),
+    ({'files': {'databricks_dolly': 'x'}}, 'is also in INSTRUCTION_SOURCES'),
     ({'maximum': 0}, 'INSTRUCTION_MAXIMUM must be a positive whole number'),
   ],
 )
