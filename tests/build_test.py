@@ -211,7 +211,7 @@ def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):
   (tmp_path / 'run' / 'checkpoint_5').mkdir(parents=True)
   (tmp_path / 'run' / 'checkpoint_5' / 'precious').write_text('x')
 
-  assert 'holds files but no config.gin' in refused()
+  assert 'is not empty and has no config.gin' in refused()
 
 
 @pytest.mark.parametrize(

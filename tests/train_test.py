@@ -491,7 +491,8 @@ def test_a_student_is_trained_on_what_its_teacher_wrote(
   )
   assert (
     f'Training data: 96 predictions, {num_empty} of them empty and '
-    f'{num_unended} without EOS: {teacher}/checkpoint_0 with SamplerConfig(temperature=1.0'
+    f'{num_unended} without EOS: {teacher}/checkpoint_0 with '
+    'SamplerConfig(temperature=1.0'
   ) in said
   trained_on = {
     (tuple(x[x > 0].tolist()), tuple(y[w > 0].tolist()))

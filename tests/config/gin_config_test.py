@@ -234,7 +234,7 @@ def test_a_misspelt_macro_in_a_file_is_refused(refused, tmp_path):
 
   message = refused(f'--gin_file={tmp_path}/mine.gin')
 
-  assert message.startswith('Error: TRAIN_STPES changes nothing')
+  assert message.startswith('Error: TRAIN_STPES has no effect')
 
 
 def test_a_misspelt_name_in_a_file_is_refused(refused, tmp_path):
@@ -248,7 +248,7 @@ def test_a_misspelt_name_in_a_file_is_refused(refused, tmp_path):
   message = refused(f'--gin_file={tmp_path}/mine.gin')
 
   assert message == (
-    'Error: There is no policies.datset. Did you mean dataset?\n'
+    'Error: policies.datset does not exist. Did you mean dataset?\n'
   )
 
 
@@ -300,7 +300,7 @@ def test_what_the_paper_calls_a_setting_leads_to_our_name(refused):
 def test_of_a_module_only_what_it_offers_is_suggested(refused):
   message = refused(JSD, *NO_FILES, '--gin.DIVERGENCE=@divergences.jsd')
 
-  *_, offered = message.strip().rstrip('.').split('There are: ')
+  *_, offered = message.strip().rstrip('.').split('Valid names: ')
   assert {'forward_kl', 'generalized_jsd'} < {*offered.split(', ')}
   assert 'partial' not in offered and 'jnp' not in offered
 
