@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of `report`: what each shows of a section, in data and words.
+"""The figures of `report`: the data and the caption of each.
 
-Each function takes a section and returns `Figure`s, or one line on what the
-runs lack for them. How they are drawn is for `plots`.
+Each function takes a section and returns `Figure`s, or one line that states
+which runs are missing. `plots` draws the figures.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from gkd_jax.report.sections import Group, Section
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A figure with its words.
+  """A figure with title and caption.
 
   Attributes:
-    name: of its file, without an ending.
-    title: what it shows, in a few words.
-    caption: the same in sentences.
-    data: what is drawn.
+    name: of its file, without suffix.
+    title: a few words.
+    caption: full sentences.
+    data: that `plots` draws.
   """
 
   name: str
@@ -39,11 +39,11 @@ def as_json(figure: Figure) -> dict[str, Any]:
   return dataclasses.asdict(figure) | {'kind': type(figure.data).__name__}
 
 
-# --- What they show -----------------------------------------------------------
+# --- Figures ------------------------------------------------------------------
 
 
 def make_all(section: Section) -> tuple[list[Figure], list[str]]:
-  """Returns the figures that the runs have enough for, and why not the rest."""
+  """Returns the possible figures, and why the others are left out."""
   found, left_out = [], []
   for make in (
     method_bars,
@@ -66,7 +66,7 @@ def method_bars(section: Section) -> list[Figure] | str:
   methods = _on_most_examples(section)
   less = ''
   if len(methods) < len(section.methods):
-    less = ' Runs on fewer training examples are not here.'
+    less = ' Runs on fewer training examples are omitted.'
   name = section.metric.rpartition('/')[2]
   found = []
   for origin, of_origin in _by_origin(section, methods).items():
@@ -77,7 +77,7 @@ def method_bars(section: Section) -> list[Figure] | str:
       if any(bars.values()):
         base, lines = _reference_lines(section, metric, of_origin)
         panels.append(Panel(tables.axis_label(metric), bars, base, lines))
-    begin = ' Bars begin at the initial student.' if panels[0].base else ''
+    begin = ' Bars start at the initial student.' if panels[0].base else ''
     found.append(
       Figure(
         _numbered('methods', found),
@@ -94,10 +94,11 @@ def method_bars(section: Section) -> list[Figure] | str:
 def _by_origin(
   section: Section, groups: Sequence[Group]
 ) -> dict[str, list[Group]]:
-  """Divides methods by the initial student, if there are several.
+  """Groups methods by their initial student.
 
   Returns:
-    {words for a title: methods}; the words are empty if there is one only.
+    {suffix of a title: methods}; the suffix is empty if all methods have the
+    same initial student.
   """
   owner = {run.folder: g.name for g in section.groups for run in g.runs}
   divided: dict[str, list[Group]] = {}
@@ -114,7 +115,7 @@ def _numbered(name: str, found: Sequence[Figure]) -> str:
 
 
 def _on_most_examples(section: Section) -> list[Group]:
-  """Returns the methods, less their runs on a part of the training data."""
+  """Returns the methods, without runs on a part of the training data."""
   vary = ('TRAIN_NUM_EXAMPLES', *section.tuned)
   together = sections.strata(section.methods, vary, lambda g: g.method)
   most = {max(groups, key=_num_examples).name for groups in together.values()}
@@ -146,7 +147,7 @@ def heat_maps(section: Section) -> list[Figure] | str:
     rows = sorted({row for row, _ in cells}, key=sections.divergence_order)
     columns = sorted({column for _, column in cells})
     seen |= cells.keys()
-    # Two cells that share neither row nor column are no comparison.
+    # Cells that share neither row nor column cannot be compared.
     if len(rows) < 2 or len(columns) < 2 or len(cells) < 3:
       continue
     within = f' ({name.strip(", ")})' if name else ''
@@ -179,8 +180,9 @@ def heat_maps(section: Section) -> list[Figure] | str:
   rows = sorted({row for row, _ in seen}, key=sections.divergence_order)
   columns = ', '.join(f'{x:g}' for x in sorted({column for _, column in seen}))
   return (
-    'λ × divergence: needs two λ and two divergences, all else equal; there '
-    f'are λ = {columns or "none"}; {", ".join(rows) or "no divergence"}.'
+    'λ × divergence: needs two λ and two divergences with all other settings '
+    f'equal; the runs have λ = {columns or "none"}; '
+    f'{", ".join(rows) or "no divergence"}.'
   )
 
 
@@ -202,7 +204,8 @@ def data_efficiency(section: Section) -> list[Figure] | str:
     )
   numbers = sorted({n for by in series.values() for n in by if n is not None})
   ticks = {float(n): f'{n:,}' for n in numbers}
-  # How many all are, no run says: one step beyond the largest number.
+  # Runs do not record the size of the training split. Draw it one step beyond
+  # the largest number.
   of_all = numbers[-1] * (numbers[-1] / numbers[0]) ** (
     1 / max(1, len(numbers) - 1)
   )
@@ -211,7 +214,8 @@ def data_efficiency(section: Section) -> list[Figure] | str:
     ticks[of_all] = 'all'
   used = [g for by in series.values() for g in by.values()]
   base, lines = _reference_lines(section, section.metric, used)
-  if base is None:  # those that began with as many examples are one more line
+  # Initial students trained on several numbers of examples are a curve, too.
+  if base is None:
     initial = _of_role(section, 'initial student', used)
     of_initial = {g.settings.get(macro): g for g in initial}
     if len(of_initial) == len(initial) > 1:
@@ -233,7 +237,7 @@ def data_efficiency(section: Section) -> list[Figure] | str:
             Point(
               plots.exact(of_all if n is None else n), g.means[section.metric]
             )
-            for n, g in by.items()  # the tables' order: from few to all
+            for n, g in by.items()  # in the order of the tables: ascending
           ]
           for name, by in series.items()
         },
@@ -268,9 +272,10 @@ def quality_and_diversity(section: Section) -> list[Figure] | str:
       'quality_diversity',
       'Quality and diversity',
       f'{tables.metric_label(name)} of sampled outputs{_direction(section)}, '
-      'against Self-BLEU between the outputs for one input: 100 is always the '
-      'same output, 0 all different. Along a line the evaluation temperature T '
-      f'changes.{_errors([g for g in section.groups if g.name in series])}',
+      'against Self-BLEU between the outputs for one input: 100 if they are '
+      'identical, 0 if they share nothing. Along a line the evaluation '
+      'temperature T changes.'
+      f'{_errors([g for g in section.groups if g.name in series])}',
       Plot(
         'Self-BLEU (less is more diverse)',
         f'{tables.metric_label(name)}, sampled',
@@ -291,7 +296,7 @@ def reward_trade_off(section: Section) -> list[Figure] | str:
   for name, groups in sections.strata(
     with_divergence, weights, lambda g: re.sub(' α=[^,]*', '', g.method)
   ).items():
-    # At alpha = 0 the divergence is a setting that changes nothing.
+    # At alpha = 0 the divergence has no effect.
     vary = (*weights, 'DIVERGENCE', 'BETA')
     alone = [
       g
@@ -307,15 +312,15 @@ def reward_trade_off(section: Section) -> list[Figure] | str:
     return 'Reward and distillation: needs RL+GKD runs of two or more ALPHA.'
   used = [g for groups in series.values() for g in groups]
   metric, label = _reward_metric(section, used)
-  # Without the teacher's line: it is far from the points.
+  # Without the teacher, whose level is far from the points.
   base, _ = _reference_lines(section, section.metric, used)
   return [
     Figure(
       'reward_trade_off',
       'Reward and distillation',
       f'{tables.axis_label(section.metric)}{_direction(section)} against '
-      f'{label}, for each weight α of the distillation (paper, Eq. 5): at '
-      f'α = 1 there is no reward, at 0 nothing else.{_errors(used)}',
+      f'{label}, for each weight α of the distillation (paper, Eq. 5): α = 1 '
+      f'is distillation only, α = 0 is reward only.{_errors(used)}',
       Plot(
         label,
         tables.axis_label(section.metric),
@@ -339,7 +344,7 @@ def reward_trade_off(section: Section) -> list[Figure] | str:
 def _reward_metric(
   section: Section, groups: Sequence[Group]
 ) -> tuple[str, str]:
-  """Returns what stands for the reward, and its label."""
+  """Returns the metric that measures the reward, and its label."""
   decoding = section.metric.rpartition('/')[0]
   choices = {
     f'{decoding}/reward': 'reward',
@@ -365,9 +370,9 @@ def curves(section: Section) -> list[Figure] | str:
     most = ''
     if len(series) > plots.MAX_SERIES:
       which = f'{plots.MAX_SERIES} of {len(series)} methods'
-      most = f' The {which} that are best at the end.'
+      most = f' Shows the {which} with the best final metric.'
       if section.mode is None:
-        most = f' The first {which}.'
+        most = f' Shows the first {which}.'
       series = _best_at_the_end(series, section.mode)
     shown = [group for group in of_origin if group.name in series]
     lines = [
@@ -398,15 +403,15 @@ def curves(section: Section) -> list[Figure] | str:
       )
     )
   return found or (
-    'During training: needs a method that was evaluated twice or more '
-    f'while it was trained ("validation/{section.metric}").'
+    'During training: needs a method with two or more evaluations during '
+    f'training ("validation/{section.metric}").'
   )
 
 
 def _best_at_the_end(
   series: Mapping[str, Sequence[Point]], mode: str | None
 ) -> dict[str, Sequence[Point]]:
-  """Returns as many series as can be told apart, in their order."""
+  """Returns the best `plots.MAX_SERIES` series, in their order."""
   names = list(series)
   if mode is not None:
     names.sort(key=lambda name: series[name][-1].y.value, reverse=mode == 'max')
@@ -415,7 +420,7 @@ def _best_at_the_end(
 
 
 def _curve(section: Section, group: Group) -> list[Point]:
-  """Returns the means over seeds at the steps that all seeds have."""
+  """Returns the means over seeds, at the steps that all seeds share."""
   key = f'validation/{section.metric}'
   by_seed = []
   for run in group.runs:
@@ -432,10 +437,10 @@ def _curve(section: Section, group: Group) -> list[Point]:
 def _reference_lines(
   section: Section, metric: str, methods: Sequence[Group]
 ) -> tuple[Line | None, list[Line]]:
-  """Returns the level of the methods' initial student, and other levels.
+  """Returns the level of the initial student, and the other levels.
 
-  The first is None if there are several initial students; they are among the
-  others then, as the teachers are.
+  The first is None if the methods have several initial students. The other
+  levels are the teachers and, in that case, the initial students.
   """
   initial, teachers = (
     [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison found, in one sentence computed from its numbers."""
+"""The finding of a comparison, as one sentence computed from its numbers."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ def describe(section: Section) -> str:
 
 
 def _ranked(section: Section) -> list[Group]:
-  """Returns the methods, best first; none if that is not known of all."""
+  """Returns the methods, best first; [] if a method lacks the metric."""
   methods = section.methods
   if all('gap_closed' in group.means for group in methods):
     return sorted(methods, key=lambda g: -g.means['gap_closed'].value)
@@ -62,10 +62,10 @@ def _ranked(section: Section) -> list[Group]:
 
 
 def _trend(ranked: Sequence[Group]) -> str:
-  """Returns whether a larger share of the student's own outputs was better.
+  """Returns a clause on whether a larger share of student outputs was better.
 
-  Methods are compared that have a divergence; empty if several of them have the
-  same share, or fewer than two have one.
+  Compares the methods with a divergence. Empty for fewer than two of them, or
+  if two have the same share.
   """
   shares = [
     runs_lib.student_data_fraction(group.settings)

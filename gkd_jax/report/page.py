@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page with a report: no scripts, and nothing that is loaded.
+"""Renders a report as one self-contained HTML page without scripts.
 
-Sample outputs are strips of tokens, coloured by how far the student is from the
-teacher at each of them. A token says more when it is pointed at or clicked on.
+Sample outputs are rows of tokens, coloured by the divergence between student
+and teacher at each token. Hovering over a token or clicking it shows details.
 """
 
 import bisect
@@ -14,17 +14,17 @@ from typing import Any
 from gkd_jax.report import figures as figures_lib
 from gkd_jax.report import plots
 
-# Upper ends, in nats, of the colours of tokens; the last colour has none.
+# Upper bounds, in nats, of the token colours; the last colour is unbounded.
 _NATS = (0.05, 0.2, 0.5, 1.0, 2.0)
 _OPEN_EXAMPLES = 5  # the others are folded
 _MAX_TOKENS = 20_000  # in the page: about 4 MB
-_LONG = 400  # characters of a text that are shown unfolded
-_LONG_STRIP = 40  # characters of an output with which a line is full
+_LONG = 400  # characters; longer texts are folded
+_LONG_STRIP = 40  # characters of an output that fill a line
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawnFigure:
-  """A figure, the name of its file without an ending, and how it is drawn."""
+  """A figure, the name of its file without suffix, and its drawing."""
 
   figure: figures_lib.Figure
   file: str
@@ -33,19 +33,19 @@ class DrawnFigure:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """What a report shows of one task and split; all texts are plain.
+  """The part of a report on one task and split; all texts are plain text.
 
   Attributes:
-    heading: empty if there is one part only.
-    summary: what was compared, and what came out, in sentences.
-    table: rows of cells, the head first.
-    best: (row, column) of the best means, not counting head and names.
+    heading: empty if the report has one part only.
+    summary: sentences on the comparison and its result.
+    table: rows of cells, header first.
+    best: (row, column) of the best means, not counting header and names.
     notes: on the table.
     also_run: a table like the first; may be empty.
-    figures: those that the runs have enough for.
-    left_out: why the other figures are not there.
-    samples: (experiment, what samples_<split>.json holds).
-    runs: a table of all runs, the head first.
+    figures: with sufficient runs.
+    left_out: why the other figures are missing.
+    samples: (experiment, content of samples_<split>.json).
+    runs: a table of all runs, header first.
   """
 
   heading: str
@@ -65,8 +65,8 @@ def render(title: str, parts: Sequence[Part], not_used: Sequence[str]) -> str:
 
   Args:
     title: of the report.
-    parts: one a task and split.
-    not_used: lines on what was matched but is not in the report.
+    parts: one per task and split.
+    not_used: lines on folders that RUNS matches but the report does not use.
   """
   body = [f'<header><h1>{escape(title)}</h1>{_contents(parts)}</header>']
   for i, part in enumerate(parts):
@@ -131,7 +131,7 @@ def _table(
   label: str,
   best: set[tuple[int, int]] = frozenset(),
 ) -> str:
-  """Returns a table that scrolls where it is too wide."""
+  """Returns a table that scrolls horizontally if it is too wide."""
   head = ''.join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
   body = []
   for y, (name, *cells) in enumerate(rows[1:]):
@@ -171,7 +171,7 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _samples(samples: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-  """Returns the outputs for the first examples, one strip an experiment."""
+  """Returns the outputs for the first examples, one row per experiment."""
   first = samples[0][1]['examples']
   cards, num_tokens, num_shown = [], 0, 0
   for i, example in enumerate(first):
@@ -195,22 +195,22 @@ def _samples(samples: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
       f'{"".join(folded)}</details>'
     )
   hidden = len(first) - num_shown
-  rest = f' {hidden} more are in samples_*.json.' if hidden else ''
+  rest = f' samples_*.json has {hidden} more examples.' if hidden else ''
   decodings = sorted({of_run['decoding'] for _, of_run in samples})
   return f"""<h3>Where student and teacher disagree</h3>
 <p>Each student's own output ({escape(', '.join(decodings))} decoding), token by
-token: the mistakes it can learn from. A token's colour is KL(student‖teacher)
-there, in nats, over the whole vocabulary at temperature 1, given what the
-student wrote before it. Underlined: the teacher would rather have written
-something else. Point at a token, or click on it, for the probabilities; ∎ is
-the end of the output.{rest}</p>
+token. The colour of a token is KL(student‖teacher) at its position, in nats,
+over the whole vocabulary at temperature 1, given the student's previous tokens.
+Tokens are underlined if the teacher's most likely token is another one. Hover
+over a token or click it for the probabilities. ∎ is the end of the
+output.{rest}</p>
 {_legend()}
 {''.join(shown)}
 {more}"""
 
 
 def _legend() -> str:
-  """Returns the colours of tokens with their ranges."""
+  """Returns the legend of the token colours."""
   ends = [f'{nats:g}' for nats in _NATS]
   ranges = [
     f'below {ends[0]}',
@@ -242,10 +242,9 @@ def _example(
 
 
 def _text(text: str) -> str:
-  """Returns a text as it is, folded where it is long.
+  """Returns a text, folded if it is long.
 
-  Of a long one the end is shown, too: in a prompt with examples the question
-  stands there.
+  The folded form shows start and end: a few-shot prompt ends with the question.
   """
   if len(text) <= _LONG:
     return f'<span class="text">{escape(text)}</span>'
@@ -257,7 +256,7 @@ def _text(text: str) -> str:
 
 
 def _strip(name: str, tokens: Sequence[Mapping[str, Any]], eos_id: int) -> str:
-  """Returns one output, and in words where it is furthest from the teacher."""
+  """Returns one output, and a note on its token with the largest KL."""
   spans = ''.join(_token(token, eos_id) for token in tokens)
   mean = sum(token['kl'] for token in tokens) / len(tokens)
   detail = f'mean {mean:.2f} nats'
@@ -283,7 +282,7 @@ def _token(token: Mapping[str, Any], eos_id: int) -> str:
   if token['id'] == eos_id:
     text = '∎'
   elif not text:
-    text = '·'  # a part of a letter; or a token that is not shown
+    text = '·'  # a byte of a character, or a token without text
   text = text.replace('\n', '↵\n')
   detail = (
     f'{_name(token["text"], token["id"], eos_id)}: '
@@ -305,14 +304,14 @@ def _token(token: Mapping[str, Any], eos_id: int) -> str:
 
 
 def _name(text: str, id: int, eos_id: int) -> str:
-  """Returns a token as it is called in a sentence."""
+  """Returns the name of a token in a sentence."""
   if id == eos_id:
     return 'the end'
   return f'“{text}”'.replace('\n', '↵') if text else f'token {id}'
 
 
-# Colours of tokens are one hue, more of it for more nats: told apart without
-# seeing hues, and text stays legible on all of them (contrast above 4.5).
+# Token colours have one hue and differ in opacity: readers with colour
+# blindness can distinguish them, and text stays legible (contrast above 4.5).
 _STYLE = """
 :root {
   --ground: #fff; --panel: #f6f7f8; --ink: #1b1f24; --muted: #59636e;

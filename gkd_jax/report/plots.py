@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bars, curves and heat maps: plain data, and how matplotlib draws it.
+"""Bars, curves and heat maps: their data, and drawing with matplotlib.
 
 `draw` makes a matplotlib figure of `Bars`, a `Plot` or a `HeatMap`; `save` and
-`svg` write that. matplotlib is imported when something is drawn.
+`svg` write the figure. matplotlib is imported on first use.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from gkd_jax.report import tables
 from gkd_jax.report.tables import Mean
 
-# Told apart with all common kinds of colour blindness, on light and on dark
-# ground (after Paul Tol's 'vibrant'); shapes tell the same.
+# Distinguishable with all common kinds of colour blindness, on light and dark
+# background (after Paul Tol's 'vibrant'). Markers are distinct, too.
 _COLORS = (
   '#0077bb',
   '#ee7733',
@@ -28,8 +28,8 @@ _COLORS = (
   '#998800',
 )
 _MARKERS = 'os^DvPX*'
-MAX_SERIES = len(_MARKERS)  # that can be told apart
-# Of text and lines. In a page it becomes the page's own text colour.
+MAX_SERIES = len(_MARKERS)  # that are distinguishable
+# Of text and lines. `svg` replaces it by the page's text colour.
 _INK = '#1b1f24'
 _STYLE = {
   'axes.edgecolor': _INK,
@@ -41,7 +41,7 @@ _STYLE = {
   'legend.frameon': False,
   'savefig.facecolor': 'white',
   'svg.fonttype': 'none',  # text stays text
-  'svg.hashsalt': 'gkd_jax',  # the same file each time
+  'svg.hashsalt': 'gkd_jax',  # deterministic ids
   'text.color': _INK,
   'xtick.color': _INK,
   'ytick.color': _INK,
@@ -50,7 +50,7 @@ _STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """A level to compare with: a teacher's, an initial student's."""
+  """A reference level, of a teacher or an initial student."""
 
   name: str
   mean: Mean
@@ -62,9 +62,9 @@ class Panel:
 
   Attributes:
     label: of the metric's axis.
-    bars: {name: mean, or None where it was not measured}.
-    base: where bars begin, the initial student's level; None: at 0.
-    lines: levels to compare with.
+    bars: {name: mean, or None if not measured}.
+    base: start of the bars, the initial student's level; None: 0.
+    lines: reference levels.
   """
 
   label: str
@@ -82,7 +82,7 @@ class Bars:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One point of a series; what it is called, if that is not clear."""
+  """One point of a series, with an optional label."""
 
   x: Mean
   y: Mean
@@ -94,11 +94,11 @@ class Plot:
   """Series of points, joined by lines.
 
   Attributes:
-    x_label: and unit.
-    y_label: and unit.
-    series: {name: points, in their order}.
-    lines: horizontal levels.
-    x_ticks: {place: text}; None: as usual.
+    x_label: with unit.
+    y_label: with unit.
+    series: {name: points, in order}.
+    lines: horizontal reference levels.
+    x_ticks: {position: text}; None: matplotlib's.
     log_x: whether x is logarithmic.
   """
 
@@ -112,14 +112,14 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class HeatMap:
-  """Means by row and column; None where there is no run.
+  """Means by row and column; None for a cell without runs.
 
   Attributes:
     label: of the metric.
     x_label: of the columns.
-    columns: their names.
-    rows: {name: means, one a column}.
-    mode: 'min' or 'max', which is better and so brighter; None: not known.
+    columns: names of the columns.
+    rows: {name: means, one per column}.
+    mode: 'min' or 'max': better values are brighter; None: unknown.
   """
 
   label: str
@@ -130,7 +130,11 @@ class HeatMap:
 
 
 def mean_curve(by_seed: Sequence[Mapping[int, float]]) -> list[Point]:
-  """Returns the mean at each step that all seeds have: {step: value} each."""
+  """Returns the mean at each step that all seeds share.
+
+  Args:
+    by_seed: {step: value} of each seed.
+  """
   steps = set.intersection(*(set(at) for at in by_seed))
   return [
     Point(exact(step), tables.mean([at[step] for at in by_seed]))
@@ -139,7 +143,7 @@ def mean_curve(by_seed: Sequence[Mapping[int, float]]) -> list[Point]:
 
 
 def exact(value: float) -> Mean:
-  """Returns a number that is no estimate."""
+  """Returns a number without error."""
   return Mean(float(value), None, 1)
 
 
@@ -147,7 +151,7 @@ def exact(value: float) -> Mean:
 
 
 def rows(data: Bars | Plot | HeatMap) -> list[list[str]]:
-  """Returns the numbers as a table, its head first."""
+  """Returns the numbers as a table, header first."""
   if isinstance(data, Bars):
     lines = [
       line
@@ -197,7 +201,7 @@ def _number(mean: Mean | None) -> str:
   return tables.format_mean(mean, '{:.4g}')
 
 
-# --- How they are drawn -------------------------------------------------------
+# --- Drawing ------------------------------------------------------------------
 
 
 def draw(data: Bars | Plot | HeatMap):
@@ -210,7 +214,7 @@ def draw(data: Bars | Plot | HeatMap):
 
 
 def save(drawn, path: pathlib.Path) -> None:
-  """Writes what `draw` returned as a picture; the ending says which kind."""
+  """Writes a result of `draw` to a file; the suffix determines the format."""
   import matplotlib
 
   with matplotlib.rc_context(_STYLE):
@@ -218,11 +222,11 @@ def save(drawn, path: pathlib.Path) -> None:
 
 
 def svg(drawn, prefix: str) -> str:
-  """Returns what `draw` returned as SVG for a page, in its own text colour.
+  """Returns a result of `draw` as SVG, with the page's text colour.
 
   Args:
     drawn: the figure.
-    prefix: of the names in the SVG: those of two figures must differ.
+    prefix: of the ids in the SVG, which must be unique in a page.
   """
   import matplotlib
 
@@ -234,7 +238,7 @@ def svg(drawn, prefix: str) -> str:
       transparent=True,
       metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')),
     )
-  # Less the XML declaration, and the size in points: the page has its own.
+  # Removes the XML declaration, and the size, which the page's style sets.
   code = re.sub(r'^.*?(?=<svg)', '', text.getvalue(), flags=re.DOTALL)
   code = re.sub(r' (?:width|height)="[\d.]+pt"', '', code, count=2)
   code = code.replace(_INK, 'currentColor')
@@ -266,7 +270,7 @@ def _draw_bars(data: Bars):
         xerr=mean.error,
         error_kw={'ecolor': _INK, 'elinewidth': 1.2, 'capsize': 3},
       )
-      # Beyond the bar's end, or the error's.
+      # Beyond the end of the bar or of its error bar.
       out = -1 if mean.value < start else 1
       axes.annotate(
         f'{mean.value:.1f}',
@@ -289,7 +293,7 @@ def _draw_bars(data: Bars):
 
 
 def _draw_levels(line, span, levels) -> None:
-  """Draws levels with their standard errors: the first solid, others not."""
+  """Draws reference levels with their standard errors, in distinct styles."""
   styles = iter((':', '--', '-.', (0, (3, 1, 1, 1, 1, 1))) * 3)
   for level in levels:
     if level is None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathers finished runs into the paper's tables and figures.
+"""Makes the paper's tables and figures of finished runs.
 
-`report.html` is one page that needs nothing else, with sample outputs token by
-token; `report.md` has the same table, with the figures beside it. For programs:
-`report.json` holds everything, `results.json` one flat row per method and run.
+`report.html` is one self-contained page, with sample outputs token by token;
+`report.md` has the same table, and its figures are files beside it. For
+programs: `report.json` has everything, `results.json` has one flat row per
+method and per run.
 """
 
 import json
@@ -28,7 +29,7 @@ from gkd_jax.report.sections import Group, Section
 from gkd_jax.report.tables import Column
 from gkd_jax.runtime import files
 
-_MAX_METRICS = 4  # of a task, in the table; the others are in report.json
+_MAX_METRICS = 4  # of a task in the table; report.json has all
 
 
 def report(
@@ -46,14 +47,15 @@ def report(
 
   Args:
     runs: see `runs.find`.
-    output_dir: made if it is not there; None: `report`, beside the runs.
-    title: of the report; None: made from the tasks' names.
+    output_dir: created if it does not exist; None: `report`, beside the runs.
+    title: of the report; None: derived from the names of the tasks.
     metric: see `sections.make`.
     mode: see `sections.make`.
     tuned: see `sections.make`.
 
   Raises:
-    ValueError: nothing is matched, no run is done, or no run has the metric.
+    ValueError: `runs` matches no run folder, no run is done, or no run has the
+      metric.
   """
   if mode not in (None, 'min', 'max'):
     raise ValueError(f"MODE must be 'min', 'max' or None, got {mode!r}.")
@@ -108,11 +110,11 @@ def _beside(found: Sequence[Run]) -> pathlib.Path:
   return (common.parent if len(found) == 1 else common) / 'report'
 
 
-# --- What is said of a section ------------------------------------------------
+# --- Parts of a report --------------------------------------------------------
 
 
 def _part(section: Section, one_of_several: bool) -> page.Part:
-  """Returns all that the report shows of a section."""
+  """Returns the part of a report on a section."""
   prefix = f'{section.task}_{section.split}_' if one_of_several else ''
   of_section, left_out = figures.make_all(section)
   columns = _columns(section)
@@ -121,8 +123,8 @@ def _part(section: Section, one_of_several: bool) -> page.Part:
   names = [name for name, _ in named]
   if methods and not any('gap_closed' in means for _, means in methods):
     left_out.append(
-      '"gap closed": it needs the runs of the initial student and of the '
-      'teacher, too. Add their folders to RUNS.'
+      '"gap closed": needs the runs of the initial student and of the teacher. '
+      'Add their folders to RUNS.'
     )
   return page.Part(
     heading=f'{section.task}, {section.split} split' if one_of_several else '',
@@ -160,7 +162,7 @@ def _part(section: Section, one_of_several: bool) -> page.Part:
 
 
 def _columns(section: Section) -> list[Column]:
-  """Returns the columns of the main table: the main metric's first."""
+  """Returns the columns of the main table, the main metric first."""
   base = section.metric.rpartition('/')[2]
   measured = {*_measured(section)}
   columns = []
@@ -184,7 +186,7 @@ def _columns(section: Section) -> list[Column]:
 
 
 def _measured(section: Section) -> dict[str, None]:
-  """Returns the names of all that some group has, in their order."""
+  """Returns the names of all metrics of all groups, in order."""
   groups = (*section.groups, *section.also_run)
   return {name: None for group in groups for name in group.means}
 
@@ -201,7 +203,7 @@ def _task_metrics(section: Section) -> list[str]:
 
 
 def _summary(section: Section) -> list[str]:
-  """Returns what was compared, and what came out, in sentences."""
+  """Returns sentences on the comparison and its result."""
   num_runs = len(section.runs)
   label = tables.axis_label(section.metric)
   which = {'min': ', lower is better', 'max': ', higher is better', None: ''}
@@ -215,39 +217,40 @@ def _summary(section: Section) -> list[str]:
     span = f'{seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'{seeds[-1]}'
     sentences.append(f'Means ± standard errors over {span} seeds.')
   elif seeds:
-    sentences.append('One seed each: small differences are noise.')
+    sentences.append('One seed each: small differences may be noise.')
   if finding := findings.describe(section):
     sentences.append(finding)
   return sentences
 
 
 def _notes(section: Section, columns: Sequence[Column]) -> list[str]:
-  """Returns what the table's columns mean, as far as they are there."""
-  there = {column.metric for column in columns}
+  """Returns explanations of the columns that the table has."""
+  metrics = {column.metric for column in columns}
   notes = []
   if any(column.head.endswith('at T=1') for column in columns):
-    notes.append('At T=1: outputs are sampled at temperature 1; else greedy.')
-  if 'gap_closed' in there:
     notes.append(
-      'Gap closed: (initial student - after) / (initial student - teacher) on '
-      f'{tables.axis_label(section.metric)}; each run against its own.'
+      'At T=1: outputs sampled at temperature 1. Other columns: greedy.'
     )
-  if sections.KL in there:
+  if 'gap_closed' in metrics:
     notes.append(
-      'KL(student‖teacher): nats per token on outputs that the student sampled '
-      "itself, mean over an output's tokens, then over outputs."
+      'Gap closed: (initial student - student) / (initial student - teacher) '
+      f'on {tables.axis_label(section.metric)}, with the initial student and '
+      'the teacher of each run.'
     )
-  if 'train_seconds' in there:
+  if sections.KL in metrics:
     notes.append(
-      'Seconds: of training steps, without compilation and evaluation.'
+      'KL(student‖teacher): nats per token on outputs sampled from the '
+      'student; mean over the tokens of an output, then over outputs.'
     )
+  if 'train_seconds' in metrics:
+    notes.append('Seconds: training steps, without compilation and evaluation.')
   if more := _task_metrics(section)[_MAX_METRICS:]:
-    notes.append(f'In report.json alone: {", ".join(more)}.')
+    notes.append(f'Only in report.json: {", ".join(more)}.')
   return [*notes, *section.notes]
 
 
 def _samples(section: Section) -> list[tuple[str, Mapping[str, Any]]]:
-  """Returns (name, samples) of each group that has them, of its first seed."""
+  """Returns (name, samples of the first seed) of each group with samples."""
   found = []
   for group in section.groups:
     for run in sorted(group.runs, key=lambda run: run.seed or 0):
@@ -259,13 +262,13 @@ def _samples(section: Section) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _relative_path(folder: pathlib.Path) -> str:
-  """Returns a path as it is from here, if it is below."""
+  """Returns a path, relative to the working directory if it is below it."""
   here = pathlib.Path.cwd()
   return str(folder.relative_to(here) if here in folder.parents else folder)
 
 
 def _command(run: Run) -> str:
-  """Returns the command that the run was started with, if it is known."""
+  """Returns the command that started the run; empty if unknown."""
   path = run.folder / 'versions.json'
   if not path.is_file():
     return ''
@@ -273,7 +276,7 @@ def _command(run: Run) -> str:
   return shlex.join(('python', '-m', 'gkd_jax.main', *arguments))
 
 
-# --- For programs, and in Markdown --------------------------------------------
+# --- JSON and Markdown --------------------------------------------------------
 
 
 def _as_json(section: Section, part: page.Part) -> dict[str, Any]:

@@ -21,12 +21,13 @@ def rows(sections: Sequence[Section]) -> dict[str, Any]:
   """Returns the rows of all sections.
 
   Returns:
-    {'methods': one row a group, 'runs': one row a run}. A row has 'method', an
-    identifier such as 'supervised_kd'; 'task' and 'split'; the task's metrics,
-    'wer' greedy and 'sampled_wer' sampled; 'gap_closed', None if not known;
-    'kl_on_student_outputs' and 'kl_on_dataset_outputs', KL(student || teacher)
-    in nats per token; 'steps' and 'seconds' of training. Rows of methods hold
-    means over 'seeds', and their standard errors as '<name>_se'.
+    {'methods': one row per group, 'runs': one row per run}. A row has 'method',
+    an identifier such as 'supervised_kd'; 'task' and 'split'; the task's
+    metrics, e.g. 'wer' (greedy) and 'sampled_wer'; 'gap_closed', None if
+    unknown; 'kl_on_student_outputs' and 'kl_on_dataset_outputs',
+    KL(student || teacher) in nats per token; 'steps' and 'seconds' of training.
+    Rows of methods have means over 'seeds' runs, and their standard errors as
+    '<name>_se'.
   """
   methods, runs = [], []
   for section in sections:
@@ -74,7 +75,7 @@ def _renamed(values, role) -> dict[str, Any]:
 
 
 def _named(values) -> list[tuple[str, str]]:
-  """Returns (metric, its name in a row) of what rows hold."""
+  """Returns (metric, its name in a row) of the metrics that rows contain."""
   named = []
   for metric in values:
     decoding, _, name = metric.rpartition('/')

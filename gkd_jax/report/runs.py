@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs as they lie on disk: settings, results, who began from whom.
+"""Reads finished runs: settings, results, and their teacher and initial run.
 
-A run's folder says all of it: config.gin (the settings that were read),
-eval_<split>.json, samples_<split>.json and metrics.jsonl. An evaluation written
-elsewhere (--run_mode=eval) belongs to the run whose checkpoint it names.
+A run's folder has config.gin, eval_<split>.json, samples_<split>.json and
+metrics.jsonl. An evaluation in another folder (--run_mode=eval) belongs to the
+run whose checkpoint it names.
 """
 
 import ast
@@ -20,7 +20,7 @@ from typing import Any
 
 from gkd_jax.runtime import metrics as metrics_lib
 
-# What changes neither what is learnt nor what is measured at the end.
+# Settings that affect neither training nor the final evaluation, and the seed.
 IGNORED_SETTINGS = (
   'BEST_METRIC',
   'BEST_MODE',
@@ -46,26 +46,25 @@ _INITIAL = 'INITIAL_CHECKPOINT_PATH'
 _TEACHER = 'TEACHER_CHECKPOINT_PATH'
 _EVALUATION = re.compile(r'eval_\w+\.json')
 
-REWARD = 'train/reward'  # of the student's own outputs, while it learns
+REWARD = 'train/reward'  # of the student's own outputs during training
 
-# What was measured: (task, split).
 TaskSplit = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """A run that is done, or a checkpoint of others that was evaluated.
+  """A finished run, or an evaluated checkpoint that is not of a run.
 
   Attributes:
     folder: of the run, or of the checkpoint.
     settings: {macro or parameter: value} of config.gin; references to functions
       are texts such as '@divergences.forward_kl'. Empty without a config.gin.
     results: {(task, split): {name: number}}.
-    samples: {(task, split): what samples_<split>.json holds}.
-    curve: lines of metrics.jsonl that have validation metrics.
-    teacher: folder of its teacher's run or checkpoint, or of one that it was
-      only compared with.
-    initial: folder of what it started from.
+    samples: {(task, split): content of samples_<split>.json}.
+    curve: lines of metrics.jsonl with validation metrics.
+    teacher: folder of the run or checkpoint of its teacher, or of the teacher
+      that an evaluation compared it with.
+    initial: folder of the run or checkpoint of its initial student.
   """
 
   folder: pathlib.Path
@@ -85,23 +84,23 @@ class Run:
     return self.settings.get('MIXTURE_OR_TASK_NAME', 'unknown task')
 
 
-# --- Finding them -------------------------------------------------------------
+# --- Finding runs -------------------------------------------------------------
 
 
 def find(
   patterns: str | Sequence[str],
 ) -> tuple[list[Run], list[tuple[pathlib.Path, str]]]:
-  """Reads the runs that a glob names.
+  """Reads the runs that a glob matches.
 
   Args:
-    patterns: one or several globs, `**` included. A folder that is matched and
-      is no run itself stands for all runs below it.
+    patterns: one or several globs, which may contain `**`. A matched folder
+      that is not a run stands for all runs below it.
 
   Returns:
-    The runs, by folder; and the folders that were left out, with the reason.
+    The runs, sorted by folder; and (folder, reason) of unused folders.
 
   Raises:
-    ValueError: nothing was matched, or no run is done.
+    ValueError: no folder matches, or no run is done.
   """
   if isinstance(patterns, str):
     patterns = (patterns,)
@@ -109,8 +108,8 @@ def find(
   if not folders:
     raise ValueError(
       f'RUNS matches no run folder: {", ".join(map(repr, patterns))} (from '
-      f'{pathlib.Path.cwd()}). Name folders that hold a config.gin, or folders '
-      'above them; quote the glob, so that the shell leaves it alone.'
+      f'{pathlib.Path.cwd()}). Set it to folders that contain a config.gin, or '
+      'to their parents; quote the glob, so that the shell does not expand it.'
     )
   loose = [f for f in folders if not (f / 'config.gin').is_file()]
   runs, left_out = {}, []
@@ -121,7 +120,7 @@ def find(
         runs[folder] = run
       else:
         left_out.append((folder, _why_unfinished(run)))
-  # Evaluations apart from the run whose checkpoint they are of.
+  # Evaluations in other folders than the run of their checkpoint.
   for folder in loose:
     try:
       run = _run_of_evaluation(folder, runs)
@@ -138,27 +137,27 @@ def _matched(pattern: str) -> Iterator[pathlib.Path]:
   """Yields the folders of runs and of evaluations."""
   for top in glob.glob(os.path.expanduser(pattern), recursive=True):
     for folder, below, files in os.walk(top):
-      # Of many files; none is of interest here.
+      # Checkpoints have many files, none of which is needed here.
       below[:] = [name for name in below if not name.startswith('checkpoint_')]
       if 'config.gin' in files or any(_EVALUATION.fullmatch(f) for f in files):
         yield pathlib.Path(folder).resolve()
 
 
 class _NotUsed(Exception):
-  """Why an evaluation tells nothing about the runs."""
+  """An evaluation cannot be used; the message is the reason."""
 
 
 def _run_of_evaluation(
   folder: pathlib.Path, runs: Mapping[pathlib.Path, Run]
 ) -> Run:
-  """Returns the run that an evaluation is of, or one that is nothing else."""
+  """Returns the run whose checkpoint was evaluated, or a new run for it."""
   for values in _json_files(folder, 'eval').values():
     checkpoint = pathlib.Path(values.get('checkpoint', ''))
     of = _without_step(checkpoint)
     if of not in runs:  # the runs may have been moved since
       of = next((f for f in runs if folder.is_relative_to(f)), of)
     if of not in runs and 'task' not in values:
-      raise _NotUsed('its eval_<split>.json does not say of which task it is')
+      raise _NotUsed('its eval_<split>.json has no task')
     run = runs.get(of, Run(of, {}, {}, {}))
     own = {r['step'] for r in run.results.values() if 'step' in r}
     step = re.fullmatch(r'checkpoint_(\d+)', checkpoint.name)
@@ -187,7 +186,7 @@ def _read(folder: pathlib.Path) -> Run:
   run = _with_evaluation(run, folder)
   steps = settings.get('TRAIN_STEPS')
   if not run.results and run.curve and run.curve[-1]['step'] == steps:
-    # Nothing is evaluated after training: what was at its last step.
+    # No evaluation after training: use the validation metrics of the last step.
     values = {
       name.removeprefix('validation/'): value
       for name, value in run.curve[-1].items()
@@ -197,7 +196,7 @@ def _read(folder: pathlib.Path) -> Run:
     where = (run.task, split)
     run = dataclasses.replace(run, results={where: {'step': steps, **values}})
   rewards = [line[REWARD] for line in lines if REWARD in line]
-  if rewards:  # of what it wrote in the last tenth of its training
+  if rewards:  # mean over the last tenth of training
     last = rewards[-max(1, len(rewards) // 10) :]
     of_training = {REWARD: sum(last) / len(last)}
     results = {key: of_training | run.results[key] for key in run.results}
@@ -214,7 +213,7 @@ def _why_unfinished(run: Run) -> str:
 
 
 def _with_evaluation(run: Run, folder: pathlib.Path) -> Run:
-  """Adds what an evaluation wrote; what is known already stays."""
+  """Adds the results of an evaluation; keeps results that the run has."""
   samples = _json_files(folder, 'samples')
   results, all_samples = dict(run.results), dict(run.samples)
   teacher = run.teacher
@@ -249,9 +248,9 @@ def _json_files(folder: pathlib.Path, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def read_settings(config: str) -> dict[str, Any]:
-  """Returns {name: value} of a config.gin; what is no literal stays a text."""
+  """Returns {name: value} of a config.gin; non-literals are texts."""
   settings = {}
-  # A long value begins on the next line, and goes on while lines are indented.
+  # gin puts a long value on the following, indented lines.
   statement = re.compile(
     r'^([\w./]+) = (?:\\\n)?(.+(?:\n[ ].*)*)', re.MULTILINE
   )
@@ -261,24 +260,25 @@ def read_settings(config: str) -> dict[str, Any]:
       settings[name] = ast.literal_eval(text)
     except (ValueError, SyntaxError):
       settings[name] = text
-  for name, value in settings.items():  # a macro may stand for another
+  for name, value in settings.items():  # a macro may refer to another macro
     if is_macro(name) and isinstance(value, str) and value.startswith('%'):
       settings[name] = settings.get(value[1:], value)
   return settings
 
 
 def is_macro(name: str) -> bool:
-  """Whether a setting is a macro, not a parameter of some function."""
+  """Whether a setting is a macro, not a parameter of a function."""
   return name.isupper() and '.' not in name
 
 
 def _resolve(
   folder: pathlib.Path, settings: Mapping[str, Any], name: str
 ) -> pathlib.Path | None:
-  """Returns the folder that a setting of a run names, wherever it is now.
+  """Returns the current location of a folder that a setting of a run names.
 
-  A path may be relative to where the run was started, and the runs may have
-  been moved since: beside this run is looked first.
+  The path may be relative to the working directory of the run, and the runs may
+  have been moved since. Therefore the location relative to this run is tried
+  first.
   """
   path = settings.get(name)
   if path is None:
@@ -301,14 +301,15 @@ def _without_step(path: pathlib.Path) -> pathlib.Path:
 def experiment_key(
   run: Run, without: frozenset[str] = frozenset()
 ) -> frozenset[tuple[str, str]]:
-  """Returns what makes a run the same experiment as another, but for its seed.
+  """Returns a key that is equal for runs that differ only in their seed.
 
-  These are its settings, and those of the runs that it began from. Of a model
-  that is no run it is the path, in which 'seed_0' stands for any seed's.
+  It contains the settings of the run, and of the runs of its teacher and
+  initial student. A teacher or initial student that is not a run contributes
+  its path, with the seed masked.
 
   Args:
-    run: any.
-    without: settings to leave out, of the runs that it began from, too.
+    run: any run.
+    without: settings to ignore, also of teacher and initial student.
   """
   return _key(run.folder, run.settings, without=without)
 
@@ -350,10 +351,9 @@ def _read_file(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _mask_seed(value: Any, settings: Mapping[str, Any]) -> Any:
-  """Returns a path with the run's seed replaced; other values as they are.
+  """Masks the run's seed in a path; returns other values unchanged.
 
-  A number is the seed where the path says so. Others stay: 't5_1_1_base' is no
-  other model for the run with seed 1.
+  Only a number after 'seed' is masked: 't5_1_1_base' stays the same for seed 1.
   """
   if not isinstance(value, str) or '/' not in value or value.startswith('@'):
     return value
@@ -361,11 +361,11 @@ def _mask_seed(value: Any, settings: Mapping[str, Any]) -> Any:
   return re.sub(rf'(seed[_=-]?){seed}(?!\d|\.\d)', r'\1*', value, flags=re.I)
 
 
-# --- What a run did -----------------------------------------------------------
+# --- Methods ------------------------------------------------------------------
 
 
 def student_data_fraction(settings: Mapping[str, Any]) -> float | None:
-  """Returns lambda; None where the teacher writes while the student learns."""
+  """Returns lambda; None if the teacher writes outputs during training."""
   fraction = settings.get('STUDENT_DATA_FRACTION')
   policy = str(settings.get('POLICY'))
   if 'mixture' in policy and fraction is not None:
@@ -376,7 +376,7 @@ def student_data_fraction(settings: Mapping[str, Any]) -> float | None:
 
 
 def divergence(settings: Mapping[str, Any]) -> str | None:
-  """Returns the divergence's name, e.g. 'JSD(0.9)'; None if there is none."""
+  """Returns the name of the divergence, e.g. 'JSD(0.9)'; None without one."""
   reference = settings.get('DIVERGENCE')
   if reference is None or not settings.get('DIVERGENCE_WEIGHT', 1.0):
     return None
@@ -388,7 +388,7 @@ def divergence(settings: Mapping[str, Any]) -> str | None:
 
 
 def alpha(settings: Mapping[str, Any]) -> float | None:
-  """Returns alpha of the paper's Eq. 5; None where there is no reward."""
+  """Returns alpha of the paper's Eq. 5; None without a reward."""
   reward_weight = settings.get('REWARD_WEIGHT')
   if settings.get('ALPHA') is not None:
     return float(settings['ALPHA'])
@@ -399,7 +399,7 @@ def alpha(settings: Mapping[str, Any]) -> float | None:
 
 
 def method(run: Run) -> str:
-  """Returns the name of a run's method, as the paper calls it."""
+  """Returns the name of a run's method in the paper."""
   settings = run.settings
   if not settings:
     return run.folder.name
@@ -408,7 +408,7 @@ def method(run: Run) -> str:
   if weight is not None:
     if of is None or weight == 0.0:
       return 'RL'
-    # The paper's RLEF*: kept close to what it was, not to a teacher.
+    # The paper's RLEF*: regularized towards the initial student.
     own = run.initial is not None and run.teacher == run.initial
     return f'{"RLEF*" if own else "RL+GKD"} α={weight:g}, {of}'
   by_teacher = settings.get('TRAIN_ON_PREDICTIONS') or fraction is None

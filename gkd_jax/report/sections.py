@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of one task and split: groups of seeds, their means, who is whose.
+"""Sections (task and split) of groups (runs that differ only in the seed).
 
-A group is an experiment: runs that differ in their seed alone. Its name is that
-of its method, and says more where several groups have the same.
+The name of a group is its method; groups with the same method also have their
+distinct settings in the name.
 """
 
 import collections
@@ -18,22 +18,23 @@ from gkd_jax.report.runs import Run
 
 ROLES = ('teacher', 'initial student', 'method')
 KL = 'on_student_outputs/reverse_kl'  # KL(student || teacher)
-# Where the model's width differs, these do, too.
+# These depend on the model's width, EMB_DIM.
 _OF_WIDTH = ('NUM_HEADS', 'HEAD_DIM', 'MLP_DIM')
 _DIVERGENCES = ('forward KL', 'JSD', 'reverse KL', 'total variation')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-  """Runs that differ in their seed alone.
+  """Runs that differ only in the seed.
 
   Attributes:
-    name: no other group of the section has it.
-    role: one of ROLES, to the other runs of the section.
-    method: what it is called in the paper.
-    runs: one a seed. None: a teacher known from others' evaluations alone.
-    means: {metric: mean over the runs}; 'gap_closed' among them, the share of
-      the distance between a run's initial student and its teacher.
+    name: unique in the section.
+    role: one of ROLES.
+    method: its name in the paper.
+    runs: one per seed; empty for a teacher that was only evaluated beside its
+      students.
+    means: {metric: mean over the runs}, including 'gap_closed', the fraction of
+      the gap between initial student and teacher.
   """
 
   name: str
@@ -49,16 +50,16 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Section:
-  """All that was measured on one split of one task.
+  """All results on one split of one task.
 
   Attributes:
-    task: its name.
+    task: name of the task.
     split: of the task.
-    metric: the main one, e.g. 'greedy/wer'.
-    mode: 'min' or 'max', which is better; None: not known.
+    metric: the main metric, e.g. 'greedy/wer'.
+    mode: 'min' or 'max', which is better; None: unknown.
     groups: teachers, initial students, methods, in the order of the tables.
     also_run: methods whose tuned settings are not the best on validation.
-    notes: what a reader must know of how the groups came about.
+    notes: for readers, on the selection of groups.
     tuned: macros in which groups of `also_run` differ from one of `groups`.
   """
 
@@ -79,18 +80,18 @@ class Section:
     return [group for group in self.groups if group.role == role]
 
   def values(self, run: Run) -> Mapping[str, float]:
-    """Returns what was measured of a run, here."""
+    """Returns the metrics of a run in this section."""
     return run.results.get((self.task, self.split), {})
 
   def reference(self, run: Run, role: str, metric: str) -> float | None:
-    """Returns a metric of a run's own teacher or initial student, if known."""
+    """Returns a metric of a run's teacher or initial student; None: unknown."""
     folder = run.teacher if role == 'teacher' else run.initial
     if folder is None:
       return None
     for other in self.runs:
       if other.folder == folder and metric in self.values(other):
         return self.values(other)[metric]
-    if role == 'teacher':  # it may have been measured beside a student of its
+    if role == 'teacher':  # evaluations of its students may have it
       for other in self.runs:
         if other.teacher == folder:
           if (value := self.values(other).get(f'teacher/{metric}')) is not None:
@@ -124,12 +125,12 @@ class Section:
     return sorted(there, key=lambda name: (name != main, name))
 
   def usual_decodings(self) -> list[str]:
-    """Returns `decodings` less those at other temperatures than 1."""
+    """Returns `decodings` without sampling at temperatures other than 1."""
     usual = {}
     for name in self.decodings():
       temperature = tables.temperature_of(name)
       if temperature in (None, 1.0):
-        # Sampling at 1 may have been measured twice: 'sampled', 'sampled_1.0'.
+        # 'sampled' and 'sampled_1.0' are the same decoding: keep one.
         usual.setdefault('sampled' if temperature else name, name)
     return list(usual.values())
 
@@ -146,13 +147,13 @@ def make(
   """Sorts runs into sections and groups.
 
   Args:
-    all_runs: that are done.
-    metric: the main one, e.g. 'greedy/wer' or 'wer'; None: BEST_METRIC of the
-      runs, or the first.
-    mode: 'min' or 'max'; None: BEST_MODE of the runs, or what is usual for a
+    all_runs: finished runs.
+    metric: the main metric, e.g. 'greedy/wer' or 'wer'; None: BEST_METRIC of
+      the runs, or their first metric.
+    mode: 'min' or 'max'; None: BEST_MODE of the runs, or the convention for a
       metric of this name.
-    tuned: macros. Of groups that differ in these alone, the one that is best on
-      the validation split stands for all.
+    tuned: macros. Of groups that differ only in these, the best group on the
+      validation split represents all.
 
   Raises:
     ValueError: no run has the metric.
@@ -166,7 +167,7 @@ def make(
   }
   if metric is not None and metric not in measured:
     raise ValueError(
-      f'METRIC {metric!r} was measured in none of the runs. They have: '
+      f'No run has METRIC {metric!r}. Their metrics: '
       f'{", ".join(sorted(measured))}.'
     )
   return [
@@ -186,10 +187,10 @@ def _section(runs, where, metric, mode, tuned) -> Section:
   by_kind = collections.defaultdict(list)
   for run in runs:
     by_kind[runs_lib.experiment_key(run)].append(run)
-  # Groups that differ in tuned settings alone share a name, at first.
+  # Groups that differ only in tuned settings share a name at first.
   shared = collections.defaultdict(list)
   for kind, of_kind in by_kind.items():
-    # What one seed is to others, all of them are.
+    # All seeds have the role of the one with the foremost role.
     role = min((by_folder[run.folder] for run in of_kind), key=ROLES.index)
     rest = frozenset(part for part in kind if part[0] not in tuned)
     shared[role, rest].append(tuple(of_kind))
@@ -208,14 +209,14 @@ def _section(runs, where, metric, mode, tuned) -> Section:
       if best is None:
         tuned_is_known = False
         notes.append(
-          f'{name}: {len(kinds)} settings of {", ".join(tuned)}, and no '
-          'validation metric to choose by: all are shown.'
+          f'{name}: shows all {len(kinds)} settings of {", ".join(tuned)}, '
+          'because no validation metric can select one.'
         )
       else:
         words = longer[kinds.index(best)].removeprefix(f'{name}, ')
         notes.append(
-          f'{name}: {words} is the best of {len(kinds)} on the validation '
-          'split, and stands here for all.'
+          f'{name}: shows {words}, the best of {len(kinds)} on the validation '
+          'split.'
         )
     for i, kind in enumerate(kinds):
       is_best = kind is best or len(kinds) == 1
@@ -248,7 +249,7 @@ def _section(runs, where, metric, mode, tuned) -> Section:
 
 
 def _main_metric(runs, where, metric, mode) -> tuple[str, str | None]:
-  """Returns the main metric of a section, and which way it is better."""
+  """Returns the main metric of a section and its mode ('min' or 'max')."""
   names = {
     name: None
     for run in runs
@@ -265,7 +266,7 @@ def _main_metric(runs, where, metric, mode) -> tuple[str, str | None]:
     metric = best or next(iter(names))
   elif metric not in names:  # 'wer': greedy, or the first decoding that has it
     having = [n for n in names if n.rpartition('/')[2] == metric]
-    if not having:  # measured on another task alone
+    if not having:  # only other tasks have it
       metric = best or next(iter(names))
     else:
       metric = next((n for n in having if n.startswith('greedy/')), having[0])
@@ -277,7 +278,7 @@ def _main_metric(runs, where, metric, mode) -> tuple[str, str | None]:
 
 
 def _without_repeats(runs) -> tuple[list[Run], list[str]]:
-  """Drops runs that repeat another, seeds and all: they are no new evidence."""
+  """Drops runs with the same settings and seed as another run."""
   first: dict[Any, pathlib.Path] = {}
   stands_for = {
     run.folder: first.setdefault(runs_lib.repeat_key(run), run.folder)
@@ -285,7 +286,7 @@ def _without_repeats(runs) -> tuple[list[Run], list[str]]:
     if run.settings
   }
   repeats = {a: b for a, b in stands_for.items() if a != b}
-  # What began from a repeat is measured against the run that is kept.
+  # Runs that started from a dropped run refer to the kept run instead.
   kept = [
     dataclasses.replace(
       run,
@@ -295,12 +296,12 @@ def _without_repeats(runs) -> tuple[list[Run], list[str]]:
     for run in runs
     if run.folder not in repeats
   ]
-  notes = [f'{a} repeats {b}, and is not counted.' for a, b in repeats.items()]
+  notes = [f'{a} repeats {b} and is ignored.' for a, b in repeats.items()]
   return kept, notes
 
 
 def _roles(runs: Sequence[Run]) -> dict[Any, str]:
-  """Returns {folder: role}. Whoever starts from a student is a method."""
+  """Returns {folder: role}. A run that starts from a student is a method."""
   teachers = {run.teacher for run in runs}
   started_from = {
     run.initial
@@ -318,10 +319,10 @@ def _roles(runs: Sequence[Run]) -> dict[Any, str]:
 
 
 def _best_on_validation(kinds, metric, mode):
-  """Returns the runs whose last validation metric is best, on average.
+  """Returns the runs with the best mean of the last validation metric.
 
-  The average is over the seeds that all have, if there are any: a seed that
-  one lacks may be an easy one.
+  The mean is over the seeds that all settings share, if any, because seeds
+  differ in difficulty.
   """
   if len(kinds) == 1:
     return kinds[0]
@@ -343,7 +344,7 @@ def _best_on_validation(kinds, metric, mode):
 
 
 def last_on_validation(run: Run, metric: str) -> float | None:
-  """Returns a metric of the validation split, as it was at the end."""
+  """Returns the last value of a metric on the validation split."""
   lines = [line for line in run.curve if f'validation/{metric}' in line]
   return lines[-1][f'validation/{metric}'] if lines else None
 
@@ -359,7 +360,7 @@ def _means(section: Section, group: Group) -> dict[str, tables.Mean]:
 
 
 def _teacher_from_students(section: Section) -> list[Group]:
-  """Returns teachers that are no run here: measured beside their students."""
+  """Returns teachers that are not runs of the section, from their students."""
   found = {}
   for group in section.groups:
     for run in group.runs:
@@ -388,11 +389,11 @@ def _teacher_from_students(section: Section) -> list[Group]:
 def unique_names(
   named: Sequence[tuple[str, Run]], ignore: Sequence[str] = ()
 ) -> list[str]:
-  """Returns a name for each; equal ones are told apart by their settings.
+  """Returns unique names: appends differing settings to equal names.
 
   Args:
-    named: (name, a run that has the settings).
-    ignore: settings that are not mentioned.
+    named: (name, a run with the settings).
+    ignore: settings that are not appended.
   """
   alike = collections.defaultdict(list)
   for i, (name, _) in enumerate(named):
@@ -419,7 +420,7 @@ def unique_names(
 
 
 def _named_settings(run: Run) -> dict[str, Any]:
-  """Returns the macros of a run, less those that are no setting."""
+  """Returns the settings of a run that may appear in its name."""
   ignored = {
     *runs_lib.IGNORED_SETTINGS,
     'INITIAL_CHECKPOINT_PATH',
@@ -462,14 +463,14 @@ def _describe_setting(name: str, value: Any) -> str:
 
 
 def divergence_order(name: str) -> tuple[int, str]:
-  """Sorts divergences as the paper does; JSD by its beta."""
+  """Sort key: the paper's order of divergences; JSD by beta."""
   kind = name.partition('(')[0]
   place = _DIVERGENCES.index(kind) if kind in _DIVERGENCES else 9
   return place, name
 
 
 def _sort_key(group: Group) -> tuple:
-  """The order of the tables: by role, policy, divergence, and amounts."""
+  """Sort key of the tables: role, policy, divergence, amounts."""
   settings = group.settings
   divergence = runs_lib.divergence(settings)
   fraction = runs_lib.student_data_fraction(settings)
@@ -487,7 +488,7 @@ def _sort_key(group: Group) -> tuple:
   )
 
 
-# --- Groups that differ in some settings alone --------------------------------
+# --- Groups that differ only in some settings ---------------------------------
 
 
 def strata(
@@ -496,16 +497,17 @@ def strata(
   name: Callable[[Group], str],
   before: Sequence[str] = (),
 ) -> dict[str, list[Group]]:
-  """Puts groups together that differ in some settings alone.
+  """Collects groups that differ only in some settings.
 
   Args:
-    groups: to sort.
+    groups: to collect.
     vary: macros that may differ.
-    name: of what groups that belong together have in common.
-    before: of `vary`, those in which what they began from may differ, too.
+    name: group -> name of its stratum.
+    before: those of `vary` that may differ in the initial student and the
+      teacher, too.
 
   Returns:
-    {name, told apart by their other settings: groups}.
+    {unique name: groups}.
   """
   together = collections.defaultdict(list)
   for group in groups:
@@ -520,12 +522,15 @@ def strata(
 def other_settings(
   group: Group, vary: Sequence[str], before: Sequence[str] = ()
 ) -> frozenset[tuple[str, str]]:
-  """Returns all settings of a group but some macros, and what those decide.
+  """Returns the settings of a group without some macros.
+
+  With DIVERGENCE the parameters of divergences are removed, too.
 
   Args:
     group: of runs.
-    vary: these macros.
-    before: of them, those that are left out of what it began from, too.
+    vary: macros to remove.
+    before: those of `vary` to remove from the initial student's and teacher's
+      settings, too.
   """
   of_divergence = 'DIVERGENCE' in vary
   return frozenset(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means over seeds, and tables of them, for `report`."""
+"""Means over seeds, and tables of means, for `report`."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# Tasks' metrics by their usual names. The first two are in percent.
+# Common names of metrics. The first two kinds are in percent.
 _ERRORS = ('wer', 'per', 'cer', 'error')
 _SHARES_RIGHT = ('accuracy', 'exact_match')
 _SCORES = ('bleu', 'chrf', 'f1', 'reward', 'entailment')
@@ -19,9 +19,8 @@ class Mean(NamedTuple):
 
   Attributes:
     value: the mean.
-    error: its standard error, from the sample's standard deviation; None of a
-      single value.
-    count: how many values.
+    error: standard error of the mean; None for a single value.
+    count: number of values.
   """
 
   value: float
@@ -34,12 +33,12 @@ class Column:
   """A column of a table of results.
 
   Attributes:
-    head: what is written above it, with its unit.
-    metric: whose means stand in it.
-    form: of a number.
-    scale: numbers are multiplied by it.
-    with_error: whether the standard error is written, too.
-    better: 'min' or 'max', which is better; None: neither, or not known.
+    head: header, with unit.
+    metric: of the means in the column.
+    form: format of a number.
+    scale: factor of the numbers.
+    with_error: whether to show standard errors.
+    better: 'min' or 'max', which is better; None: neither, or unknown.
   """
 
   head: str
@@ -51,10 +50,9 @@ class Column:
 
 
 def mean(values: Sequence[float | None]) -> Mean | None:
-  """Returns the mean of what one metric was in each run.
+  """Returns the mean of a metric over runs; None if a run lacks the metric.
 
-  A run that lacks it leaves no mean: one over other runs than its neighbours in
-  the table would mislead.
+  A mean over fewer runs than the other columns of the table would mislead.
   """
   if not values or None in values:
     return None
@@ -78,7 +76,7 @@ def cells(
   columns: Sequence[Column],
   named: Sequence[tuple[str, Mapping[str, Mean | None]]],
 ) -> list[list[str]]:
-  """Returns the rows of a table: the head, then a name and its means each."""
+  """Returns the rows of a table: the header, then one row per name."""
   rows = [['method', *(column.head for column in columns)]]
   for name, means in named:
     row = [name]
@@ -94,7 +92,7 @@ def cells(
 def best(
   column: Column, named: Sequence[tuple[str, Mapping[str, Mean]]]
 ) -> str | None:
-  """Returns the name whose mean is best in a column, if one alone is."""
+  """Returns the name with the best mean in a column; None if it is a tie."""
   values = {
     name: means[column.metric].value
     for name, means in named
@@ -108,7 +106,7 @@ def best(
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-  """Returns a table in Markdown, its columns aligned; the head is first."""
+  """Returns a table in Markdown with aligned columns; header first."""
   cells = [[cell.replace('|', '\\|') for cell in row] for row in rows]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = [
@@ -122,7 +120,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def metric_label(name: str) -> str:
-  """Returns how a task's metric is called in a head: 'WER %', 'ROUGE-2'."""
+  """Returns the label of a task's metric: 'WER %', 'ROUGE-2'."""
   short = name.removeprefix('rouge')
   label = f'ROUGE-{short}' if short != name else name
   if name in ('wer', 'per', 'cer', 'bleu', 'f1'):
@@ -131,7 +129,7 @@ def metric_label(name: str) -> str:
 
 
 def head(metric: str) -> str:
-  """Returns a column's head: 'WER %' for greedy/wer, 'WER % at T=1' sampled."""
+  """Returns the header of a metric's column: 'WER %' or 'WER % at T=1'."""
   decoding, _, name = metric.rpartition('/')
   if decoding == 'greedy':
     return metric_label(name)
@@ -141,7 +139,7 @@ def head(metric: str) -> str:
 
 
 def axis_label(metric: str) -> str:
-  """Returns what an axis says: 'WER %, greedy', 'WER %, sampled at T=1'."""
+  """Returns the label of a metric's axis: 'WER %, sampled at T=1'."""
   decoding, _, name = metric.rpartition('/')
   if (temperature := temperature_of(decoding)) is not None:
     decoding = f'sampled at T={temperature:g}'
@@ -149,13 +147,13 @@ def axis_label(metric: str) -> str:
 
 
 def temperature_of(decoding: str) -> float | None:
-  """Returns the temperature that a decoding's name says: sampled_0.5."""
+  """Returns the temperature in a decoding's name, such as sampled_0.5."""
   match = re.fullmatch(r'sampled(?:_([\d.]+))?', decoding)
   return float(match[1] or 1.0) if match else None
 
 
 def better(name: str) -> str | None:
-  """Returns 'min' or 'max', which is better for a task's metric, if known."""
+  """Returns 'min' or 'max', which is better for a metric; None: unknown."""
   if name in _ERRORS:
     return 'min'
   known = name in (*_SHARES_RIGHT, *_SCORES) or name.startswith('rouge')

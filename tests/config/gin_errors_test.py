@@ -82,7 +82,7 @@ def test_a_divergence_of_other_arguments_is_one_line(start):
   finished = start('DIVERGENCE = @users_module.other_arguments')
 
   assert finished.code == 1
-  assert 'must be a function of teacher_logits, student_logits' in (
+  assert 'must be a function of teacher_logits and student_logits' in (
     finished.err
   )
   assert 'Traceback' not in finished.err

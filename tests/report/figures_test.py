@@ -72,7 +72,7 @@ def test_a_method_without_a_decoding_has_no_bar_there(tmp_path):
 
   assert figure.data.panels[1].bars == {'SFT': None, 'ImitKD': of_one(39.0)}
   assert figure.data.panels[0].base is None
-  assert 'begin at' not in figure.caption
+  assert 'start at' not in figure.caption
   plots.draw(figure.data)
 
 
@@ -125,7 +125,7 @@ def test_runs_on_a_part_of_the_data_have_no_bar(tmp_path):
   (figure,) = figures.method_bars(section_of(tmp_path))
 
   assert list(figure.data.panels[0].bars) == ['ImitKD, all examples']
-  assert 'fewer training examples are not here' in figure.caption
+  assert 'fewer training examples are omitted' in figure.caption
 
 
 def test_without_a_method_there_are_no_bars(tmp_path):
@@ -436,7 +436,9 @@ def test_of_many_methods_the_best_are_shown(tmp_path):
 
   (figure,) = figures.curves(section_of(tmp_path))
 
-  assert 'The 8 of 11 methods that are best at the end.' in figure.caption
+  assert (
+    'Shows the 8 of 11 methods with the best final metric.' in figure.caption
+  )
   at_the_end = [points[-1].y.value for points in figure.data.series.values()]
   assert at_the_end == [57.0 - i for i in range(8)]
 
@@ -444,7 +446,7 @@ def test_of_many_methods_the_best_are_shown(tmp_path):
 def test_a_curve_needs_two_points(tmp_path):
   run_folders.write(tmp_path / 'a', {'greedy/wer': 50.0}, {1000: 51.0}, **SFT)
 
-  assert 'evaluated twice' in figures.curves(section_of(tmp_path))
+  assert 'two or more evaluations' in figures.curves(section_of(tmp_path))
 
 
 # --- All of them --------------------------------------------------------------

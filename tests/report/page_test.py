@@ -301,7 +301,7 @@ def test_too_many_tokens_are_left_in_their_files():
   code = page._samples(of_one)
 
   assert code.count('<article>') == 2
-  assert '3 more are in samples_*.json.' in code
+  assert 'samples_*.json has 3 more examples.' in code
 
 
 def test_a_long_input_is_folded_and_whole():

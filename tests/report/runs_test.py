@@ -302,7 +302,7 @@ def test_an_evaluation_of_an_unknown_task_is_not_used(tmp_path):
 
   assert [run.folder.name for run in found] == ['a']
   assert left_out == tmp_path / 'xl'
-  assert 'which task' in why
+  assert 'has no task' in why
 
 
 # --- What is the same experiment ----------------------------------------------

@@ -336,7 +336,7 @@ def test_the_best_on_validation_stands_for_all(tmp_path):
     'ImitKD, learning rate 0.1',
   ]
   (note,) = section.notes
-  assert note.startswith('ImitKD: learning rate 0.03 is the best of 3')
+  assert note.startswith('ImitKD: shows learning rate 0.03, the best of 3')
 
 
 def test_more_is_better_where_the_runs_say_so(tmp_path):
@@ -444,7 +444,7 @@ def test_the_mode_can_be_chosen(tmp_path):
 def test_a_metric_that_nobody_measured_is_an_error_that_lists_them(tmp_path):
   folder = one_run(tmp_path, {'greedy/wer': 5.0})
 
-  with pytest.raises(ValueError, match="METRIC 'bleu' was measured in none"):
+  with pytest.raises(ValueError, match="No run has METRIC 'bleu'"):
     section_of(folder, metric='bleu')
-  with pytest.raises(ValueError, match='They have: .*greedy/wer'):
+  with pytest.raises(ValueError, match='Their metrics: .*greedy/wer'):
     section_of(folder, metric='greedy/bleu')
