@@ -279,9 +279,9 @@ def run(
     for one in (*busy, *idle):
       one.wait()
   if failed:
-    # The ends of their logs were shown when they failed.
+    # The end of each log was printed when its run failed.
     raise ValueError(
-      f'{len(failed)} of {len(jobs)} runs failed; the same command tries them '
+      f'{len(failed)} of {len(jobs)} runs failed; the same command runs them '
       'again:\n  '
       + '\n  '.join(text.split('\n')[0] for text in failed.values())
     )
@@ -294,13 +294,13 @@ def _failure_message(job: Job, status: int) -> str:
   elif status < 0:
     what = f'failed: {signal.Signals(-status).name} ended its process'
     if status == -signal.SIGKILL:
-      what += ' (the system does that when memory runs out)'
+      what += ' (as the kernel does when memory runs out)'
   lines = '\n'.join(_log_lines(job)[-20:])
   return f'{job.name} {what}. Its log, {job.log}, ends:\n{lines}'
 
 
 def _log_lines(job: Job) -> list[str]:
   text = job.log.read_text(errors='replace')
-  # Less tables, and TensorFlow's own chatter, which no setting silences.
+  # Without tables, and without TensorFlow's logs, which no setting silences.
   noise = re.compile(r'\s*$|\||[IWE]\d{4} |WARNING: All log messages before')
   return [line for line in text.splitlines() if not noise.match(line)]

@@ -115,8 +115,8 @@ def sweep(
       print(job.command)
     console.log(
       f'{len(jobs) - len(left)} of {len(jobs)} runs are done; {len(ready)} can '
-      f'be run now, {len(left) - len(ready)} after these: then give the same '
-      'command again.'
+      f'be run now; {len(left) - len(ready)} depend on these: run the same '
+      'command again afterwards.'
     )
     return
   with run_folder.locked(folder, 'MODEL_DIR'):
@@ -222,8 +222,8 @@ def _labelled(labels, specs, where) -> dict[str, Mapping[str, Any]]:
   for label in labels:
     if not isinstance(label, str) or not re.fullmatch(r'[\w.+-]+', label):
       raise ValueError(
-        f'{where}: {label!r} cannot be part of the name of a folder. Give a '
-        "label of letters, digits, '_', '.', '+' and '-': {'label': {...}}."
+        f'{where}: {label!r} cannot be part of a folder name. Use a label of '
+        "letters, digits, '_', '.', '+' and '-': {'label': {...}}."
       )
     if labels.count(label) > 1:
       raise ValueError(f'{where} has {label} twice.')
@@ -233,11 +233,11 @@ def _labelled(labels, specs, where) -> dict[str, Mapping[str, Any]]:
 def _check_name(name, where, taken) -> None:
   if not isinstance(name, str) or not re.fullmatch(r'\w+', name):
     raise ValueError(
-      f'{where}: a name has letters, digits and _ alone. A longer setting is '
-      'given by a label: {name: {label: {setting: value}}}.'
+      f'{where}: a name may only have letters, digits and _. For a full '
+      'setting name use labels: {name: {label: {setting: value}}}.'
     )
   if name.lower() in [other.lower() for other in taken]:
-    raise ValueError(f'{where}: this name is taken already.')
+    raise ValueError(f'{where}: this name is already taken.')
 
 
 def _spec(value, where, *more_keys) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _job(folder, name, common, point, axes, stages) -> jobs_lib.Job:
   macro, result = _MODES[mode]
   result = merged.pop('result', result)
   if macro in merged:
-    raise ValueError(f'{name}: {macro} is not to be set; it is a folder here.')
+    raise ValueError(f'{name}: {macro} must not be set; the sweep sets it.')
   needs: dict[str, None] = {}
 
   def fill(value):
@@ -322,16 +322,16 @@ def _fill(
       return point[name]
     if name not in stages:
       raise ValueError(
-        f'{match[0]} in {text!r} stands for nothing here. There are: '
-        f'{", ".join((*point, *stages)) or "none"}. (A run before the grid has '
-        'the axes of its for_each, and what comes before it.)'
+        f'{match[0]} in {text!r} is undefined. Defined names: '
+        f'{", ".join((*point, *stages)) or "none"}. (A run before the grid may '
+        'use the axes of its for_each, and earlier runs.)'
       )
     stage = stages[name]
     own_axes = re.findall(r'\{(\w+)\}', stage.path)
     if missing := [axis for axis in own_axes if axis not in point]:
       raise ValueError(
         f'{match[0]} in {text!r}: there is one for each {", ".join(missing)}. '
-        'What uses it needs this in its for_each.'
+        'Add this to the for_each of the run that uses it.'
       )
     if stage.job is not None:
       needs[_fill(stage.job, point, {})] = None

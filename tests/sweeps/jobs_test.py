@@ -161,7 +161,7 @@ def test_what_is_done_is_not_run_again(job, capsys):
     ({'RAISE': 1}, 'a failed', 'RuntimeError: a bug'),
     (
       {'SIGNAL': 9},
-      'a failed: SIGKILL ended its process (the system does that when memory '
+      'a failed: SIGKILL ended its process (as the kernel does when memory '
       'runs out)',
       'two',
     ),

@@ -244,14 +244,17 @@ def test_labels_can_be_parts_of_settings(tmp_path):
     ({'grid': {'BETA': (0.1, 0.1)}}, "GRID 'BETA' has 0.1 twice"),
     ({'grid': {'BETA': 0.1}}, "GRID 'BETA' must be a tuple of values or"),
     ({'grid': {'BETA': 'abc'}}, "GRID 'BETA' must be a tuple of values or"),
-    ({'grid': {'BETA': (1,), 'beta': (2,)}}, "'beta': this name is taken"),
-    ({'grid': {'seed': (1,)}}, "GRID 'seed': this name is taken"),
-    ({'grid': {'a/b.c': (1,)}}, "GRID 'a/b.c': a name has letters"),
+    (
+      {'grid': {'BETA': (1,), 'beta': (2,)}},
+      "'beta': this name is already taken",
+    ),
+    ({'grid': {'seed': (1,)}}, "GRID 'seed': this name is already taken"),
+    ({'grid': {'a/b.c': (1,)}}, "GRID 'a/b.c': a name may only have letters"),
     (
       {'grid': {'DIVERGENCE': ('@divergences.forward_kl',)}},
-      "'@divergences.forward_kl' cannot be part of the name of a folder",
+      "'@divergences.forward_kl' cannot be part of a folder name",
     ),
-    ({'grid': {'d': {'a,b=c': {}}}}, "'a,b=c' cannot be part of the name"),
+    ({'grid': {'d': {'a,b=c': {}}}}, "'a,b=c' cannot be part of a folder name"),
     ({'grid': {'d': {'a': 3}}}, "GRID 'd' must be a gin file or"),
     (
       {'grid': {'d': {'a': {'ginfile': SFT}}}},
@@ -259,7 +262,7 @@ def test_labels_can_be_parts_of_settings(tmp_path):
     ),
     (
       {'settings': {'MODEL_DIR': 'x'}},
-      'seed_0: MODEL_DIR is not to be set; it is a folder here',
+      'seed_0: MODEL_DIR must not be set; the sweep sets it',
     ),
     ({'experiment': None}, '=0.0/seed_0 has no gin file: set EXPERIMENT'),
     ({'experiment': 'my.gin'}, 'there is no gin file my.gin'),
@@ -269,7 +272,7 @@ def test_labels_can_be_parts_of_settings(tmp_path):
     ),
     (
       {'settings': {'X': '{techer}/a'}, 'before': {'teacher': TEACHER}},
-      r"\{techer\} in '\{techer\}/a' stands for nothing .* seed, teacher\.",
+      r"\{techer\} in '\{techer\}/a' is undefined .* seed, teacher\.",
     ),
     ({'before': {'teacher': 'runs/gone'}}, "'teacher': runs/gone is not there"),
     ({'before': {'t': 'runs/{size}'}}, r"\{size\} in 'runs/\{size\}' stands"),
@@ -277,16 +280,19 @@ def test_labels_can_be_parts_of_settings(tmp_path):
       {'before': {'t': {'gin_file': TEACHER, 'for_each': ('size',)}}},
       "for_each may name STUDENT_DATA_FRACTION, seed, not \\['size'\\]",
     ),
-    ({'before': {'seed': TEACHER}}, "BEFORE 'seed': this name is taken"),
+    (
+      {'before': {'seed': TEACHER}},
+      "BEFORE 'seed': this name is already taken",
+    ),
     (
       # One for all seeds cannot go on from one that there is for each.
       {'before': {**BEFORE, 'a': {'gin_file': SFT, 'X': '{initial_student}'}}},
-      r'\{initial_student\} in .* there is one for each seed. What uses it',
+      r'\{initial_student\} in .* there is one for each seed. Add this to',
     ),
     (
       # What comes later is not there yet.
       {'before': {'a': {'gin_file': SFT, 'X': '{b}'}, 'b': TEACHER}},
-      r"\{b\} in '\{b\}' stands for nothing",
+      r"\{b\} in '\{b\}' is undefined",
     ),
   ],
 )
@@ -575,13 +581,13 @@ def test_commands_that_need_nothing_else_are_printed(run, tmp_path, capsys):
   lines, said = printed()
   assert [line[:3] for line in lines] == [['python', '-m', 'gkd_jax.main']] * 2
   assert f'--gin.MODEL_DIR={tmp_path}/out/teacher' in lines[0]
-  assert '0 of 5 runs are done; 2 can be run now, 3 after these' in said
+  assert '0 of 5 runs are done; 2 can be run now; 3 depend on these' in said
 
   for stage in STAGES:
     (tmp_path / 'out' / stage).mkdir(parents=True)
   (tmp_path / 'out/teacher/eval_test.json').touch()
   lines, said = printed()
-  assert '1 of 5 runs are done; 2 can be run now, 2 after these' in said
+  assert '1 of 5 runs are done; 2 can be run now; 2 depend on these' in said
   assert '--run_mode=infer' in lines[1]
 
   (tmp_path / 'out/initial_student/seed_0/eval_test.json').touch()
