@@ -272,10 +272,13 @@ def test_labels_can_be_parts_of_settings(tmp_path):
     ),
     (
       {'settings': {'X': '{techer}/a'}, 'before': {'teacher': TEACHER}},
-      r"\{techer\} in '\{techer\}/a' is undefined .* seed, teacher\.",
+      r"\{techer\} in '\{techer\}/a' is undefined.* seed, teacher\.",
     ),
     ({'before': {'teacher': 'runs/gone'}}, "'teacher': runs/gone is not there"),
-    ({'before': {'t': 'runs/{size}'}}, r"\{size\} in 'runs/\{size\}' stands"),
+    (
+      {'before': {'t': 'runs/{size}'}},
+      r"\{size\} in 'runs/\{size\}' is undefined",
+    ),
     (
       {'before': {'t': {'gin_file': TEACHER, 'for_each': ('size',)}}},
       "for_each may name STUDENT_DATA_FRACTION, seed, not \\['size'\\]",
