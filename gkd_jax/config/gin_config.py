@@ -253,8 +253,11 @@ def output_folder(configurable: str, *, may_be_remote: bool) -> Iterator[None]:
 
 
 def build(function: Callable) -> Callable:
-  """Returns a function with the arguments that gin binds to it, if any."""
-  try:
-    return gin.get_configurable(function)
-  except ValueError:  # no gin file names it
+  """Returns a function with the arguments that gin binds to it, if any.
+
+  gin keeps the functions that earlier configurations of the process named, and
+  would record their defaults as settings of this one.
+  """
+  if not bound(f'{function.__module__}.{function.__qualname__}'):
     return function
+  return gin.get_configurable(function)
