@@ -502,7 +502,7 @@ def fails(inputs, outputs, targets):
   [
     (fails, r"rewards_test.fails failed: KeyError: 'no such word'"),
     (lambda x, y, z: [1.0], r'lambda> failed: .*must return 2 finite numbers'),
-    (lambda x, y, z: [1.0, np.nan], r'2 finite numbers .* returned \[ 1. nan'),
+    (lambda x, y, z: [1.0, np.nan], r'2 finite numbers.* returned \[ 1. nan'),
     (lambda x, y, z: ['good', 'bad'], r'failed: ValueError: could not convert'),
   ],
 )
