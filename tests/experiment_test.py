@@ -202,7 +202,7 @@ def test_a_part_refuses_what_it_cannot_be(changes, text):
     ({'learning_rate': 1.0, 'schedule': lambda step: 1.0}, 'either LEARNING'),
     ({'learning_rate': -1.0}, 'LEARNING_RATE must not be negative'),
     ({'learning_rate': 1.0, 'warmup_steps': -1}, 'WARMUP_STEPS must be'),
-    ({'learning_rate': 1.0, 'cooldown_start': 5}, 'belong together'),
+    ({'learning_rate': 1.0, 'cooldown_start': 5}, 'or neither'),
   ],
 )
 def test_an_optimization_refuses_rates_that_mean_nothing(settings, text):
