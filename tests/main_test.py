@@ -447,7 +447,7 @@ def test_help_is_quick_and_imports_no_jax():
   shown = run_python('-X', 'importtime', '-m', 'gkd_jax.main', '--help')
   after = resource.getrusage(resource.RUSAGE_CHILDREN)
 
-  assert 'Runs the experiment that a gin file describes.' in shown.stdout
+  assert 'Runs an experiment that gin files describe.' in shown.stdout
   for flag in ('--run_mode', '--gin_file', '--gin_search_paths', 'dry_run'):
     assert flag in shown.stdout
   modules = {
