@@ -25,7 +25,6 @@ from tests.letter_models import (
   write_all,
   write_one,
 )
-from tests.train_test import names_of_compiled
 
 GREEDY = {'greedy': sampler.GREEDY}
 
@@ -217,7 +216,7 @@ def test_what_the_teacher_wrote_already_is_not_written_again(
 ):
   with_teacher(student_params)
 
-  with names_of_compiled() as compiled:
+  with conftest.names_of_compiled() as compiled:
     again = with_teacher.samples(student_params)
 
   assert compiled == []
@@ -297,7 +296,7 @@ def test_without_a_teacher_samples_compile_nothing_new(config, student_params):
   alone = evaluate.Evaluation(config, STUDENT, None, None, GREEDY, **SETTINGS)
   alone(student_params)
 
-  with names_of_compiled() as compiled:
+  with conftest.names_of_compiled() as compiled:
     samples = alone.samples(student_params)
 
   assert compiled == []
