@@ -148,7 +148,7 @@ def test_arguments_for_a_task_that_takes_none_are_refused():
     'cmudict_g2p', LENGTHS, batch_size=4, task_arguments={'language': 'de'}
   )
 
-  with pytest.raises(ValueError, match="'cmudict_g2p' takes none"):
+  with pytest.raises(ValueError, match="'cmudict_g2p' takes no arguments"):
     datasets.get_task(config)
 
 
