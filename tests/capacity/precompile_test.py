@@ -29,6 +29,8 @@ from gkd_jax.models.params import count_params
 from gkd_jax.models.t5 import T5Config
 from tests import conftest, experiments
 
+pytestmark = pytest.mark.slow  # compiles models
+
 STUDENT = T5Config(259, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
 LARGER_STUDENT = dataclasses.replace(STUDENT, vocab_size=264)
 TEACHER = T5Config(262, 16, 2, 6, 14, 1, 1)

@@ -16,6 +16,8 @@ from gkd_jax.models.t5 import T5
 from gkd_jax.runtime import files
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 DESCRIPTION = checkpoint.ModelDescription(tiny.config(), 'letters, 19 ids')
 
 

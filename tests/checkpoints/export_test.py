@@ -13,6 +13,8 @@ from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.parallel import partitioning
 from tests import conftest
 
+pytestmark = pytest.mark.slow  # compiles models
+
 CONFIG = T5Config(264, 12, 2, 4, 10, 1, 1)
 HUGGING_FACE = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
 

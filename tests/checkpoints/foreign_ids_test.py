@@ -19,6 +19,8 @@ from gkd_jax.checkpoints import checkpoint, export, pretrained
 from gkd_jax.models.params import named_params
 from tests import conftest, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 FIXTURES = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
 VOCABULARY = 'PassThroughVocabulary 40 ids'
 

@@ -14,6 +14,8 @@ from gkd_jax.decoding.sampler import GREEDY, SamplerConfig
 from gkd_jax.parallel import partitioning
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 EOS = 1
 V, T = 5, 3  # of the scripted and random chains below; id 0 is pad
 NUM_ROWS = 20_480

@@ -32,6 +32,8 @@ from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 NUM_STEPS = 5
 DECAY = 0.75
 RATE = 0.05

@@ -19,6 +19,8 @@ from gkd_jax.distill.methods import Method
 from gkd_jax.distill.objectives import Objective
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 # No product of some of these is another.
 B, S, T, V = 5, 11, 23, 1031
 CHUNK_TOKENS = 20

@@ -23,6 +23,8 @@ from gkd_jax.distill.state import Frozen
 from gkd_jax.models.params import logical_axes
 from tests import references, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 BETA = 0.9
 JSD = functools.partial(divergences.generalized_jsd, beta=BETA)
 NUM_IDS = 4  # EOS and two words; the rest fills the embedding up

@@ -21,6 +21,8 @@ from gkd_jax.distill.state import Frozen
 from gkd_jax.models.t5 import T5
 from tests import t5_reference, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 # Two models that share nothing but their vocabulary.
 STUDENT, STUDENT_PARAMS = tiny.model_and_params(0, '1.1')
 TEACHER, TEACHER_PARAMS = tiny.model_and_params(1, '1.0', emb_dim=12)

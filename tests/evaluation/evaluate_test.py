@@ -26,6 +26,8 @@ from tests.letter_models import (
   write_one,
 )
 
+pytestmark = pytest.mark.slow  # compiles models
+
 GREEDY = {'greedy': sampler.GREEDY}
 
 

@@ -19,6 +19,8 @@ from gkd_jax.models.t5 import T5Config
 from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 WORDS = conftest.letter_words('test')
 FILE = 'predictions_test.jsonl'
 

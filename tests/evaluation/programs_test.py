@@ -26,6 +26,8 @@ from tests.letter_models import (
   write_one,
 )
 
+pytestmark = pytest.mark.slow  # compiles models
+
 
 @pytest.fixture(scope='module')
 def student_params():

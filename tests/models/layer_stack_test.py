@@ -13,6 +13,8 @@ from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 # Unequal, so that layers mixed up would show.
 DEPTHS = {'num_encoder_layers': 2, 'num_decoder_layers': 3}
 

@@ -8,6 +8,8 @@ from gkd_jax.models import interface, registry
 from gkd_jax.models.params import count_params, init_params
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 
 @pytest.mark.parametrize(
   'size, number',

@@ -11,6 +11,8 @@ from gkd_jax.models.params import count_params, init_params, logical_axes
 from gkd_jax.models.t5 import T5, T5Config
 from tests import t5_reference, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 VERSIONS = pytest.mark.parametrize('version', ['1.0', '1.1'])
 
 # Both depths above 1 and unequal: a table of positions that was made for each

@@ -27,6 +27,8 @@ from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import conftest
 
+pytestmark = pytest.mark.slow  # compiles models
+
 FIXTURES = epath.Path(
   conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
 )

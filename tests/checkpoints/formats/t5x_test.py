@@ -23,6 +23,8 @@ from tests import conftest, tiny
 from tests.checkpoints.formats import make_t5x_fixtures as fixtures
 from tests.checkpoints.formats.make_t5x_fixtures import STEP, flat, numbers
 
+pytestmark = pytest.mark.slow  # compiles models
+
 V1_1 = T5Config(**fixtures.SHAPE, **fixtures.V1_1)
 V1_0 = T5Config(**fixtures.SHAPE, **fixtures.V1_0)
 SCANNED = dataclasses.replace(V1_1, relpos_bias_per_layer=True)
