@@ -11,15 +11,6 @@ from gkd_jax.distill import rewards
 from gkd_jax.models.t5 import T5Config
 from tests import conftest, experiments
 
-STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('teacher')
-  conftest.save_model(folder, dataclasses.replace(STUDENT, dropout_rate=0.0))
-  return folder
-
 
 @pytest.fixture(scope='module')
 def judge(tmp_path_factory):
@@ -85,7 +76,7 @@ def test_a_batch_that_two_devices_share_must_have_even_parts(refused):
 
 
 def test_the_student_must_embed_the_whole_vocabulary(refused):
-  small = dataclasses.replace(STUDENT, vocab_size=256)
+  small = dataclasses.replace(experiments.STUDENT, vocab_size=256)
 
   message = refused(student=small)
 
@@ -148,19 +139,21 @@ def test_a_checkpoint_path_where_nothing_is(refused, tmp_path):
   assert 'nowhere is not there' in message
 
 
-def test_an_initial_checkpoint_of_another_shape(refused, teacher):
+def test_an_initial_checkpoint_of_another_shape(refused, teacher_run):
   message = refused(
-    initial_checkpoint_path=str(teacher),
-    student=dataclasses.replace(STUDENT, mlp_dim=11),
+    initial_checkpoint_path=str(teacher_run),
+    student=dataclasses.replace(experiments.STUDENT, mlp_dim=11),
   )
 
   assert 'mlp_dim: 10 in the checkpoint, 11 in STUDENT' in message
 
 
-def test_a_teacher_of_another_shape_than_said(refused, teacher):
+def test_a_teacher_of_another_shape_than_said(refused, teacher_run):
   message = refused(
-    teacher_checkpoint_path=str(teacher),
-    teacher=dataclasses.replace(STUDENT, mlp_dim=11, dtype='bfloat16'),
+    teacher_checkpoint_path=str(teacher_run),
+    teacher=dataclasses.replace(
+      experiments.STUDENT, mlp_dim=11, dtype='bfloat16'
+    ),
   )
 
   # Its type of numbers is the student's, whatever is said.
@@ -171,7 +164,9 @@ def test_a_teacher_of_another_shape_than_said(refused, teacher):
 
 
 def test_a_teacher_with_another_vocabulary(refused, tmp_path):
-  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
+  conftest.save_model(
+    tmp_path / 'other', experiments.STUDENT, 'SentencePiece 264 ids'
+  )
 
   message = refused(teacher_checkpoint_path=str(tmp_path / 'other'))
 
@@ -247,7 +242,9 @@ def test_a_limit_that_would_cut_an_output_that_is_to_be_judged(refused, judge):
 
 
 def test_a_model_that_gives_rewards_with_another_vocabulary(refused, tmp_path):
-  conftest.save_model(tmp_path / 'other', STUDENT, 'SentencePiece 264 ids')
+  conftest.save_model(
+    tmp_path / 'other', experiments.STUDENT, 'SentencePiece 264 ids'
+  )
 
   message = refused(
     **experiments.learning_from(experiments.NLI()),

@@ -431,3 +431,35 @@ def pytest_sessionfinish() -> None:
   ):
     if module in sys.modules:
       getattr(sys.modules[module], function)()
+
+
+def gin_flags(**macros) -> tuple[str, ...]:
+  """Returns the flags of main that set some macros."""
+  return tuple(f'--gin.{name}={value}' for name, value in macros.items())
+
+
+@pytest.fixture
+def refused(run_main, tmp_path):
+  """Runs main, which must refuse; returns what it says."""
+  folder = tmp_path / 'run'
+
+  def refused(*arguments):
+    finished = run_main(*arguments, *gin_flags(MODEL_DIR=folder))
+    assert finished.code == 1
+    assert re.search('^Error: ', finished.err, re.MULTILINE)
+    assert finished.out == ''
+    assert 'Traceback' not in finished.err
+    assert not folder.exists()
+    return finished.err
+
+  return refused
+
+
+@pytest.fixture(scope='module')
+def teacher_run(tmp_path_factory) -> pathlib.Path:
+  """A run folder with a teacher of the shape of `experiments.STUDENT`."""
+  from tests import experiments
+
+  folder = tmp_path_factory.mktemp('teacher')
+  save_model(folder, dataclasses.replace(experiments.STUDENT, dropout_rate=0.0))
+  return folder

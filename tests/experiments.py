@@ -16,6 +16,9 @@ from gkd_jax.decoding import sampler
 from gkd_jax.distill import credit, entailment, objectives, policies
 from gkd_jax.models.t5 import T5Config
 
+# The student of runs that a teacher of its shape teaches.
+STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
+
 # Setting -> (part of an experiment, its field).
 FIELDS = {
   'student': ('student', 'config'),

@@ -25,6 +25,7 @@ from gkd_jax.models.t5 import T5Config
 from gkd_jax.runtime import metrics as metrics_lib
 from gkd_jax.runtime import run_folder
 from tests import conftest
+from tests.conftest import gin_flags
 
 # Reading what Orbax wrote is done in many tasks, which all fail.
 pytestmark = pytest.mark.filterwarnings(
@@ -33,10 +34,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 GKD = '--gin_file=configs/cmudict_g2p/on_policy_forward_kl.gin'
 STUDENT = '--gin_file=configs/cmudict_g2p/student.gin'
-
-
-def gin_flags(**macros):
-  return tuple(f'--gin.{name}={value}' for name, value in macros.items())
 
 
 SMALL = gin_flags(

@@ -23,6 +23,7 @@ from gkd_jax.data.tasks import cmudict_g2p
 from gkd_jax.models.t5 import T5Config
 from gkd_jax.runtime import metrics as metrics_lib
 from tests import conftest
+from tests.conftest import gin_flags
 
 TEACHER = '--gin_file=configs/cmudict_g2p/teacher.gin'
 STUDENT = '--gin_file=configs/cmudict_g2p/student.gin'
@@ -32,10 +33,6 @@ EVAL = '--gin_file=configs/cmudict_g2p/eval.gin'
 INFER = '--gin_file=configs/cmudict_g2p/infer.gin'
 NUM_STEPS = 60
 NUM_EXAMPLES = 48
-
-
-def gin_flags(**macros):
-  return tuple(f'--gin.{name}={value}' for name, value in macros.items())
 
 
 # The real experiments, but small: what their files say may change.
@@ -619,23 +616,6 @@ def test_an_export_that_cannot_be_is_refused(run_main, arguments, said):
 
 
 # --- What is refused --------------------------------------------------------
-
-
-@pytest.fixture
-def refused(run_main, tmp_path):
-  """Runs main, which must refuse; returns what it says."""
-  folder = tmp_path / 'run'
-
-  def refused(*arguments):
-    finished = run_main(*arguments, *gin_flags(MODEL_DIR=folder))
-    assert finished.code == 1
-    assert re.search('^Error: ', finished.err, re.MULTILINE)
-    assert finished.out == ''
-    assert 'Traceback' not in finished.err
-    assert not folder.exists()
-    return finished.err
-
-  return refused
 
 
 def test_an_unknown_flag_is_refused_with_the_nearest_right_one():

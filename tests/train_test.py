@@ -56,26 +56,16 @@ def arrays(run_dir, item):
     return checkpointer.restore(checkpoint.find(run_dir) / item)
 
 
-STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1, dropout_rate=0.1)
-
-
 @pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('teacher')
-  conftest.save_model(folder, dataclasses.replace(STUDENT, dropout_rate=0.0))
-  return folder
-
-
-@pytest.fixture(scope='module')
-def distil(train_letters, teacher):
+def distil(train_letters, teacher_run):
   """A run in which every source of randomness has its part."""
   return functools.partial(
     train_letters,
-    student=STUDENT,
+    student=experiments.STUDENT,
     # Which rows the student writes is drawn, and what it writes is.
     policy=policies.mixture(0.5, per='sequence'),
     objective=objectives.Objective(divergences.forward_kl),
-    teacher_checkpoint_path=str(teacher),
+    teacher_checkpoint_path=str(teacher_run),
     learning_rate=RATE,
     total_steps=NUM_STEPS,
     eval_dataset=train_letters.dataset('validation'),
@@ -360,7 +350,7 @@ def test_layers_as_a_loop_change_no_metric(distil, tmp_path):
   def metrics_of(scan_layers):
     folder = tmp_path / str(scan_layers)
     config = dataclasses.replace(
-      STUDENT, dropout_rate=0.0, scan_layers=scan_layers
+      experiments.STUDENT, dropout_rate=0.0, scan_layers=scan_layers
     )
     distil(folder, student=config, total_steps=2)
     return [without_timing(line) for line in metrics_lib.read(folder)]
@@ -445,25 +435,25 @@ def test_a_part_of_a_split_now_and_then_and_the_whole_at_the_end(
 
 
 def test_the_student_starts_from_the_checkpoint_it_is_given(
-  train_letters, teacher, tmp_path
+  train_letters, teacher_run, tmp_path
 ):
   said = train_letters(
     tmp_path / 'run',
-    initial_checkpoint_path=str(teacher),
+    initial_checkpoint_path=str(teacher_run),
     learning_rate=optax.constant_schedule(0.0),
   )
 
-  assert f'parameters, gkd_jax: {teacher}/checkpoint_0\n' in said
-  want, got = arrays(teacher, 'params'), arrays(tmp_path / 'run', 'params')
+  assert f'parameters, gkd_jax: {teacher_run}/checkpoint_0\n' in said
+  want, got = arrays(teacher_run, 'params'), arrays(tmp_path / 'run', 'params')
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_a_student_is_trained_on_what_its_teacher_wrote(
-  train_letters, teacher, tmp_path, monkeypatch
+  train_letters, teacher_run, tmp_path, monkeypatch
 ):
   """SeqKD: the teacher writes, the student gets the very same ids."""
   infer.infer(
-    str(teacher),
+    str(teacher_run),
     str(tmp_path / 'outputs'),
     train_letters.dataset('train', shuffle=False),
     sampler.ANCESTRAL,
@@ -491,7 +481,7 @@ def test_a_student_is_trained_on_what_its_teacher_wrote(
   )
   assert (
     f'Training data: 96 predictions, {num_empty} of them empty and '
-    f'{num_unended} without EOS: {teacher}/checkpoint_0 with '
+    f'{num_unended} without EOS: {teacher_run}/checkpoint_0 with '
     'SamplerConfig(temperature=1.0'
   ) in said
   trained_on = {
@@ -669,7 +659,7 @@ def test_a_model_that_gives_rewards_is_read_and_neither_trained_nor_saved(
   assert all('train/reward_baseline' in line for line in lines)
   assert conftest.tree_of(judge) == before
   saved = checkpoint.saved_shapes(checkpoint.find(tmp_path / 'run'))
-  assert saved == param_shapes(T5(STUDENT))
+  assert saved == param_shapes(T5(experiments.STUDENT))
 
 
 def shorter_is_better(inputs, outputs, targets):

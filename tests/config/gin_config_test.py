@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How gin files and flags are read, and what is refused there."""
 
-import re
-
 import pytest
+
+from tests.conftest import gin_flags
 
 SFT = '--gin_file=configs/cmudict_g2p/sft.gin'
 METHODS = '--gin_file=configs/sweeps/xsum/methods.gin'
@@ -11,10 +11,6 @@ STUDENT = '--gin_file=configs/cmudict_g2p/student.gin'
 FORWARD_KL = '--gin_file=configs/cmudict_g2p/on_policy_forward_kl.gin'
 JSD = '--gin_file=configs/cmudict_g2p/on_policy_jsd_0.9.gin'
 OPTIMIZER = '--gin.experiment.Optimization.optimizer'
-
-
-def gin_flags(**macros):
-  return tuple(f'--gin.{name}={value}' for name, value in macros.items())
 
 
 NO_FILES = gin_flags(INITIAL_CHECKPOINT_PATH=None, TEACHER_CHECKPOINT_PATH='x')
@@ -84,7 +80,10 @@ def test_a_flag_may_name_what_no_file_of_the_experiment_names(run_main):
 
 def test_a_later_flag_wins(run_main):
   shown = run_main(
-    STUDENT, *gin_flags(MODEL_DIR='x'), *gin_flags(MODEL_DIR='y'), '--dry_run'
+    STUDENT,
+    *gin_flags(MODEL_DIR='x'),
+    *gin_flags(MODEL_DIR='y'),
+    '--dry_run',
   )
 
   assert "MODEL_DIR = 'y'\n" in shown.out
@@ -174,23 +173,6 @@ def test_a_fragment_behind_a_config_replaces_a_part(run_main, arguments, line):
 
 
 # --- What is refused --------------------------------------------------------
-
-
-@pytest.fixture
-def refused(run_main, tmp_path):
-  """Runs main, which must refuse; returns what it says."""
-  folder = tmp_path / 'run'
-
-  def refused(*arguments):
-    finished = run_main(*arguments, *gin_flags(MODEL_DIR=folder))
-    assert finished.code == 1
-    assert re.search('^Error: ', finished.err, re.MULTILINE)
-    assert finished.out == ''
-    assert 'Traceback' not in finished.err
-    assert not folder.exists()
-    return finished.err
-
-  return refused
 
 
 @pytest.mark.parametrize(

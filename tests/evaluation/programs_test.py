@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from gkd_jax.batch import Batch
-from gkd_jax.data import datasets, iterators
+from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.distill import divergences, objectives, rewards
 from gkd_jax.evaluation import programs
-from tests import conftest, references, tiny
+from tests import references
 from tests.letter_models import (
   IDS,
   SETTINGS,
@@ -27,36 +27,6 @@ from tests.letter_models import (
 )
 
 pytestmark = pytest.mark.slow  # compiles models
-
-
-@pytest.fixture(scope='module')
-def student_params():
-  return tiny.params(STUDENT, seed=0)
-
-
-@pytest.fixture(scope='module')
-def teacher_params():
-  return tiny.params(TEACHER, seed=1)
-
-
-@pytest.fixture(scope='module')
-def config(letters):
-  """10 examples in batches of 4: the last one has 2 rows that do not count."""
-  return datasets.DatasetConfig(
-    letters, conftest.LENGTHS, batch_size=4, split='validation'
-  )
-
-
-@pytest.fixture(scope='module')
-def dataset(config):
-  return iterators.EvalDataset(config)
-
-
-@pytest.fixture(scope='module')
-def examples(dataset):
-  """All examples in one batch, as arrays."""
-  columns = zip(*(batch for _, batch in dataset.batches()), strict=True)
-  return Batch(*(np.concatenate(c)[: len(dataset)] for c in columns))
 
 
 def test_evaluations_of_one_model_share_their_programs():
