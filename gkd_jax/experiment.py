@@ -480,7 +480,7 @@ def reward_model_is_set_where_needed(experiment: Experiment) -> None:
         f'experiment.RewardModel.{name} is set, but REWARD_CHECKPOINT_PATH is '
         'not.'
       )
-  rewards.check_model(experiment.method.reward, model.checkpoint_path, None)
+  rewards.check_model(experiment.method.reward, model.checkpoint_path)
 
 
 CHECKPOINT_RULES: tuple[Callable[[Experiment], None], ...] = (

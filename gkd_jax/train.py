@@ -311,8 +311,7 @@ def _evaluations(
     return dataset and evaluate.Evaluation(
       dataset,
       plan.student,
-      models.teacher.module,
-      models.teacher.params,
+      models.teacher,
       experiment.evaluation.decodings,
       seed=experiment.schedule.seed,
       mesh=mesh,

@@ -74,7 +74,8 @@ class DatasetConfig:
     arguments = self.task_arguments
     if arguments is not None and not isinstance(arguments, Mapping):
       raise ValueError(
-        f'TASK_ARGUMENTS must be {{name: value}}, or None; got {arguments!r}.'
+        'datasets.DatasetConfig.task_arguments must be {name: value}, or '
+        f'None; got {arguments!r}.'
       )
     n = self.num_examples
     if n is not None and (not isinstance(n, int) or n < 1):

@@ -104,17 +104,17 @@ def _make_task(
   make_task = getattr(module, 'make_task', None)
   if make_task is None:
     raise ValueError(
-      f'TASK_ARGUMENTS is set, but task {name!r} takes no arguments: its '
-      'module has no function make_task.'
+      f'datasets.DatasetConfig.task_arguments is set, but task {name!r} takes '
+      'no arguments: its module has no function make_task.'
     )
   signature = inspect.signature(make_task)
   try:
     signature.bind(name, **arguments)
   except TypeError as e:
     raise ValueError(
-      f'TASK_ARGUMENTS of task {name!r}: {e}. Its arguments are '
-      f'{", ".join([*signature.parameters][1:])}. If gin/tasks/{name}.gin '
-      'exists, its macros set them.'
+      f'datasets.DatasetConfig.task_arguments of task {name!r}: {e}. Its '
+      f'arguments are {", ".join([*signature.parameters][1:])}. If '
+      f'gin/tasks/{name}.gin exists, its macros set them.'
     ) from e
   if arguments:
     name += f'__{_digest(json.dumps(arguments, sort_keys=True, default=str))}'

@@ -122,7 +122,7 @@ def reinforce(
   """
   for name, value, choices in (
     ('REWARD_BASELINE', baseline, BASELINES),
-    ('REWARD_NORMALIZATION', normalization, NORMALIZATIONS),
+    ('credit.reinforce.normalization', normalization, NORMALIZATIONS),
   ):
     if value not in choices:
       raise ValueError(f'{name} must be one of {choices}, got {value!r}.')

@@ -54,9 +54,7 @@ class Reward:
   raise_failure: Callable[[], None] = lambda: None
 
 
-def check_model(
-  reward: Reward | None, checkpoint_path: str | None, dtype: str | None
-) -> None:
+def check_model(reward: Reward | None, checkpoint_path: str | None) -> None:
   """Raises ValueError unless a checkpoint is set exactly if one is needed."""
   needs_model = reward is not None and reward.needs_model
   if needs_model and checkpoint_path is None:
@@ -69,8 +67,6 @@ def check_model(
       'REWARD_CHECKPOINT_PATH is set, but REWARD uses no model. Set it to '
       'None, or REWARD = @entailment.entailment().'
     )
-  if dtype is not None and checkpoint_path is None:
-    raise ValueError('REWARD_DTYPE is set, but no REWARD_CHECKPOINT_PATH.')
 
 
 def score(

@@ -30,6 +30,7 @@ from gkd_jax.models.interface import Model
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console, files
 
+_REWARD_DTYPE = 'evaluate.evaluate_checkpoint.reward_dtype'
 _NUM_SHOWN = 16  # examples of samples_<split>.json
 
 
@@ -90,8 +91,7 @@ class Evaluation:
     self,
     config: datasets.DatasetConfig,
     student: Model,
-    teacher: Model | None,
-    teacher_params: programs.Params | None,
+    teacher: build.Model,
     decodings: Mapping[str, programs.Decoding],
     *,
     seed: int,
@@ -107,8 +107,8 @@ class Evaluation:
     Args:
       config: task and split.
       student: the model to evaluate.
-      teacher: adds its task metrics and the divergences; None: no teacher.
-      teacher_params: of the teacher.
+      teacher: adds its task metrics and the divergences; `build.NO_MODEL`: no
+        teacher.
       decodings: {name: SamplerConfig or BeamConfig}.
       seed: of sampling.
       mesh: of devices.
@@ -131,7 +131,7 @@ class Evaluation:
       config, before_batch, pad_id=self._ids.pad
     )
     self._mean_reward = mean_reward
-    self._teacher_params = teacher_params
+    self._teacher_params = teacher.params
     shape = {
       'ids': self._ids,
       'seed': seed,
@@ -159,13 +159,13 @@ class Evaluation:
     self._student_writes = writes(student)
     self._divergences = self._of_teacher = None
     self._divergence_names = programs.divergence_names(divergence)
-    if teacher is not None:
+    if teacher.module is not None:
       self._divergences = programs.make_divergences(
-        student, teacher, own=divergence, **shape
+        student, teacher.module, own=divergence, **shape
       )
-      self._teacher_writes = writes(teacher)
+      self._teacher_writes = writes(teacher.module)
       self._disagreement = programs.make_disagreement(
-        student, teacher, ids=self._ids, mesh=mesh
+        student, teacher.module, ids=self._ids, mesh=mesh
       )
     # Rows of a batch for the samples: a multiple of the number of data shards.
     spread = mesh.shape['data']
@@ -405,8 +405,10 @@ def evaluate_checkpoint(
     decodings = at_temperatures(decodings, temperatures)
   _num_outputs(decodings, num_samples)  # raises before anything is loaded
   diversity.check_tokenizer(self_bleu_tokenize)
-  rewards.check_model(reward, reward_checkpoint_path, reward_dtype)
-  pretrained.check_dtype('evaluate_checkpoint.reward_dtype', reward_dtype)
+  rewards.check_model(reward, reward_checkpoint_path)
+  pretrained.check_dtype(_REWARD_DTYPE, reward_dtype)
+  if reward_dtype is not None and reward_checkpoint_path is None:
+    raise ValueError(f'{_REWARD_DTYPE} is set, but no REWARD_CHECKPOINT_PATH.')
   mesh = partitioning.make_mesh()
   partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   source, task = build.open_model_and_task(checkpoint_path, dataset)
@@ -434,8 +436,7 @@ def evaluate_checkpoint(
   evaluation = Evaluation(
     dataset,
     student.module,
-    teacher.module,
-    teacher.params,
+    teacher,
     decodings,
     seed=seed,
     mesh=mesh,

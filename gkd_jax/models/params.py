@@ -39,11 +39,11 @@ def abstract_params(model: Model) -> Params:
     except ValueError as e:
       mesh = model.placement.mesh.shape
       raise ValueError(
-        f'MESH_MODEL {mesh["model"]} does not divide {name} of shape '
-        f'{x.shape}: it must divide heads, feed-forward width and vocabulary '
-        'of student and teacher. (With PARAMETER_PARTITIONING_DIMS = 2 the '
-        f'data axis, {mesh["data"]} here, must divide the width; with = 0 the '
-        'model is replicated on every device.)'
+        f'experiment.MeshConfig.model {mesh["model"]} does not divide {name} '
+        f'of shape {x.shape}: it must divide heads, feed-forward width and '
+        'vocabulary of student and teacher. (With parameter_partitioning_dims '
+        f'= 2 the data axis, {mesh["data"]} here, must divide the width; with '
+        '= 0 the model is replicated on every device.)'
       ) from e
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -593,7 +593,7 @@ def test_a_wrong_number_of_examples_is_refused(num_examples):
 
 
 def test_arguments_that_are_no_mapping_are_refused():
-  with pytest.raises(ValueError, match='TASK_ARGUMENTS must be'):
+  with pytest.raises(ValueError, match='task_arguments must be'):
     datasets.DatasetConfig('x', LENGTHS, batch_size=4, task_arguments='folder')
 
 

@@ -134,7 +134,7 @@ def test_a_wrong_argument_is_refused_with_the_right_ones(repeated):
 
 
 def test_a_task_that_is_not_told_what_it_needs_is_refused(repeated):
-  with pytest.raises(ValueError, match="TASK_ARGUMENTS.*argument: 'letter'"):
+  with pytest.raises(ValueError, match="task_arguments.*argument: 'letter'"):
     datasets.get_task(repeated(None))
 
 

@@ -799,7 +799,7 @@ def test_a_2_by_2_mesh_gives_what_one_device_gives():
     ({'weight': 0.5}, 'REWARD_WEIGHT is 0.5 and REWARD is None. Set REWARD'),
     ({'reward': ANY_REWARD, 'weight': -1.0}, 'must not be negative: -1.0'),
     ({'baseline': 'mean'}, "REWARD_BASELINE must be one of .* got 'mean'"),
-    ({'normalization': 'no'}, "REWARD_NORMALIZATION must be .* got 'no'"),
+    ({'normalization': 'no'}, "reinforce.normalization must be .* got 'no'"),
   ],
 )
 def test_settings_without_a_meaning_are_refused(settings, text):

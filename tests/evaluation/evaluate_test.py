@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.batch import Batch, Outputs
-from gkd_jax.data import datasets, iterators
+from gkd_jax import build
+from gkd_jax.batch import Outputs
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.distill import entailment, rewards
 from gkd_jax.evaluation import diversity, evaluate, programs
 from gkd_jax.parallel import partitioning
-from tests import conftest, references, tiny
+from tests import conftest, references
 from tests.letter_models import (
   IDS,
   SETTINGS,
@@ -32,36 +32,6 @@ GREEDY = {'greedy': sampler.GREEDY}
 
 
 @pytest.fixture(scope='module')
-def student_params():
-  return tiny.params(STUDENT, seed=0)
-
-
-@pytest.fixture(scope='module')
-def teacher_params():
-  return tiny.params(TEACHER, seed=1)
-
-
-@pytest.fixture(scope='module')
-def config(letters):
-  """10 examples in batches of 4: the last one has 2 rows that do not count."""
-  return datasets.DatasetConfig(
-    letters, conftest.LENGTHS, batch_size=4, split='validation'
-  )
-
-
-@pytest.fixture(scope='module')
-def dataset(config):
-  return iterators.EvalDataset(config)
-
-
-@pytest.fixture(scope='module')
-def examples(dataset):
-  """All examples in one batch, as arrays."""
-  columns = zip(*(batch for _, batch in dataset.batches()), strict=True)
-  return Batch(*(np.concatenate(c)[: len(dataset)] for c in columns))
-
-
-@pytest.fixture(scope='module')
 def greedy(dataset, student_params):
   return write_all(dataset, write_one(sampler.GREEDY), student_params)
 
@@ -72,7 +42,7 @@ def greedy(dataset, student_params):
 @pytest.fixture(scope='module')
 def with_teacher(config, teacher_params):
   return evaluate.Evaluation(
-    config, STUDENT, TEACHER, teacher_params, GREEDY, **SETTINGS
+    config, STUDENT, build.Model(TEACHER, teacher_params), GREEDY, **SETTINGS
   )
 
 
@@ -141,7 +111,9 @@ def test_the_names_of_what_is_measured_are_known_before(
 
 
 def test_without_a_teacher_there_are_task_metrics_alone(config, student_params):
-  alone = evaluate.Evaluation(config, STUDENT, None, None, GREEDY, **SETTINGS)
+  alone = evaluate.Evaluation(
+    config, STUDENT, build.NO_MODEL, GREEDY, **SETTINGS
+  )
 
   values, table = alone(student_params)
 
@@ -278,8 +250,7 @@ def test_tokens_do_not_depend_on_the_size_of_the_batches(
   larger = evaluate.Evaluation(
     dataclasses.replace(config, batch_size=20),  # 16 rows are enough
     STUDENT,
-    TEACHER,
-    teacher_params,
+    build.Model(TEACHER, teacher_params),
     GREEDY,
     **SETTINGS,
   )
@@ -295,7 +266,9 @@ def test_tokens_do_not_depend_on_the_size_of_the_batches(
 
 
 def test_without_a_teacher_samples_compile_nothing_new(config, student_params):
-  alone = evaluate.Evaluation(config, STUDENT, None, None, GREEDY, **SETTINGS)
+  alone = evaluate.Evaluation(
+    config, STUDENT, build.NO_MODEL, GREEDY, **SETTINGS
+  )
   alone(student_params)
 
   with conftest.names_of_compiled() as compiled:
@@ -318,8 +291,7 @@ def several(config):
   return evaluate.Evaluation(
     config,
     STUDENT,
-    None,
-    None,
+    build.NO_MODEL,
     {
       'greedy': sampler.GREEDY,
       'sampled': sampler.ANCESTRAL,
@@ -390,7 +362,7 @@ def test_what_is_drawn_once_has_no_self_bleu(several, student_params):
 def test_several_draws_of_nothing_that_samples_are_refused(config):
   with pytest.raises(ValueError, match='NUM_SAMPLES is 2, but no decoding'):
     evaluate.Evaluation(
-      config, STUDENT, None, None, GREEDY, **SETTINGS, num_samples=2
+      config, STUDENT, build.NO_MODEL, GREEDY, **SETTINGS, num_samples=2
     )
 
 
@@ -448,7 +420,7 @@ def test_the_mean_reward_is_that_of_what_was_written(
   )
 
   judged = evaluate.Evaluation(
-    config, STUDENT, None, None, GREEDY, mean_reward=mean_reward, **SETTINGS
+    config, STUDENT, build.NO_MODEL, GREEDY, mean_reward=mean_reward, **SETTINGS
   )
   values, _ = judged(student_params)
 

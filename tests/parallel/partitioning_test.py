@@ -261,7 +261,11 @@ def test_an_abstract_state_is_what_is_made():
 @pytest.mark.parametrize(
   ('shape', 'dims', 'said'),
   [
-    ((1, 4), (1, 1), r'MESH_MODEL 4 does not divide \w+/.*_embedding .*2, 32'),
+    (
+      (1, 4),
+      (1, 1),
+      r'MeshConfig.model 4 does not divide \w+/.*_embedding .*2, 32',
+    ),
     ((3, 1), (2, 1), 'the data axis, 3 here, must divide the width'),
   ],
   ids=str,
