@@ -415,7 +415,7 @@ def make_score(
 
 
 class Plan(NamedTuple):
-  """The parts of a run that depend on settings alone, not on files.
+  """What a run compiles, as far as its settings determine it.
 
   Attributes:
     student: the student's module.

@@ -28,7 +28,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A run: its command, and the file that is there when it is done."""
+  """A run: its command, and the file that exists when it is done."""
 
   name: str
   arguments: tuple[str, ...]  # of gkd_jax.main
@@ -191,7 +191,7 @@ class Worker:
   def poll(self) -> int | None:
     """Returns None while the job runs, 0 if it has ended well.
 
-    Otherwise the exit status of the process, which has ended, too; minus the
+    Otherwise the exit status of the process, which has also ended; minus the
     signal's number if one ended it.
     """
     # The status first: what the process wrote before it ended is there then.
@@ -216,9 +216,9 @@ class Worker:
 def run(
   jobs: Sequence[Job], num_parallel: int, runs_per_process: int | None = None
 ) -> None:
-  """Runs all jobs whose result is not there, in order, some at a time.
+  """Runs all jobs without a result, in order, up to num_parallel at a time.
 
-  Where one fails, those that do not need it are run all the same.
+  If one fails, all jobs that do not need it still run.
 
   Args:
     jobs: each after those that it needs.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process in which a sweep runs its points, one after another.
 
-Python, TensorFlow and JAX are imported once, and what was read and compiled for
-one run is there for the next. See `jobs`, which starts workers.
+Later runs reuse imports, data and compiled programs of earlier ones.
+`jobs` starts workers.
 """
 
 import gc
@@ -28,9 +28,8 @@ def command(arguments: Sequence[str], log: str | os.PathLike) -> bytes:
 def serve(run: Callable[[Sequence[str]], None]) -> None:
   """Runs the commands on stdin until it is closed; replies DONE after each.
 
-  A run that fails ends the process with that run's exit status, its error in
-  the log: the next run is given to a new process, whatever state this one is
-  in.
+  A failed run ends the process with that run's exit status, after its error was
+  written to the log. `jobs` gives the next run to a new process.
 
   Args:
     run: called with the arguments of gkd_jax.main.
@@ -52,7 +51,7 @@ def serve(run: Callable[[Sequence[str]], None]) -> None:
 
 
 def _redirect(path: str, flags: int, number: int) -> None:
-  """Makes a file descriptor one of a file, for libraries in C++, too."""
+  """Redirects a file descriptor to a file, also for libraries in C++."""
   descriptor = os.open(path, flags, 0o666)
   os.dup2(descriptor, number)
   os.close(descriptor)
