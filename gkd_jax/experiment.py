@@ -86,7 +86,7 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModel:
-  """The model of a reward such as `rewards.entailment`.
+  """The model of a reward such as `entailment.entailment`.
 
   Attributes:
     checkpoint_path: its parameters; it must have the task's vocabulary.

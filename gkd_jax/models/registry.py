@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of models. To add one, write its module and list it here.
 
-A family also has names in checkpoints: `checkpoints/formats/families`.
+Its names in checkpoints are in `checkpoints/formats`, e.g. `t5_names`.
 """
 
 import dataclasses
