@@ -61,20 +61,21 @@ class Progress:
     if now - self._last < every:
       return
     self._last = now
-    states = {name: state(folder) for name, folder in running.items()}
+    read = {name: _read(folder) for name, folder in running.items()}
     if not self._is_live:
-      words = [f'{name} {", ".join(of)}' for name, of in states.items()]
+      words = [f'{name} {", ".join(_words(*of))}' for name, of in read.items()]
       console.log(
         f'[{self._clock()}] {self._num_done} of {self._num_runs} runs done; '
         f'{"; ".join(words)}'
       )
       return
     lines = []
-    for name, folder in running.items():
-      step, total = steps(folder)
+    for name, (line, total) in read.items():
+      step = line.get('step', 0)
       filled = round(_BAR_WIDTH * step / total) if total else 0
       bar = '█' * filled + '·' * (_BAR_WIDTH - filled)
-      lines.append(self._line(name, f'{bar}  {"  ".join(states[name])}'))
+      words = '  '.join(_words(line, total))
+      lines.append(self._line(name, f'{bar}  {words}'))
     self._clear()
     width = shutil.get_terminal_size().columns - 1
     sys.stderr.write(''.join(line[:width] + '\n' for line in lines))
@@ -101,10 +102,19 @@ class Progress:
 
 def state(folder: pathlib.Path) -> list[str]:
   """Returns where a run is, in words: step, loss, time left."""
-  line = _last_training_line(folder)
-  step, total = steps(folder)
+  return _words(*_read(folder))
+
+
+def steps(folder: pathlib.Path) -> tuple[int, int | None]:
+  """Returns the last step logged and the number of steps, None if not known."""
+  line, total = _read(folder)
+  return line.get('step', 0), total
+
+
+def _words(line: Mapping[str, Any], total: int | None) -> list[str]:
   if not line or total is None:
     return ['starting']
+  step = line['step']
   if step >= total:
     return [f'step {step}/{total}', 'evaluating']
   words = [f'step {step}/{total}', f'loss {line["train/loss"]:.4f}']
@@ -113,13 +123,13 @@ def state(folder: pathlib.Path) -> list[str]:
   return words
 
 
-def steps(folder: pathlib.Path) -> tuple[int, int | None]:
-  """Returns the last step logged and the number of steps, None if not known."""
+def _read(folder: pathlib.Path) -> tuple[Mapping[str, Any], int | None]:
+  """Returns the last line with a loss, {} if there is none, and TRAIN_STEPS."""
   config = folder / 'config.gin'
   if not config.is_file():
-    return 0, None
+    return {}, None
   total = _num_steps(config, config.stat().st_mtime_ns)
-  return _last_training_line(folder).get('step', 0), total
+  return _last_training_line(folder), total
 
 
 @functools.lru_cache
