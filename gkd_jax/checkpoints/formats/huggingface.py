@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face folders of encoder-decoders.
 
-`config.json` beside `model.safetensors`, in one file or in shards with an
-index. A torch Linear holds the transpose of a Flax kernel. What a family's
-config.json and tensors are called is in a module beside this one.
+A folder holds `config.json` and `model.safetensors`, in one file or in shards
+with an index. The weight of a torch Linear is the transpose of a Flax kernel.
+The names of a family's tensors and config fields are in a module of their own,
+such as `t5_names`.
 """
 
 import collections
@@ -27,12 +28,12 @@ from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import param_shapes
 
 FORMAT = 'Hugging Face'
-# Family of models -> its names.
+# Family of models -> module with its names.
 _FAMILIES = {'t5': t5_names}
 CONFIG = 'config.json'
 _GENERATION = 'generation_config.json'
-# The tokenizer and the settings of generation. They are copied from the
-# checkpoint that a model was loaded from to where it is exported.
+# Files of the tokenizer and of generation settings. An export copies them from
+# the folder that the model was loaded from.
 SIDE_FILES = (
   'spiece.model',
   'tokenizer.json',
@@ -59,7 +60,7 @@ _DTYPES = {
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
-  """Whether a folder looks like one of Hugging Face's."""
+  """Whether a folder has the config.json of a Hugging Face model."""
   return (folder / CONFIG).exists()
 
 
@@ -69,8 +70,8 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   Only headers are read.
 
   Raises:
-    ValueError: it is no encoder-decoder of a known family, its files are not
-      whole, or its arrays do not have the shapes that its config implies.
+    ValueError: it is no encoder-decoder of a known family, a file is
+      incomplete, or an array does not have the shape that the config implies.
   """
   if str(folder).startswith('gs://'):
     raise ValueError(
@@ -106,7 +107,7 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _family_of(path: epath.Path, values: Mapping[str, Any]) -> Any:
-  """Returns the module with the names of the model that a config.json has."""
+  """Returns the module with the names of the model in a config.json."""
   kind = values.get('model_type')
   types = {
     model_type: family
@@ -124,14 +125,14 @@ def _family_of(path: epath.Path, values: Mapping[str, Any]) -> Any:
 def _special_ids(
   folder: epath.Path, values: Mapping[str, Any]
 ) -> dict[str, int]:
-  """Returns the special ids that a folder names: {field of our config: id}.
+  """Returns the special ids in a folder's files: {field of our config: id}.
 
   Args:
-    folder: with generation_config.json, or without.
+    folder: may also have a generation_config.json.
     values: contents of its config.json.
 
   Raises:
-    ValueError: the two files disagree, or there are several ids for one field.
+    ValueError: the two files disagree, or a field has several ids.
   """
   generation = {}
   if (folder / _GENERATION).exists():
@@ -157,10 +158,11 @@ def _special_ids(
 
 
 def vocabulary(folder: epath.Path) -> str | None:
-  """Returns the tokenizer as a part of the line of `vocabularies.describe`.
+  """Returns a folder's tokenizer in the form of `vocabularies.describe`.
 
-  That is 'model sha256 ...', 'ByteVocabulary', or 'SentencePieceVocabulary'
-  where the model's file is not there; None where there is no tokenizer.
+  Returns:
+    'model sha256 ...', 'ByteVocabulary', or 'SentencePieceVocabulary' if the
+    file of the SentencePiece model is missing; None if there is no tokenizer.
   """
   model = folder / 'spiece.model'
   if model.is_file():
@@ -197,7 +199,7 @@ def _stored_tensors(folder: epath.Path) -> dict[str, Tensor]:
 
 
 def _names_by_file(folder: epath.Path) -> dict[epath.Path, list[str]]:
-  """{file: the tensors that the index places in it}; [] stands for all."""
+  """Returns {file: names of its tensors by the index}; [] means all."""
   if (folder / _WEIGHTS).is_file():
     return {folder / _WEIGHTS: []}
   if not (folder / _INDEX).is_file():
@@ -269,13 +271,13 @@ def save(
   """Writes a folder that `transformers` loads.
 
   Args:
-    folder: there and empty.
+    folder: an existing, empty folder.
     config: the model's shape.
-    params: {our name: array}; one shard's worth of copies is made at a time.
+    params: {our name: array}; the arrays of one shard are copied at a time.
     dtype: of the weights, 'float32' or 'bfloat16'.
-    source: a folder whose `SIDE_FILES` and config.json's other fields are
-      taken over.
-    max_shard_bytes: of one file.
+    source: a folder to copy `SIDE_FILES` and the other fields of config.json
+      from.
+    max_shard_bytes: the maximum size of a file.
   """
   was = {}
   if source is not None and (source / CONFIG).exists():
@@ -339,7 +341,7 @@ def write_byte_tokenizer(folder: epath.Path, vocab_size: int) -> None:
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-  """Fills files in order, each up to the limit or with one array alone."""
+  """Yields the names for each file, up to the limit; at least one a file."""
   shard, used = [], 0
   for name, size in sizes.items():
     if shard and used + size > limit:
@@ -351,7 +353,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 
 
 def check_can_hold(config: ModelConfig) -> None:
-  """Raises ValueError where transformers has no such model."""
+  """Raises ValueError if transformers cannot represent the model."""
   _FAMILIES[config.family].check_can_hold(config)
 
 

@@ -14,25 +14,26 @@ from gkd_jax.checkpoints.formats.tensors import Tensor
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
 
-# Fields of config.json that do not say what the model is. (All others are
-# written anew; transformers lets some contradict each other.)
+# Fields of config.json that do not describe the model; an export copies them.
+# All others are written from our config, because transformers accepts files
+# whose fields contradict each other.
 _KEPT_FIELDS = ('task_specific_params', 'tokenizer_class', 'n_positions')
 MODEL_TYPES = ('t5', 'mt5', 'umt5')
-# feed_forward_proj -> our activations. Its gelu is the tanh form when gated.
+# feed_forward_proj -> our activations. In gated-gelu, GELU is the tanh form.
 _ACTIVATIONS = {
   'relu': ('relu',),
   'gated-relu': ('relu', 'linear'),
   'gated-gelu': ('gelu', 'linear'),
   'gated-silu': ('silu', 'linear'),
 }
-# All are one matrix; a file may hold any of them, or several.
+# Names of the same matrix; a file holds one or more of them.
 _EMBEDDINGS = (
   'shared.weight',
   'encoder.embed_tokens.weight',
   'decoder.embed_tokens.weight',
 )
 _HEAD = 'lm_head.weight'
-# T5 1.0's files have a table that no model uses.
+# A table in the files of T5 1.0 that the model does not use.
 _UNUSED = (
   'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
 )
@@ -47,17 +48,17 @@ def read_layout(
   ids: Mapping[str, int],
   stored: Mapping[str, Tensor],
 ) -> tuple[ModelConfig, dict[str, tuple[str, bool]], set[str]]:
-  """Returns what a folder holds.
+  """Returns the config and the tensor names of a folder.
 
   Args:
     path: of config.json.
     values: its contents.
-    ids: the special ids that the folder names, {field of our config: id}.
+    ids: the special ids in the folder's files, {field of our config: id}.
     stored: {tensor name: Tensor} of the weights.
 
   Returns:
     The config; {our name: (tensor name, whether it is the transpose)}; and the
-    names of other tensors that the weights may have.
+    names of tensors that the files may hold but the model does not use.
 
   Raises:
     ValueError: it is no encoder-decoder T5.
@@ -86,7 +87,7 @@ def _config(
   *,
   tied: bool,
 ) -> ModelConfig:
-  """Returns the shape that a config.json describes."""
+  """Returns the config that a config.json describes."""
   kind = values['model_type']
   if values.get('is_encoder_decoder') is False:
     raise ValueError(
@@ -106,10 +107,10 @@ def _config(
       f'{path}: layer_norm_epsilon is {epsilon}; every published T5 has 1e-6, '
       'and gkd_jax knows no other.'
     )
-  # transformers 4 scales what goes into a tied head. 5 ties where the weights
-  # are equal, and T5 has a field of its own for the scale; mT5 never scales.
-  # (Its umT5 always does, even where the model was trained, and used by 4,
-  # without.)
+  # transformers 4 scales the hidden states if the head is tied. transformers 5
+  # ties the head if the weights are equal, and has a separate field for the
+  # scale of T5; mT5 is never scaled. (It always scales umT5, also models that
+  # were trained, and run by transformers 4, without a scale.)
   scale = values.get(
     'scale_decoder_outputs',
     kind != 'mt5' and values.get('tie_word_embeddings') is not False,
@@ -199,7 +200,7 @@ def tensor_names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
 
 
 def check_can_hold(config: ModelConfig) -> None:
-  """Raises ValueError where transformers has no such model."""
+  """Raises ValueError if transformers cannot represent the model."""
   if config.mlp_activations not in _ACTIVATIONS.values():
     raise ValueError(
       f'transformers has no T5 with mlp_activations {config.mlp_activations}; '
@@ -210,12 +211,12 @@ def check_can_hold(config: ModelConfig) -> None:
 def config_to_json(
   config: ModelConfig, was: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns config.json less special ids and dtype.
+  """Returns the fields of config.json except special ids and dtype.
 
   Args:
     config: of the model.
-    was: config.json of the folder that the model came from; some of its fields
-      are kept.
+    was: config.json of the folder that the model was loaded from, whose
+      `_KEPT_FIELDS` are copied.
   """
   scale = config.scales_decoder_outputs
   kind = 'umt5' if config.relpos_bias_per_layer else 't5'
@@ -239,7 +240,7 @@ def config_to_json(
     'dropout_rate': was.get('dropout_rate', 0.1),
     'layer_norm_epsilon': 1e-6,
     'feed_forward_proj': proj,
-    # transformers 4 reads the first, 5 the second, which T5 alone has.
+    # transformers 4 reads the first field, 5 the second; only T5 has it.
     'tie_word_embeddings': scale or config.logits_via_embedding,
     **({'scale_decoder_outputs': scale} if kind == 't5' else {}),
   }

@@ -3,15 +3,16 @@
 
 A checkpoint is a folder `checkpoint_<step>` in one of two forms:
 
-- legacy, as all published ones: a flax msgpack file `checkpoint`, in which
-  most arrays are replaced by TensorStore specs of zarr arrays beside it;
-- Orbax, T5X's default today: `state/`, whose arrays are zarr too, all in one
-  OCDBT store or, in older ones, each in a folder.
+- legacy, the form of all published checkpoints: a flax msgpack file
+  `checkpoint`, in which most arrays are replaced by TensorStore specs of zarr
+  arrays beside it;
+- Orbax, T5X's default today: a folder `state`, whose arrays are zarr arrays
+  in one OCDBT store or, in older checkpoints, each in its own folder.
 
-Parameters have the names of one of T5X's two networks. Those of `examples/t5`
-are ours. `examples/scalable_t5` stacks the layers of encoder and decoder along
-an axis, does not join heads and head dimension, and has a relative position
-bias in every layer. Only parameters are read, no optimizer state.
+Parameters have the names of one of T5X's two networks. `examples/t5` has our
+names. `examples/scalable_t5` stacks the layers of encoder and decoder along an
+axis, keeps heads and head dimension as separate axes, and has a relative
+position bias in every layer. Only parameters are read, no optimizer state.
 
 Source: T5X, `t5x/checkpoints.py`, `t5x/adafactor.py` and `t5x/examples`.
 """
@@ -38,17 +39,18 @@ from gkd_jax.models.params import param_shapes
 
 FORMAT = 'T5X'
 PREFIX = 'checkpoint'
-_FILE = 'checkpoint'  # the msgpack
-_STATE = 'state'  # Orbax's folder in ours
+_FILE = 'checkpoint'  # the msgpack file
+_STATE = 'state'  # the folder that Orbax writes
 _ORBAX_METADATA = '_METADATA'
 _OCDBT = 'manifest.ocdbt'
-_PLACEHOLDER = 'PLACEHOLDER://'  # old Orbax: stands for an array in a folder
+_PLACEHOLDER = 'PLACEHOLDER://'  # old Orbax: refers to an array in a folder
 _VERSION = 3
 _STACKS = ('encoder', 'decoder')
 _MAX_DIFFERENCES = 5
-_CHUNK_BYTES = 64 * 2**20  # the size that T5X chooses
-# The chunks of a stacked array hold parts of all layers. Decoded ones are kept
-# until the other layers have been read, up to this size: one array of 13B.
+_CHUNK_BYTES = 64 * 2**20  # T5X's chunk size
+# Each chunk of a stacked array holds parts of all layers. Decoded chunks are
+# cached until the other layers have been read, up to this size: the largest
+# array of a model of 13B parameters.
 _CACHE_BYTES = 5 * 10**9
 _TABLE = 'relpos_bias/rel_embedding'
 _ATTENTION_KERNELS = tuple(
@@ -60,7 +62,7 @@ _ATTENTION_KERNELS = tuple(
 
 
 def is_checkpoint(folder: os.PathLike | str) -> bool:
-  """Whether a folder looks like one checkpoint of T5X, in any form."""
+  """Whether a folder has the files of one T5X checkpoint, in any form."""
   folder = epath.Path(folder)
   return any(
     file.is_file()
@@ -77,19 +79,19 @@ def open_folder(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
   """Returns the model's shape, and its arrays under our parameters' names.
 
-  Only headers are read. Layers that are stacked in one array follow each other
-  in the result: read in that order, each chunk is decoded once.
+  Only headers are read. Layers that are stacked in one array are adjacent in
+  the result: if they are read in that order, each chunk is decoded once.
 
-  A checkpoint has names and shapes only. What they leave open is as in T5X's
-  own configurations: one `wi` is ('relu',), two are ('gelu',
-  'linear'); without `logits_dense` the embedding is tied and outputs are
-  scaled; distances share a bucket from 128 on; EOS is 1.
+  A checkpoint has only names and shapes. All other fields of the config are
+  those of T5X's own configurations: one `wi` means ('relu',), two mean ('gelu',
+  'linear'); without `logits_dense` the embedding is tied and decoder outputs
+  are scaled; the maximum distance of the position bias is 128; EOS is 1.
 
   Args:
     folder: `checkpoint_<step>`, local or gs://.
 
   Raises:
-    ValueError: it is no T5X checkpoint of an encoder-decoder T5, or not whole.
+    ValueError: it is no T5X checkpoint of an encoder-decoder T5, or incomplete.
   """
   folder = epath.Path(folder)
   tensors = _per_layer(_stored(folder))
@@ -122,13 +124,13 @@ def _stored(folder: epath.Path) -> dict[str, Tensor]:
       {
         'driver': 'zarr',
         'kvstore': leaf,
-        # Else what a copy has left out would be read as zeros.
+        # By default TensorStore reads missing files as zeros.
         'fill_missing_data_reads': False,
         'recheck_cached_data': 'open',
       },
       open=True,
       read=True,
-      # Caching is for what is read in parts.
+      # Only stacked arrays are read in parts.
       context=context if _is_stacked(name) else None,
     )
   absent = []
@@ -162,12 +164,12 @@ def _in_store(folder: epath.Path, name: str, store: ts.TensorStore) -> Tensor:
 
 
 def _as_bfloat16(array: np.ndarray) -> np.ndarray:
-  """Version 2 of the legacy form keeps bfloat16 as uint16."""
+  """Returns bfloat16 for uint16: version 2 of the legacy form stores it so."""
   return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
 
 def _leaves(folder: epath.Path) -> dict[str, np.ndarray | dict[str, Any]]:
-  """Returns {T5X's name: the array, or TensorStore's words for where it is}."""
+  """Returns {T5X's name: the array, or the kvstore spec of its files}."""
   state = folder / _STATE
   if (state / _ORBAX_METADATA).is_file():
     place_of = _orbax_place(state)
@@ -178,7 +180,7 @@ def _leaves(folder: epath.Path) -> dict[str, np.ndarray | dict[str, Any]]:
     }
   base = state if (state / _FILE).is_file() else folder
   contents = _read_msgpack(base / _FILE)
-  # Orbax's form has no version, and one of its kinds another name.
+  # Orbax files have no version; some of them name the key `_optimizer`.
   for key in ('optimizer', '_optimizer'):
     contents = contents.get(key, contents)
   place_of = _orbax_place(base)
@@ -193,7 +195,7 @@ def _leaves(folder: epath.Path) -> dict[str, np.ndarray | dict[str, Any]]:
 
 
 def _orbax_keys(path: epath.Path) -> Iterator[list[str]]:
-  """Yields the names on the way to each leaf of Orbax's tree."""
+  """Yields the path of each leaf of Orbax's tree, as a list of keys."""
   try:
     tree = json.loads(path.read_text())['tree_metadata']
     for leaf in tree.values():
@@ -237,10 +239,11 @@ def _flat(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def _legacy_place(base: epath.Path, name: str, spec: Any) -> dict[str, Any]:
-  """Returns where the array is that a TensorStore spec stands for.
+  """Returns the kvstore spec of an array, given the spec in the msgpack file.
 
-  The spec's driver is that of the machine which wrote it. Its path is relative,
-  and was beside 'kvstore' before TensorStore 0.1.14.
+  The driver in the file is that of the machine that wrote it, so it is
+  replaced. The path is relative. Before TensorStore 0.1.14 it was beside
+  'kvstore', not in it.
   """
   if isinstance(spec, dict) and spec.get('driver') == 'zarr':
     for place in (spec['kvstore'], spec):
@@ -253,7 +256,7 @@ def _legacy_place(base: epath.Path, name: str, spec: Any) -> dict[str, Any]:
 
 
 def _orbax_place(base: epath.Path) -> Callable[[str], dict[str, Any]]:
-  """Returns a function from an array's name to where it is."""
+  """Returns a function: name of an array -> kvstore spec of its files."""
   if (base / _OCDBT).is_file():
     store = {'driver': 'ocdbt', 'base': _files(base, '')}
     return lambda name: store | {'path': name}
@@ -261,7 +264,7 @@ def _orbax_place(base: epath.Path) -> Callable[[str], dict[str, Any]]:
 
 
 def _files(base: epath.Path, path: str) -> dict[str, Any]:
-  """Returns TensorStore's words for a path in a folder, local or gs://."""
+  """Returns the kvstore spec of a path in a folder, local or gs://."""
   folder = os.fspath(base)
   if folder.startswith('gs://'):
     bucket, _, folder = folder.removeprefix('gs://').partition('/')
@@ -282,7 +285,7 @@ def _is_stacked(name: str) -> bool:
 
 
 def _per_layer(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-  """Takes the layers apart where they are stacked, and joins heads."""
+  """Splits stacked arrays by layer, and joins heads and head dimension."""
   tensors = {}
   axis_of = {stack: _scan_axis(stored, stack) for stack in _STACKS}
   for name, tensor in stored.items():
@@ -298,9 +301,9 @@ def _per_layer(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _scan_axis(stored: Mapping[str, Tensor], stack: str) -> int:
-  """The axis of the layers: the first one that is as long in all arrays.
+  """Returns the axis of the layers, which has the same length in all arrays.
 
-  That is 1, T5X's default, or 0: no other axis is one of norms and kernels.
+  It is 1, T5X's default, or 0: the scale of a norm has only these two axes.
   """
   stacked = [
     tensor
@@ -318,10 +321,10 @@ def _length(tensor: Tensor, axis: int) -> int:
 
 
 def _joined(name: str, tensor: Tensor) -> Tensor:
-  """Makes one axis of heads and head dimension, which scalable_t5 keeps apart.
+  """Joins the axes of heads and head dimension, which scalable_t5 separates.
 
-  Of query, key and value they are the last two, of out the first two. A part
-  of the joined axis reads only the heads that it touches.
+  They are the last two axes of query, key and value, and the first two of out.
+  A slice of the joined axis reads only the heads that it overlaps.
   """
   if len(tensor.shape) != 3 or not name.endswith(_ATTENTION_KERNELS):
     return tensor
@@ -342,7 +345,7 @@ def _joined(name: str, tensor: Tensor) -> Tensor:
 
 
 def _config(folder: epath.Path, tensors: Mapping[str, Tensor]) -> ModelConfig:
-  """Returns the shape that parameters have."""
+  """Returns the config that the shapes of the parameters imply."""
   if not tensors:
     raise ValueError(
       f"{folder} holds no parameters: the 'target' of its tree is empty."
@@ -409,8 +412,9 @@ def _shortened(lines: list[str], separator: str = '\n  ') -> str:
 
 # --- Writing ------------------------------------------------------------------
 
-# What Adafactor does with the axes of a stacked parameter: R rows, C columns,
-# L the layers, each by itself. T5X: adafactor.standard_logical_factor_rules.
+# How Adafactor factors each axis of a stacked parameter: R rows, C columns, L
+# layers, which are factored separately. Source: T5X,
+# `adafactor.standard_logical_factor_rules`.
 _STACKED_AXES = {
   'query/kernel': 'RLCC',
   'key/kernel': 'RLCC',
@@ -433,25 +437,27 @@ def save(
 ) -> epath.Path:
   """Writes a checkpoint in the legacy form, which every T5X restores.
 
-  A model with a position bias in every layer gets the names and shapes of
-  scalable_t5 with stacked layers, any other those of examples/t5.
+  A model with a position bias in every layer is written with the names and
+  shapes of scalable_t5 with stacked layers, any other with those of
+  examples/t5.
 
-  T5X restores it for inference and to go on training with its Adafactor, whose
-  state starts afresh: it is there, but all zeros.
+  T5X restores it for inference, and for training with Adafactor. The state of
+  Adafactor in the checkpoint is all zeros.
 
   Args:
-    folder: gets a folder `checkpoint_<step>`, which appears when it is whole.
+    folder: where `checkpoint_<step>` is created; it is renamed to this name
+      when it is complete.
     config: the model's shape.
-    params: {our name: array}; one copy of one of them is made at a time.
-    step: where T5X goes on counting; its TRAIN_STEPS counts from 0.
+    params: {our name: array}; they are copied one at a time.
+    step: the step at which T5X continues; its TRAIN_STEPS counts from 0.
     dtype: of the parameters, 'float32' or 'bfloat16'.
 
   Returns:
     The new folder.
 
   Raises:
-    ValueError: the checkpoint is there already, T5X's networks cannot hold
-      such a model, or parameters are not those of the config.
+    ValueError: the checkpoint exists, T5X's networks cannot represent the
+      model, or the parameters do not match the config.
   """
   final = epath.Path(folder) / f'{PREFIX}_{step}'
   if final.exists():
@@ -483,7 +489,7 @@ def save(
 
 
 def check_can_hold(config: ModelConfig) -> None:
-  """Raises ValueError where T5X's networks have no such model."""
+  """Raises ValueError if T5X's networks cannot represent the model."""
   if config.mlp_activations not in (('relu',), ('gelu', 'linear')):
     raise ValueError(
       'A T5X checkpoint does not say its activations, and its readers take a '
@@ -528,7 +534,7 @@ _ToWrite = tuple[
 def _arrays_to_write(
   config: ModelConfig, params: Mapping[str, Any]
 ) -> Iterator[_ToWrite]:
-  """Yields T5X's arrays; those of stacked layers have a part for each layer."""
+  """Yields T5X's arrays; a stacked array has one part per layer."""
   layers = collections.defaultdict(dict)
   for name, shape in param_shapes(registry.make_model(config)).items():
     stack, layer, *of_layer = name.split('/')
@@ -553,9 +559,9 @@ def _split_heads(config: ModelConfig, name: str, shape: tuple[int, ...]):
 
 
 def _write_array(folder: epath.Path, name, shape, parts, dtype: str):
-  """Writes an array as zarr; returns what stands for it in the msgpack."""
+  """Writes an array as zarr; returns its spec for the msgpack file."""
   kind = np.dtype(dtype)
-  # A chunk has one layer, so that layers are written one after another.
+  # Each chunk has one layer, so that layers can be written one at a time.
   chunk = _chunk(shape, kind.itemsize, layers_at=1 if len(parts) > 1 else None)
   spec = {
     'driver': 'zarr',
@@ -578,7 +584,7 @@ def _write_array(folder: epath.Path, name, shape, parts, dtype: str):
 
 
 def _chunk(shape, itemsize: int, layers_at: int | None) -> list[int]:
-  """Halves the longest axes until a chunk is no larger than T5X's."""
+  """Halves the longest axis until a chunk is at most as large as T5X's."""
   chunk = list(shape)
   if layers_at is not None:
     chunk[layers_at] = 1
@@ -591,9 +597,9 @@ def _chunk(shape, itemsize: int, layers_at: int | None) -> list[int]:
 def _adafactor_zeros(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
   """Returns the state of T5X's Adafactor before the first step.
 
-  Matrices of at least 128 x 128 are factored by rows and columns, the larger
-  axis being that of the columns; stacked kernels by the rules of their axes,
-  whatever their size. All else is not factored.
+  Matrices of at least 128 x 128 are factored by rows and columns; the larger
+  axis is that of the columns. Stacked kernels of any size are factored by
+  `_STACKED_AXES`. All other parameters are not factored.
   """
   unused = np.zeros((1,), np.float32)
   state = dict.fromkeys(('m', 'v', 'v_row', 'v_col'), unused)

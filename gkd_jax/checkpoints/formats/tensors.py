@@ -2,7 +2,7 @@
 """Arrays in files; each device reads only its own shard.
 
 A format (`huggingface`, `t5x`) lists its arrays as `Tensor`s under our
-parameters' names; arrays with another layout on disk are views. Nothing is read
+parameters' names. Transposed and stacked arrays are views, so nothing is read
 before `place`.
 """
 
@@ -32,14 +32,14 @@ def in_memory(array: np.ndarray) -> Tensor:
 
 
 def transposed(tensor: Tensor) -> Tensor:
-  """The transpose of a matrix."""
+  """Returns the transpose of a matrix."""
   return Tensor(
     tensor.shape[::-1], tensor.dtype, lambda index: tensor.read(index[::-1]).T
   )
 
 
 def entry(tensor: Tensor, axis: int, i: int) -> Tensor:
-  """The i-th of the arrays that are stacked along an axis."""
+  """Returns the i-th of the arrays that are stacked along an axis."""
 
   def read(index):
     whole = (*index[:axis], slice(i, i + 1), *index[axis:])
@@ -50,15 +50,15 @@ def entry(tensor: Tensor, axis: int, i: int) -> Tensor:
 
 
 def read_all(tensor: Tensor) -> np.ndarray:
-  """Returns the whole array."""
+  """Returns the complete array."""
   return tensor.read(tuple(slice(0, n) for n in tensor.shape))
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-  """Whether two matrices are the same; they are read in parts."""
+  """Whether two matrices are equal; they are read in parts."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
-  rows = 4096  # of an embedding; never two whole ones in memory
+  rows = 4096  # of an embedding: two complete ones may not fit into memory
   return all(
     np.array_equal(a.read(part), b.read(part))
     for start in range(0, a.shape[0], rows)
@@ -79,10 +79,10 @@ def place(
   full.
 
   Args:
-    tensors: {'encoder/layers_0/mlp/wo/kernel': ...}; the names and shapes of
-      the parameters.
-    abstract_params: their tree, with shapes and shardings.
-    dtype: of the result; None: as in the file.
+    tensors: {'encoder/layers_0/mlp/wo/kernel': ...}, with the names and shapes
+      of the parameters.
+    abstract_params: the tree of parameters, with shapes and shardings.
+    dtype: of the result; None: that of the file.
   """
   wanted = named_params(abstract_params)
   # In the order of the files: layers that are stacked in one array share its
@@ -100,7 +100,7 @@ def _place(tensor: Tensor, sharding: jax.sharding.Sharding, dtype: str | None):
   kept = np.dtype(dtype) if dtype else tensor.dtype
 
   def part(index):
-    # jax writes whole axes as slice(None).
+    # JAX gives slice(None) for an axis that is not sharded.
     bounds = zip(index, tensor.shape, strict=True)
     return tensor.read(
       tuple(slice(*s.indices(n)[:2]) for s, n in bounds)
