@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A calculator at decoding time: after `48/2=` the model's number is replaced.
+"""A calculator at decoding time: it replaces the number that follows `48/2=`.
 
-When a model that has written an expression and `=` begins a number, the right
-result is written in its place. Models of this kind reason well before they
-calculate well; GSM8K is scored with such a calculator. Two forms are read:
+If the model begins a number after an expression and `=`, the correct result is
+written instead. Small models learn the steps of a solution before they learn
+arithmetic, and accuracy on GSM8K is reported with such a calculator. Two forms
+are parsed:
 
-- plain text: `Natalia sold 48/2 = `. The expression is the longest end of the
-  line that is one. It needs an operator, and nothing before it may belong to
-  it: `3 apples * 4 =` and `x + 5 + 3 =` are left to the model.
-- GSM8K's annotations: `<<48/2=`. The expression is all that follows `<<`, a
-  bare number too; `>>` is written after the result.
+- plain text: `Natalia sold 48/2 = `. The expression is the longest suffix of
+  the line that is a complete expression with an operator. If the text before
+  may be part of it, as in `3 apples * 4 =` and `x + 5 + 3 =`, nothing is
+  replaced.
+- GSM8K's annotations: `<<48/2=`. The expression is everything after `<<`, also
+  a single number; `>>` is written after the result.
 
-It is the number that sets it off, not the `=`: what comes in between (` `, `$`,
-or `<<` where annotations follow the plain form) stays the model's. After a
-result the model goes on, but cannot add digits to it. A result is exact or
-there is none: whatever cannot be read, is too long, divides by zero, or has no
-finite decimal form (`10/3`) leaves the model its own tokens. The number after
-`=` is taken for the result, which it is not in `2*3 + 4 = 6 + 4`.
+The replacement starts where the number begins, not at the `=`: the model writes
+what is between them (` `, `$`, or `<<` if annotations follow the plain form).
+After a result the model continues, but cannot append digits to it. Results are
+exact. Nothing is replaced if the expression cannot be parsed, is too long,
+divides by zero, or has no finite decimal form (`10/3`). The number after `=` is
+assumed to be the result, which is wrong for `2*3 + 4 = 6 + 4`.
 
-Source: the calculator of GSM8K, Cobbe et al. (2021), arXiv:2110.14168. Theirs
-is Python's `eval`; this one is a parser with limits, in exact arithmetic.
+Source: the calculator of GSM8K, Cobbe et al. (2021), arXiv:2110.14168. It calls
+Python's `eval`; this module has a parser with limits and exact arithmetic.
 """
 
 import re
@@ -33,11 +35,11 @@ import numpy as np
 from gkd_jax.batch import MASKED_LOGIT, SpecialIds
 
 _MAX_EXPRESSION = 120  # characters; also bounds the parser's recursion
-_MAX_DIGITS = 15  # of a number that is read, and of a result
+_MAX_DIGITS = 15  # of a number in an expression, and of a result
 _MAX_DECIMALS = 12  # of a result
-_NO_TOKEN = -1  # where nothing is forced
+_NO_TOKEN = -1  # no token is forced
 _MAX_FORCED = 24  # tokens; a result has at most 15 digits, sign, commas, `>>`
-_WINDOW = 128  # tokens that the host sees
+_WINDOW = 128  # tokens that are passed to the host
 _MAX_PART = 16_384  # elements of int32: 64 KiB
 
 _NUMBER = (
@@ -55,34 +57,34 @@ _TOKEN = re.compile(
 )
 _ASCII = str.maketrans({'−': '-', '–': '-', '×': '*', '÷': '/'})
 
-# What stands before an expression of which we see the end only: an operator
-# (`apples * 4 + 2`), something glued to it (`x5 + 3`, `6:00+48`), or a number
-# (`1 1/2 * 60`, `80 000 * 2`).
+# Text before an expression that may be part of it: an operator
+# (`apples * 4 + 2`), a character without a space (`x5 + 3`, `6:00+48`), or a
+# number (`1 1/2 * 60`, `80 000 * 2`).
 _MORE_BEFORE = re.compile(
   r'(?:[-+*/^√]|(?<![A-Za-z])[xX])[ \t(]*$'
   r'|[\w.,$€£!)%]$|[0-9]:$|[0-9](?: and)?[ \t]+$'
 )
-# But a number right after `=` is a result: `38-57=-19 -19-10=`.
+# A number directly after `=` is a result, not part of it: `38-57=-19 -19-10=`.
 _RESULT = re.compile(rf'[ \t]*-?{_NUMBER}[ \t]+')
-# `2000 / 2/3`: whoever writes it so means a fraction.
+# `2000 / 2/3`: the spaces suggest a division by the fraction 2/3.
 _FRACTION_BY_SPACING = re.compile(r'/[ \t]+[0-9.,]+/')
 
 
 def compute(text: str) -> str | None:
-  """Returns what a calculator writes after a text and `=`.
+  """Returns the result of the expression that a text ends with.
 
   Numbers may have `$`, thousands commas and `%` (a hundredth); operators are
   + - * x × / ÷, // (rounded down), brackets and a sign before a number. There
-  are no powers, and a text of any length takes some milliseconds at most.
+  are no powers, so the time is at most some milliseconds for any text.
 
   Args:
-    text: all that stands before the `=`.
+    text: the text before the `=`.
 
   Returns:
-    The result, e.g. '24' (or '24>>', where the expression follows `<<`), in
-    the notation of the expression: with thousands commas if it has any, in
-    percent if all its numbers are (`40%/10%` is 4, though), or if it ends in
-    `* 100%`. None: nothing is to be computed.
+    The result, e.g. '24' (or '24>>' if the expression follows `<<`), in the
+    notation of the expression: with thousands commas if it has any; in percent
+    if all its numbers are and it has no division (`40%/10%` is 4), or if it
+    ends with `* 100%`. None: there is no expression, or no result.
   """
   window = text[-_MAX_EXPRESSION:].translate(_ASCII)
   annotation = re.search('<<([^<>=\n]*)$', window)
@@ -97,11 +99,11 @@ def compute(text: str) -> str | None:
 
 
 class _NoExpression(Exception):
-  """Not of the grammar."""
+  """The text is not an expression."""
 
 
 class _NoResult(Exception):
-  """Beyond the limits."""
+  """The expression has no result within the limits."""
 
 
 class _Token(NamedTuple):
@@ -157,9 +159,10 @@ def _tokens(text: str) -> list[_Token]:
   ]
 
 
-# The grammar. Each returns the value of what begins at tokens[i], and where it
-# ends:  sum = product {(+|-) product};  product = factor {(*|x|/|//) factor};
-#        factor = [+|-] (number | '(' sum ')').
+# The grammar. Each function parses from tokens[i] on, and returns the value and
+# the index of the next token:
+#   sum = product {(+|-) product};  product = factor {(*|x|/|//) factor};
+#   factor = [+|-] (number | '(' sum ')').
 
 
 def _at(tokens: list[_Token], i: int) -> _Token:
@@ -170,7 +173,8 @@ def _sum(tokens: list[_Token], i: int) -> tuple[Fraction, int]:
   value, i = _product(tokens, i)
   while _at(tokens, i).kind == 'sign':
     sign, after = tokens[i], _at(tokens, i + 1)
-    # ` -19`, a space before it and none after, begins the next expression.
+    # ` -19`, with a space before and none after the sign, begins the next
+    # expression.
     if sign.text == '-' and tokens[i - 1].end < sign.start == after.start - 1:
       break
     term, i = _product(tokens, i + 1)
@@ -182,7 +186,7 @@ def _product(tokens: list[_Token], i: int) -> tuple[Fraction, int]:
   value, i = _factor(tokens, i)
   while _at(tokens, i).kind in ('times', 'divide'):
     operator = tokens[i].text
-    # In `6x-240` the x is no operator.
+    # In `6x-240` the x is a variable, not an operator.
     if operator in 'xX' and _at(tokens, i + 1).kind == 'sign':
       raise _NoExpression
     factor, i = _factor(tokens, i + 1)
@@ -219,14 +223,14 @@ def _unsigned(tokens: list[_Token], i: int) -> tuple[Fraction, int]:
 
 def _value(number: str) -> Fraction:
   digits = number.strip('$€£%').replace(',', '').rstrip('.')
-  # `0900` is a time of day, and `000` a part of `80 000`.
+  # `0900` is a time of day, and `000` is part of `80 000`.
   if len(digits) > _MAX_DIGITS or re.match('0[0-9]', digits):
     raise _NoResult
   return Fraction(digits) / (100 if number.endswith('%') else 1)
 
 
 def _format(value: Fraction, *, commas: bool = False) -> str:
-  """Writes a number in full, without trailing zeros."""
+  """Formats a number with all its decimals, without trailing zeros."""
   for decimals in range(_MAX_DECIMALS + 1):
     scaled = abs(value) * 10**decimals
     if scaled.denominator == 1:
@@ -244,7 +248,7 @@ def _format(value: Fraction, *, commas: bool = False) -> str:
 
 # --- In the sampling loop -----------------------------------------------------
 
-# What a token can be to the calculator.
+# Kinds of tokens.
 _OTHER, _EQUALS, _BETWEEN, _NUMBER_BEGINS, _EQUALS_AND_NUMBER = range(5)
 _FILLER = '[ \t$€£]*'
 _BEGIN = r'(?:[-−–]?\.?[0-9]|[-−–]$)'
@@ -255,36 +259,39 @@ _KINDS = (
   (_BETWEEN, re.compile(f'^{_FILLER}$')),
 )
 _FROM_EQUALS_TO_NUMBER = re.compile(f'{_FILLER}(?={_BEGIN})')
-_GOES_ON = re.compile('^[.,]?[0-9]')  # as a number does
+_GOES_ON = re.compile('^[.,]?[0-9]')  # continues a number
 
 
 class CalculatorState(NamedTuple):
-  """What the sampling loop keeps for the calculator from step to step."""
+  """The state of the calculator in the sampling loop."""
 
-  after_equals_B: jax.Array  # [B] bool: a number would follow `=`
-  after_result_B: jax.Array  # [B] bool: digits would add to a result
-  tokens_BF: jax.Array  # [B, F] int32, still to be written; then pad
+  after_equals_B: jax.Array  # [B] bool: a number now would follow `=`
+  after_result_B: jax.Array  # [B] bool: a digit now would extend a result
+  tokens_BF: jax.Array  # [B, F] int32, tokens to force next, then _NO_TOKEN
 
 
 class Calculator:
-  """Replaces numbers while they are written; see the top of this module.
+  """Replaces numbers during sampling; see the top of this module.
 
-  Whether a token ends with `=` or begins a number is looked up in a table on
-  the device. The host is called only in steps in which some row begins a number
-  after `=`: it decodes the row, computes, and returns tokens. The result of a
-  row depends on this row alone.
+  A table on the device has the kind of each token: whether it ends with `=` or
+  begins a number. The host is called only in steps in which some row begins a
+  number after `=`. It decodes the row, computes the result and returns tokens.
+  The result of a row depends only on that row.
   """
 
   def __init__(self, vocabulary, ids: SpecialIds):
-    """Reads a vocabulary of seqio, or what else has these three members.
+    """Computes the tables of a vocabulary.
 
     Args:
-      vocabulary: with `vocab_size`, `encode(text)` and `decode(ids)`.
-      ids: no result is written that has EOS or an id that may not occur.
+      vocabulary: of seqio, or any object with `vocab_size`, `encode(text)` and
+        `decode(ids)`.
+      ids: a result whose tokens include EOS or one of `never_written` is not
+        written.
     """
     self._vocabulary = vocabulary
     self._special = {*ids.never_written, ids.eos}
-    # After another token: SentencePiece drops the first one's leading space.
+    # Decoded after another token, because SentencePiece drops the leading space
+    # of the first token.
     anchor = list(vocabulary.encode('='))
     num_chars = len(vocabulary.decode(anchor))
     texts = [
@@ -303,7 +310,7 @@ class Calculator:
     self._ends_in_digit_V = np.array([text[-1:].isdigit() for text in texts])
 
   def start(self, batch_size: int) -> CalculatorState:
-    """Returns the queue before the first token."""
+    """Returns the state before the first token."""
     return CalculatorState(
       jnp.zeros(batch_size, bool),
       jnp.zeros(batch_size, bool),
@@ -313,7 +320,7 @@ class Calculator:
   def keep_result(
     self, queue: CalculatorState, logits_BV: jax.Array
   ) -> jax.Array:
-    """Masks what would add digits to a result that was just written."""
+    """Masks tokens that would append digits to a result."""
     goes_on_V = np.zeros(logits_BV.shape[1], bool)
     goes_on_V[: len(self._goes_on_V)] = self._goes_on_V
     return jnp.where(
@@ -328,18 +335,18 @@ class Calculator:
     drawn_B: jax.Array,
     alive_B: jax.Array,
   ) -> tuple[jax.Array, jax.Array, CalculatorState]:
-    """Replaces what was drawn, where a number follows an expression and `=`.
+    """Replaces drawn tokens that begin a number after an expression and `=`.
 
     Args:
-      queue: of the step before.
-      tokens_BT: [B, T] int32, of which `step` are written.
+      queue: the state after the previous step.
+      tokens_BT: [B, T] int32; the first `step` of each row are written.
       step: [] int32.
-      drawn_B: [B] int32, what each row would write next.
+      drawn_B: [B] int32, the tokens that were drawn.
       alive_B: [B] bool, rows that have not ended.
 
     Returns:
-      What each row writes, [B] int32; whether it was forced to, [B] bool; and
-      the queue.
+      The tokens to write, [B] int32; whether they were forced, [B] bool; and
+      the new state.
     """
     kind_B = jnp.asarray(self._kinds_V)[drawn_B]
     begins_number_B = (kind_B == _EQUALS_AND_NUMBER) | (
@@ -376,8 +383,9 @@ class Calculator:
     tokens_BW = jax.lax.dynamic_slice_in_dim(
       tokens_BT, jnp.maximum(step - window, 0), window, axis=1
     )
-    # In parts, because XLA's CPU copies an array of more than 100 KiB on
-    # another thread; while all those wait for this device, it would be forever.
+    # In parts: XLA's CPU client copies arrays of more than 100 KiB in worker
+    # threads. If all of them wait for this device, a callback with larger
+    # arguments deadlocks.
     width = max(1, _MAX_PART // batch_size)
     parts = [tokens_BW[:, i : i + width] for i in range(0, window, width)]
     answers_BF = jax.pure_callback(
@@ -391,7 +399,7 @@ class Calculator:
     return jnp.where(needs_result_B[:, None], answers_BF, tokens_BF)
 
   def _answers(self, step, drawn_B, needs_result_B, *parts):
-    """Returns the tokens to write, [B, F] int32; on the host."""
+    """Returns the tokens to write, [B, F] int32. Runs on the host."""
     tokens_BW = np.concatenate([np.asarray(part) for part in parts], axis=1)
     num_written = min(int(step), tokens_BW.shape[1])
     drawn_B = np.asarray(drawn_B)
@@ -408,14 +416,14 @@ class Calculator:
   def replace(
     self, written: list[int], drawn: int, *, is_cut: bool = False
   ) -> list[int]:
-    """Returns the tokens that take the place of a drawn one; [] if none do.
+    """Returns the tokens that replace a drawn token; [] if it is not replaced.
 
-    Their text is that of the drawn one up to its number, and the result.
+    Their text is that of the drawn token up to its number, then the result.
 
     Args:
-      written: ids before it.
-      drawn: the id.
-      is_cut: whether there were more before these.
+      written: the ids before the drawn token.
+      drawn: the id that was drawn.
+      is_cut: whether `written` lacks the beginning of the output.
     """
     before = self._vocabulary.decode(written)
     after = self._vocabulary.decode([*written, drawn])
@@ -428,7 +436,7 @@ class Calculator:
       or not after.startswith(before)
     ):
       return []
-    # Nothing that begins where the text was cut is an expression.
+    # `^` marks a cut: no expression may begin there.
     result = compute('^' * is_cut + after[:equals])
     if result is None:
       return []
@@ -437,10 +445,10 @@ class Calculator:
     )
 
   def _encode(self, written: list[int], before: str, text: str) -> list[int]:
-    """Returns ids that append `text` to the written ones, [] if none do."""
+    """Returns ids that append `text` to the written ids; [] if none do."""
     encode = self._vocabulary.encode
-    # A text's ids depend on what it follows: SentencePiece begins a text with a
-    # space, and may join letters. Most often it follows `=`.
+    # The ids of a text depend on the text before: SentencePiece adds a space at
+    # the beginning, and may join characters. Most results follow `=`.
     for anchor in ('=', '$', 'a'):
       head, ids = list(encode(anchor)), list(encode(anchor + text))
       added = ids[len(head) :]

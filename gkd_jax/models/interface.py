@@ -2,8 +2,8 @@
 """The protocol that an encoder-decoder implements.
 
 Sampler, policies, objectives and the step use models only through this
-protocol, so other encoder-decoders can replace T5. A model is a Flax module;
-its computing methods are called as
+protocol, so other encoder-decoders can replace T5. A model is a Flax module.
+Methods that compute are called as
 
     model.apply({'params': params}, *args, method='encode')
 
@@ -18,7 +18,7 @@ from gkd_jax.batch import SpecialIds
 from gkd_jax.parallel.partitioning import Placement
 
 Params = Any  # nested dicts of arrays, with T5X's names
-Cache = Any  # a tree whose leaves have the rows first, or are scalars
+Cache = Any  # a tree whose leaves are scalars, or have the rows as first axis
 
 # Fields of a config that set how a model is run, not its parameters.
 EXECUTION_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
@@ -31,7 +31,7 @@ class ModelConfig(Protocol):
 
   Attributes:
     family: its key in `registry.FAMILIES`.
-    vocab_size: rows of the embedding; at least the tokenizer's ids.
+    vocab_size: rows of the embedding, at least the tokenizer's number of ids.
     emb_dim: D, width of the residual stream.
     num_heads: H.
     head_dim: K.
@@ -42,9 +42,9 @@ class ModelConfig(Protocol):
     logits_via_embedding: whether the output projection is the embedding.
     dropout_rate: in training.
     dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
-    remat: recompute each layer in the backward pass, to save memory.
-    scan_layers: compile a stack of layers as one loop.
-    pad_id: of padding in the encoder's input.
+    remat: whether the backward pass recomputes each layer, to save memory.
+    scan_layers: whether a stack of layers is compiled as one loop.
+    pad_id: pads the encoder's input.
     start_id: the decoder's first input.
     eos_id: ends an output.
   """
@@ -68,7 +68,7 @@ class ModelConfig(Protocol):
   eos_id: int
 
   def special_ids(self, num_ids: int) -> SpecialIds:
-    """Returns the special ids, with a vocabulary of `num_ids` ids."""
+    """Returns the special ids for a vocabulary of `num_ids` ids."""
     ...
 
   def describe(self) -> str:
@@ -81,7 +81,7 @@ class Model(Protocol):
 
   Attributes:
     config: its shape.
-    placement: where its parameters and activations lie; None: on one device.
+    placement: the sharding of parameters and activations; None: one device.
   """
 
   config: ModelConfig
@@ -94,7 +94,7 @@ class Model(Protocol):
     ...
 
   def init(self, rngs: jax.Array, *args: Any) -> Any:
-    """Returns {'params': fresh parameters}, given the arguments of a call."""
+    """Returns {'params': random parameters}, given the arguments of a call."""
     ...
 
   # Called through `apply`.
@@ -147,8 +147,9 @@ class Model(Protocol):
       encoder_input_tokens: [B, S] int32; pad positions are masked.
       decoder_target_tokens: [B, T] int32; the model shifts them to the right.
       deterministic: False applies dropout, and needs an rng named 'dropout'.
-      num_microbatches: each layer loops over this many parts of the batch: it
-        saves memory and gathers the layer's parameters once. Not with dropout.
+      num_microbatches: each layer loops over this many parts of the batch,
+        which saves memory and gathers the layer's parameters only once. Must be
+        1 with dropout.
     """
     ...
 
@@ -172,7 +173,7 @@ class Model(Protocol):
 
     Args:
       cache: from `start_cache` or the step before.
-      tokens: [B] int32, the last ones written; the start id at first.
+      tokens: [B] int32, the last token of each row; the start id at first.
     """
     ...
 
@@ -185,7 +186,7 @@ class Model(Protocol):
   def gather_params(self, params: Params) -> Params:
     """Returns the parameters replicated over the mesh axis 'data'.
 
-    For loops that read them repeatedly. The result has one entry per layer,
-    also if the layers were stacked.
+    Loops that read the parameters repeatedly use it. The result has one entry
+    per layer, also if the layers were stacked.
     """
     ...

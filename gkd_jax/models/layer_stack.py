@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a stack of equal layers is run: unrolled, as a loop, rematerialized, or
-in microbatches; and how its parameters are named, stacked and gathered.
+"""Runs a stack of equal layers unrolled, as a loop, rematerialized or in
+microbatches; names, stacks and gathers its parameters.
 
 A stack is a Flax module, an encoder or a decoder, with `config`, `placement`
 and `layers`, made by `make_layers`. A layer is a Flax module called as
 
     layer(x, deterministic, **arguments)
 
-with x [B, L, D] and arguments that are arrays or None. The parameters, and
-their names, are the same however a stack is run.
+with x [B, L, D] and arguments that are arrays or None. All ways to run a stack
+use the same parameters with the same names.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from gkd_jax.parallel import partitioning
 
 # The stacks of an encoder-decoder, by their name in the parameters.
 _STACKS = ('encoder', 'decoder')
-# In each stack: the layers one by one, with a number, or stacked.
+# In each stack, layers are named `layers_<i>`, or `layers` if they are stacked.
 _LAYER, _STACKED = 'layers_', 'layers'
 _DETERMINISTIC = 2  # position of this argument, after self and x
 
@@ -62,13 +62,13 @@ def run_layers(
 
   Args:
     stack: with the layers.
-    layer_class: of each layer.
+    layer_class: the class of its layers.
     x_BLD: [B, L, D].
     deterministic: False applies dropout.
     per_row: arguments of every layer whose first axis is the batch.
     shared: arguments of every layer that all rows share.
-    num_microbatches: each layer loops over this many parts of the batch; not
-      with dropout.
+    num_microbatches: each layer loops over this many parts of the batch. Must
+      be 1 with dropout.
 
   Returns:
     [B, L, D].
@@ -123,9 +123,10 @@ def run_layers(
 def _in_microbatches(
   stack, layer_class, x_BLD, per_row, shared, num_microbatches
 ):
-  """Returns (x [microbatches, rows, L, D], (params, None)) -> (the same, None).
+  """Returns a function that runs a layer on all microbatches, for `scan`.
 
-  A layer's parameters are gathered once for all microbatches.
+  It maps (x, (params, None)) to (x, None), with x [microbatches, rows, L, D]. A
+  layer's parameters are gathered once for all microbatches.
   """
   placement = stack.placement
   layer = layer_class(stack.config, parent=None)
@@ -166,8 +167,8 @@ def stack_layers(params: Params) -> Params:
   """Returns parameters stacked for a model with `scan_layers`.
 
   The layers of the encoder become one tree of arrays [layers, ...], named
-  'layers', and likewise the decoder's. Without this, a compiled program stacks
-  them itself and holds a second copy of the weights.
+  'layers', and likewise those of the decoder. If they are not stacked here, the
+  compiled program stacks them and holds a second copy of the weights.
 
   Args:
     params: of a model: arrays, which are deleted one by one to save memory, or
@@ -209,7 +210,7 @@ def gather_params(model: Model, params: Params) -> Params:
 
 
 def _unstack_layers(params: Params) -> Params:
-  """Returns parameters with one entry per layer, whether stacked or not."""
+  """Returns parameters with one entry per layer, from either form."""
   params = dict(params)
   for name in _STACKS:
     others = dict(params[name])
@@ -224,7 +225,7 @@ def _unstack_layers(params: Params) -> Params:
 
 
 def _split_layers(stack_params: Params) -> tuple[list[Params], Params]:
-  """Returns the layers of an encoder or decoder in order, and the rest."""
+  """Returns the layers of an encoder or decoder in order, and the others."""
   others, each = dict(stack_params), []
   while (layer := others.pop(f'{_LAYER}{len(each)}', None)) is not None:
     each.append(layer)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The blocks of a T5, with T5X's parameter names and logical axes.
 
-Weights are made in float32; `dtype` is that of the activations. RMSNorm's
-statistics and the attention softmax are float32 whatever `dtype` is.
+Weights are float32; `dtype` is that of the activations. RMSNorm's statistics
+and the attention softmax are always computed in float32.
 
 Source: Raffel et al. (2020), arXiv:1910.10683; T5X, `t5x/examples/t5`.
 """
@@ -49,10 +49,10 @@ class Dense(nn.Module):
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Multiplies in the type of x, and sums in float32, backwards as forwards.
+  """Multiplies in the type of x and sums in float32, also in the gradient.
 
-  A product whose operands differ in type, or whose result is bfloat16, misses
-  the fast units of CPUs. JAX's own gradient has both.
+  CPUs are slow at a product whose operands differ in type or whose result is
+  bfloat16. JAX's own gradient has both.
 
   Args:
     x: [..., D].
@@ -65,7 +65,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  # With one row axis, the gradient by the kernel needs no transposed copy of
+  # With one row axis, the gradient of the kernel needs no transposed copy of
   # the activations on CPU: an MLP's backward pass takes 0.6 of the time.
   rows = x.reshape(-1, x.shape[-1])
   out = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
@@ -84,20 +84,20 @@ def _matmul_bwd(operands, d_out):
   d_kernel = jnp.matmul(
     _transpose(rows), d_rows, preferred_element_type=jnp.float32
   )
-  # In float32 the product takes a kernel that lies the other way just as well.
+  # In float32 the product is as fast with a transposed view of the kernel.
   kernel_T = kernel.T if x.dtype == jnp.float32 else _transpose(kernel)
   return _product(d_out, kernel_T).astype(x.dtype), d_kernel
 
 
 def _transpose(x: jax.Array) -> jax.Array:
-  """Returns x.T; on a CPU it is written out.
+  """Returns x.T; on CPU, a copy in row-major order.
 
-  There, a product of bfloat16 operands is fast only if the rows of both lie in
-  memory one after the other: 850 instead of 300 to 430 GFLOP/s, which pays for
-  the copy many times over. Left to itself, XLA writes no copy.
+  On CPU a product of bfloat16 operands is fast only if both are in row-major
+  order: 850 instead of 300 to 430 GFLOP/s, which is worth the copy. XLA does not
+  make such a copy.
   """
   if jax.device_count() > 1:
-    return x.T  # a constraint of the layout would gather what is spread
+    return x.T  # a layout constraint would gather a sharded array
 
   def by_rows(x_T):
     return with_layout_constraint(x_T, Layout((0, 1)))
@@ -110,7 +110,7 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """An einsum of two arrays of one type, like `matmul` in how it is computed.
+  """Returns an einsum of two arrays of one type, computed as in `matmul`.
 
   Args:
     equation: of einsum; each index is in at least two of the three arrays.
@@ -179,7 +179,7 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Looks tokens [...] up: [..., D]."""
+    """Returns the embeddings [..., D] of tokens [...]."""
     return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
@@ -201,7 +201,7 @@ class LogitsDense(nn.Module):
       (x.shape[-1], self.vocab_size),
       jnp.float32,
     )
-    # Logits are differences of large sums: they stay float32.
+    # Logits are differences of large sums, so they are float32.
     return matmul(x.astype(self.dtype), kernel_DV)
 
 
@@ -212,17 +212,18 @@ def relative_position_bucket(
   num_buckets: int,
   max_distance: int,
 ) -> np.ndarray:
-  """Buckets of key position minus query position.
+  """Returns the bucket of each relative position.
 
-  Half of the buckets are exact distances, the other half grow logarithmically
-  up to `max_distance`; all beyond share the last. A bidirectional encoder
-  spends half of all buckets on each sign; a decoder never looks ahead.
+  Half of the buckets hold one distance each. The others grow logarithmically up
+  to `max_distance`; all larger distances share the last bucket. The encoder
+  uses half of all buckets for each sign; in the decoder, keys after the query
+  are masked.
 
   Args:
     relative_position: [...] int, key position - query position.
     bidirectional: True in the encoder.
-    num_buckets: of the whole table.
-    max_distance: from which on all distances are alike.
+    num_buckets: number of all buckets.
+    max_distance: the smallest distance of the last bucket.
 
   Returns:
     [...] int32 bucket numbers.
@@ -236,7 +237,7 @@ def relative_position_bucket(
   else:
     distance = np.maximum(distance, 0)
   num_exact = num_buckets // 2
-  # The tiny constant only keeps log(0) away; those entries are not used.
+  # The small constant avoids log(0); those entries are not used.
   far = num_exact + (
     np.log(distance.astype(np.float32) / num_exact + np.finfo(np.float32).eps)
     / np.log(max_distance / num_exact)
@@ -247,9 +248,9 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-  """A learnt bias of attention logits, one number a head and bucket.
+  """A learnt bias of attention logits: one number for each head and bucket.
 
-  One table for each stack, shared by its layers (T5), or one for each layer
+  There is one table per stack, shared by its layers (T5), or one per layer
   (umT5, and T5X's scalable_t5).
   """
 
@@ -283,8 +284,8 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module):
   """Multi-head attention without scaling by the root of the head dimension.
 
-  T5 folds that factor into the initial query weights. Keys and values are
-  computed apart from `attend`, so that a decoder can cache what stays.
+  T5 includes that factor in the initial query weights. Keys and values are not
+  computed in `attend`, so that a decoder can cache them.
   """
 
   num_heads: int
@@ -304,7 +305,7 @@ class Attention(nn.Module):
     self.key = Dense(joined_kv, axes, self.dtype)
     self.value = Dense(joined_kv, axes, self.dtype)
     self.out = Dense(self.emb_dim, axes[::-1], self.dtype)
-    # T5X drops the same keys for every query.
+    # As in T5X, the same keys are dropped for every query.
     self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
 
   def keys_values(self, kv_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -321,15 +322,15 @@ class Attention(nn.Module):
     mask: jax.Array | None,
     deterministic: bool,
   ) -> jax.Array:
-    """Attends from x to given keys and values.
+    """Attends from x to keys and values.
 
     Args:
-      x_BQD: [B, Q, D] where the queries come from.
+      x_BQD: [B, Q, D], from which the queries are computed.
       key_BHLK: [B, H, L, K].
       value_BHLK: [B, H, L, K].
       bias: [1, H, Q, L] added to the attention logits.
-      mask: bool, broadcastable to [B, H, Q, L], False where not to look.
-      deterministic: True switches dropout off.
+      mask: bool, broadcastable to [B, H, Q, L]; False excludes a key.
+      deterministic: True disables dropout.
 
     Returns:
       [B, Q, D].
@@ -360,8 +361,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
   """The feed-forward block: (product of act_i(x W_i)) W_o, no biases.
 
-  One activation, ('relu',), is T5 1.0's block with a single `wi`; two,
-  ('gelu', 'linear'), are T5 1.1's gated one with `wi_0` and `wi_1`.
+  T5 1.0 has one activation, ('relu',), and one kernel `wi`; T5 1.1 has two,
+  ('gelu', 'linear'), and the kernels `wi_0` and `wi_1`.
   """
 
   mlp_dim: int

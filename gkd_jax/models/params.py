@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of any model: fresh ones, their shapes, names and axes."""
+"""Parameters of any model: initialization, shapes, names and axes."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from gkd_jax.models.interface import Model, Params
 
 
 def init_params(model: Model, rng: jax.Array) -> Params:
-  """Returns fresh float32 parameters, with T5X's names and initializers."""
+  """Returns random float32 parameters, with T5X's names and initializers."""
   return nn.unbox(_boxed_params(model, rng))
 
 
@@ -28,7 +28,7 @@ def abstract_params(model: Model) -> Params:
     model: with a placement.
 
   Raises:
-    ValueError: the mesh does not divide one of them.
+    ValueError: the mesh does not divide an axis of a parameter.
   """
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   shardings = model.placement.shardings(logical_axes(model))
@@ -66,7 +66,7 @@ def named_params(params: Params) -> dict[str, Any]:
 
 
 def param_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-  """Returns {name: shape} of all parameters of a model, without making any."""
+  """Returns {name: shape} of all parameters of a model; allocates nothing."""
   abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   return {name: x.shape for name, x in named_params(abstract).items()}
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of models. To add one, write its module and list it here.
 
-Its names in checkpoints are in `checkpoints/formats`, e.g. `t5_names`.
+The names of its arrays in checkpoint files are in a module of
+`checkpoints/formats`, such as `t5_names`.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ def make_model(
 
   Args:
     config: of a family that is listed here.
-    placement: where its arrays lie; None: on one device.
+    placement: the sharding of its arrays; None: one device.
   """
   return FAMILIES[config.family].model(config, placement)
 
@@ -68,7 +69,7 @@ def make_config(family: str, **fields: Any) -> ModelConfig:
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
-  """Returns what `config_from_json` reads."""
+  """Returns a config as JSON values, for `config_from_json`."""
   return {'family': config.family, **dataclasses.asdict(config)}
 
 
@@ -78,7 +79,7 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ValueError: its family is not known.
   """
-  # Before there were several families, none was written.
+  # Files written before there were several families have no 'family'.
   return make_config(**{'family': 't5', **values})
 
 
@@ -100,7 +101,7 @@ def published(size: str, **changes: Any) -> ModelConfig:
 
 
 def describe(config: ModelConfig) -> str:
-  """Returns a few words on a shape: the published size, if it is one."""
+  """Returns a short description of a shape: its published size, if any."""
   free = ('vocab_size', *EXECUTION_FIELDS, *ID_FIELDS)
   ignored = {name: getattr(config, name) for name in free}
   for name, size in SIZES.items():

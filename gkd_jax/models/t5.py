@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family of T5 1.0 and 1.1, FLAN-T5, mT5, umT5 and ByT5, and its sizes."""
+"""The family `t5` and its published sizes.
+
+It has T5 1.0 and 1.1, FLAN-T5, mT5, umT5, ByT5, MADLAD-400 and FRED-T5.
+"""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +23,7 @@ class T5Config:
   """The shape of a T5.
 
   Attributes:
-    vocab_size: rows of the embedding; at least the tokenizer's ids.
+    vocab_size: rows of the embedding, at least the tokenizer's number of ids.
     emb_dim: D, width of the residual stream.
     num_heads: H.
     head_dim: K; H * K need not equal D.
@@ -30,20 +33,20 @@ class T5Config:
     mlp_activations: ('relu',) is T5 1.0, ('gelu', 'linear') T5 1.1.
     logits_via_embedding: True ties the output projection to the embedding
       (T5 1.0).
-    scale_decoder_outputs: hidden states are scaled by D ** -0.5 before the
-      output projection; None: where that is tied (T5 1.0).
-    dropout_rate: in training, everywhere T5X has it.
+    scale_decoder_outputs: whether hidden states are scaled by D ** -0.5 before
+      the output projection; None: if the projection is tied (T5 1.0).
+    dropout_rate: in training, at the same places as in T5X.
     dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
-    remat: recompute each layer in the backward pass, to save memory.
-    scan_layers: a stack of layers is compiled as one loop, where all positions
-      are computed at once. Compiles faster; takes a copy of the weights while
-      it runs. The parameters, and their names, are the same.
-    relpos_buckets: of the relative position bias.
-    relpos_max_distance: from which on all distances share a bucket.
-    relpos_bias_per_layer: each layer has its own bias (umT5, and T5X's
-      scalable_t5); False: the layers of a stack share one (T5).
-    pad_id: of padding in the encoder's input; never sampled.
-    start_id: the decoder's first input; pad for almost every T5.
+    remat: whether the backward pass recomputes each layer, to save memory.
+    scan_layers: whether a stack of layers is compiled as one loop, except in
+      decoding. It compiles faster, and holds a copy of the weights while it
+      runs. The parameters and their names are the same.
+    relpos_buckets: number of buckets of the relative position bias.
+    relpos_max_distance: all larger distances share a bucket.
+    relpos_bias_per_layer: whether each layer has its own bias (umT5, and T5X's
+      scalable_t5), or the layers of a stack share one (T5).
+    pad_id: pads the encoder's input; never sampled.
+    start_id: the decoder's first input; pad in almost every T5.
     eos_id: ends an output.
   """
 
@@ -74,7 +77,7 @@ class T5Config:
     # gin and JSON write lists; a config must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     if self.scale_decoder_outputs == self.logits_via_embedding:
-      # One way to say the same thing, so that configs can be compared.
+      # Normalized, so that equal configs compare as equal.
       object.__setattr__(self, 'scale_decoder_outputs', None)
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
@@ -102,7 +105,7 @@ class T5Config:
       )
 
   def special_ids(self, num_ids: int) -> SpecialIds:
-    """Returns the special ids of this model with a vocabulary of so many."""
+    """Returns the special ids for a vocabulary of `num_ids` ids."""
     return SpecialIds(
       pad=self.pad_id,
       start=self.start_id,
@@ -112,7 +115,7 @@ class T5Config:
     )
 
   def describe(self) -> str:
-    """Returns a few words on the shape."""
+    """Returns a short description, such as 'T5 1.1 of width 64 ...'."""
     kind = 'T5 1.0' if self.mlp_activations == ('relu',) else 'T5 1.1'
     if self.relpos_bias_per_layer:
       kind = 'umT5'
@@ -167,9 +170,9 @@ SIZES: dict[str, T5Config] = {
 
 
 class Cache(NamedTuple):
-  """What decoding keeps between two tokens; one entry a layer in tuples."""
+  """The state of cached decoding; tuples have one entry per layer."""
 
-  step: jax.Array  # [] int32, position of the token to come
+  step: jax.Array  # [] int32, position of the next token
   self_keys: tuple[jax.Array, ...]  # [B, H, T, K]
   self_values: tuple[jax.Array, ...]
   cross_keys: tuple[jax.Array, ...]  # [B, H, S, K], computed once
@@ -178,7 +181,7 @@ class Cache(NamedTuple):
 
 
 class _Layer(nn.Module):
-  """What encoder and decoder layers share."""
+  """Base of encoder and decoder layers."""
 
   config: T5Config
 
@@ -204,7 +207,7 @@ class _Layer(nn.Module):
 
 
 class EncoderLayer(_Layer):
-  """Self-attention and feed-forward, each normalised before and added."""
+  """Self-attention and feed-forward, each with pre-norm and residual."""
 
   def setup(self):
     dtype = self.config.dtype
@@ -217,7 +220,7 @@ class EncoderLayer(_Layer):
     self.dropout = _dropout(self.config)
 
   def __call__(self, x_BSD, deterministic, *, bias, mask):
-    """Returns [B, S, D]; a layer with a bias of its own gets None."""
+    """Returns [B, S, D]; bias is None if each layer has its own."""
     if self.config.relpos_bias_per_layer:
       bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
     h = self.pre_attention_layer_norm(x_BSD)
@@ -245,7 +248,7 @@ class DecoderLayer(_Layer):
   def __call__(
     self, x_BTD, deterministic, *, encoded, bias, causal_mask, encoder_mask
   ):
-    """All positions at once: [B, T, D]."""
+    """Returns [B, T, D], for all positions at once."""
     if self.config.relpos_bias_per_layer:
       bias = self.relpos_bias(x_BTD.shape[1], x_BTD.shape[1])
     h = self.pre_self_attention_layer_norm(x_BTD)
@@ -264,7 +267,7 @@ class DecoderLayer(_Layer):
   def step(
     self, x_B1D, step, keys, values, cross, *, bias, self_mask, encoder_mask
   ):
-    """One position: [B, 1, D] and the caches with its key and value in."""
+    """Returns one position [B, 1, D], and keys and values with those of it."""
     if self.config.relpos_bias_per_layer:
       bias = _bias_of_step(self.relpos_bias, step, keys.shape[2])
     h = self.pre_self_attention_layer_norm(x_B1D)
@@ -313,7 +316,7 @@ class DecoderLayer(_Layer):
 
 
 class Encoder(nn.Module):
-  """Embedded tokens [B, S, D] to encoded [B, S, D]."""
+  """Maps embedded tokens [B, S, D] to encoder outputs [B, S, D]."""
 
   config: T5Config
   placement: partitioning.Placement | None
@@ -327,7 +330,7 @@ class Encoder(nn.Module):
     self.dropout = _dropout(c)
 
   def __call__(self, x_BSD, mask, deterministic, num_microbatches):
-    """Encodes; mask is [B, 1, 1, S] bool."""
+    """Returns [B, S, D]; mask is [B, 1, 1, S] bool."""
     bias = None
     if not self.config.relpos_bias_per_layer:
       bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
@@ -346,7 +349,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Embedded tokens to hidden states, all at once or one by one."""
+  """Maps embedded tokens to hidden states, all at once or one by one."""
 
   config: T5Config
   placement: partitioning.Placement | None
@@ -364,7 +367,7 @@ class Decoder(nn.Module):
   def __call__(
     self, x_BTD, encoded_BSD, encoder_mask, deterministic, num_microbatches
   ):
-    """Teacher-forced hidden states [B, T, D], after the last norm."""
+    """Returns teacher-forced hidden states [B, T, D], after the last norm."""
     length = x_BTD.shape[1]
     bias = None
     if not self.config.relpos_bias_per_layer:
@@ -384,7 +387,7 @@ class Decoder(nn.Module):
     return self.dropout(x_BTD, deterministic=deterministic)
 
   def start_cache(self, encoded_BSD, encoder_mask, max_decode_len) -> Cache:
-    """Computes the cross-attention's keys and values; the rest is empty."""
+    """Returns a cache with cross-attention keys and values; others are zero."""
     c = self.config
     cross = [
       layer.encoder_decoder_attention.keys_values(encoded_BSD)
@@ -404,7 +407,7 @@ class Decoder(nn.Module):
     )
 
   def step(self, cache: Cache, x_B1D) -> tuple[jax.Array, Cache]:
-    """Hidden state [B, 1, D] of the next position, and the cache with it."""
+    """Returns the next position's hidden state [B, 1, D], and the cache."""
     max_decode_len = cache.self_keys[0].shape[2]
     bias_1H1T = None
     if not self.config.relpos_bias_per_layer:
@@ -441,7 +444,7 @@ class T5(nn.Module):
 
   Attributes:
     config: its shape.
-    placement: where its parameters and activations lie; None: on one device.
+    placement: the sharding of parameters and activations; None: one device.
   """
 
   config: T5Config
@@ -456,11 +459,11 @@ class T5(nn.Module):
   def __call__(
     self, encoder_input_tokens, decoder_target_tokens, *, deterministic=True
   ):
-    """Teacher-forced logits.
+    """Returns teacher-forced logits.
 
     Args:
       encoder_input_tokens: [B, S] int32, pad after the end.
-      decoder_target_tokens: [B, T] int32; the shift to the right is done here.
+      decoder_target_tokens: [B, T] int32; this method shifts them to the right.
       deterministic: False applies dropout and needs an rng named 'dropout'.
 
     Returns:
@@ -478,7 +481,7 @@ class T5(nn.Module):
   def encode(
     self, encoder_input_tokens, *, deterministic=True, num_microbatches=1
   ):
-    """Returns encoded inputs [B, S, D]; see `decode` for the keywords."""
+    """Returns encoder outputs [B, S, D]; see `decode` for the keywords."""
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
       self._encoder_mask(encoder_input_tokens),
@@ -495,14 +498,14 @@ class T5(nn.Module):
     deterministic=True,
     num_microbatches=1,
   ):
-    """Returns hidden states [B, T, D]; t sees the targets before t.
+    """Returns hidden states [B, T, D]; position t sees the targets before t.
 
     Args:
       encoded: [B, S, D].
       encoder_input_tokens: [B, S] int32.
       decoder_target_tokens: [B, T] int32.
       deterministic: False applies dropout.
-      num_microbatches: each layer loops over so many parts of the batch; see
+      num_microbatches: each layer loops over this many parts of the batch; see
         `interface.Model`.
     """
     return self.decoder(
@@ -530,7 +533,7 @@ class T5(nn.Module):
     )
 
   def decode_step(self, cache: Cache, tokens_B) -> tuple[jax.Array, Cache]:
-    """Returns logits [B, V] of the next token, given the last."""
+    """Returns logits [B, V] of the next token, given the last token."""
     hidden, cache = self.decoder.step(
       cache, self.token_embedder(tokens_B[:, None])
     )
@@ -546,7 +549,7 @@ class T5(nn.Module):
     return {'decoder': {'logits_dense': params['decoder']['logits_dense']}}
 
   def gather_params(self, params: Params) -> Params:
-    """Returns the parameters with nothing left sharded over 'data'."""
+    """Returns the parameters replicated over the mesh axis 'data'."""
     return layer_stack.gather_params(self, params)
 
 
@@ -570,6 +573,6 @@ def _relpos_bias(
 def _bias_of_step(
   relpos_bias: layers.RelativePositionBias, step: jax.Array, max_len: int
 ) -> jax.Array:
-  """The bias of one query position, [1, H, 1, max_len]."""
+  """Returns the bias of one query position, [1, H, 1, max_len]."""
   bias_1HTT = relpos_bias(max_len, max_len)
   return jax.lax.dynamic_slice_in_dim(bias_1HTT, step, 1, axis=2)
