@@ -367,48 +367,48 @@ def load_models(
   return Models(student_params, teacher, reward)
 
 
-def plan_score(
+def plan_reward_fn(
   experiment: Experiment, task: Task, sources: Sources, mesh: Mesh
-) -> rewards.Score | None:
+) -> rewards.RewardFn | None:
   """Makes the reward function before its model is loaded."""
   model = NO_MODEL
   if sources.reward is not None:
     model = plan_frozen(
       sources.reward.config, experiment.reward_model.dtype, experiment, mesh
     )
-  return make_score(
+  return make_reward_fn(
     experiment.method.reward, task, model, experiment.data.train
   )
 
 
-def make_score(
+def make_reward_fn(
   reward: rewards.Reward | None,
   task: Task,
   model: Model,
   dataset: datasets.DatasetConfig,
-) -> rewards.Score | None:
+) -> rewards.RewardFn | None:
   """Makes the reward function for a task, and traces it once.
 
   Args:
     reward: None: no reward.
-    task: whose outputs it scores.
+    task: the task of the run.
     model: of the reward; `NO_MODEL` if it has none.
     dataset: determines the shape of a batch.
 
   Raises:
     ValueError: the reward does not support the vocabulary, or does not return
-      scores.
+      one number per output.
   """
   if reward is None:
     return None
-  score = reward.make_score(task.vocabulary, task.ids, model.module)
-  rewards.check_score(
-    score,
+  reward_fn = reward.make_reward_fn(task.vocabulary, task.ids, model.module)
+  rewards.check_reward_fn(
+    reward_fn,
     model.params,
     batch_size=dataset.batch_size,
     lengths=dataset.task_feature_lengths,
   )
-  return score
+  return reward_fn
 
 
 # --- The student, and its step ------------------------------------------------
@@ -473,7 +473,7 @@ def make_train_step(
   *,
   teacher: interface.Model | None,
   ids: SpecialIds,
-  score: rewards.Score | None,
+  reward_fn: rewards.RewardFn | None,
 ) -> step_lib.TrainStep:
   """Makes the step of an experiment; see `step.make_train_step`."""
   return step_lib.make_train_step(
@@ -484,7 +484,7 @@ def make_train_step(
     ids=ids,
     seed=experiment.schedule.seed,
     num_microbatches=experiment.optimization.num_microbatches,
-    score=score,
+    reward_fn=reward_fn,
   )
 
 

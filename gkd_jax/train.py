@@ -48,17 +48,21 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   shards = build.data_shards(experiment.data, mesh)
   run_folder.check_same_config(run.folder, run.config_text())
   sources = build.open_sources(experiment, task)
-  score = build.plan_score(experiment, task, sources, mesh)
+  reward_fn = build.plan_reward_fn(experiment, task, sources, mesh)
 
   # From here on parameters are loaded and the run's folder is written.
   models = build.load_models(experiment, plan, sources, mesh)
   side_files, sources = sources.folders, None  # frees their memory
   signals = Signals()
   validation, test = _evaluations(
-    experiment, plan, task, models, score, mesh, signals.check
+    experiment, plan, task, models, reward_fn, mesh, signals.check
   )
   train_step = build.make_train_step(
-    experiment, plan, teacher=models.teacher.module, ids=task.ids, score=score
+    experiment,
+    plan,
+    teacher=models.teacher.module,
+    ids=task.ids,
+    reward_fn=reward_fn,
   )
   iterator = iterators.TrainIterator(
     experiment.data.train,
@@ -288,7 +292,7 @@ def _evaluations(
   plan: build.Plan,
   task: build.Task,
   models: build.Models,
-  score: rewards.Score | None,
+  reward_fn: rewards.RewardFn | None,
   mesh: jax.sharding.Mesh,
   before_batch: Callable[[], None],
 ) -> tuple[evaluate.Evaluation | None, evaluate.Evaluation | None]:
@@ -298,10 +302,10 @@ def _evaluations(
     ValueError: BEST_METRIC is not a validation metric.
   """
   mean_reward = None
-  if score is not None:
+  if reward_fn is not None:
     mean_reward = programs.make_mean_reward(
       experiment.method.reward,
-      score,
+      reward_fn,
       models.reward.params,
       ids=task.ids,
       mesh=mesh,

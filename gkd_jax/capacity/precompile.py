@@ -133,13 +133,13 @@ def _plan(experiment: Experiment, mesh: jax.sharding.Mesh) -> _Planned:
   reward_model = build.plan_frozen(
     reward_model, experiment.reward_model.dtype, experiment, mesh
   )
-  score = None
+  reward_fn = None
   if experiment.method.reward is not None:
-    score = experiment.method.reward.make_score(
+    reward_fn = experiment.method.reward.make_reward_fn(
       _WordVocabulary(), ids, reward_model.module
     )
   train_step = build.make_train_step(
-    experiment, plan, teacher=teacher.module, ids=ids, score=score
+    experiment, plan, teacher=teacher.module, ids=ids, reward_fn=reward_fn
   )
   batch = build.abstract_batch(experiment.data.train, mesh)
   return _Planned(

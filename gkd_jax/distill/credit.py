@@ -44,7 +44,7 @@ class Evidence(NamedTuple):
     rollouts: the outputs of this microbatch.
     row_ids_B: [B] int32 number of each row in the global batch.
     log_probs: () -> LogProbs; costs one more pass over the vocabulary.
-    score: outputs -> [B] float32 rewards. Requires `Credit.reward`.
+    compute_rewards: outputs -> [B] float32 rewards. Requires `Credit.reward`.
     sample_greedy: () -> the student's greedy outputs.
     all_by_student: whether the student writes every output under this policy.
   """
@@ -52,7 +52,7 @@ class Evidence(NamedTuple):
   rollouts: Rollouts
   row_ids_B: jax.Array
   log_probs: Callable[[], LogProbs]
-  score: Callable[[Outputs], jax.Array]
+  compute_rewards: Callable[[Outputs], jax.Array]
   sample_greedy: Callable[[], Outputs]
   all_by_student: bool
 
@@ -104,7 +104,7 @@ def reinforce(
 
   The reward counts once per sequence under either `Objective.reduction`. If
   reduction and normalization are both 'sequence', a reward of 1 weighs as much
-  as a divergence of 1 nat at every token. A truncated output is scored as it
+  as a divergence of 1 nat at every token. A truncated output is rewarded as it
   is, with the log-probability of its tokens.
 
   Args:
@@ -174,29 +174,29 @@ def reinforce(
 def _rewards_and_baselines(evidence, baseline):
   """Returns reward [B] and baseline [B], 0 for rows the student did not write.
 
-  A batch without such rows is not scored.
+  The reward is not computed for a batch without such rows.
   """
   outputs, by_student_B = (
     evidence.rollouts.outputs,
     evidence.rollouts.by_student_B,
   )
 
-  def scored():
-    rewards_B = evidence.score(outputs)
+  def compute():
+    rewards_B = evidence.compute_rewards(outputs)
     baselines_B = jnp.zeros_like(rewards_B)
     if baseline == 'self_critical':
-      baselines_B = evidence.score(evidence.sample_greedy())
+      baselines_B = evidence.compute_rewards(evidence.sample_greedy())
     elif baseline == 'batch_mean':
       baselines_B = leave_one_out_mean(rewards_B, by_student_B)
     return rewards_B, baselines_B
 
-  def not_scored():
+  def zeros():
     return (jnp.zeros(by_student_B.shape, jnp.float32),) * 2
 
   if evidence.all_by_student:
-    values = scored()
+    values = compute()
   else:
-    values = jax.lax.cond(by_student_B.any(), scored, not_scored)
+    values = jax.lax.cond(by_student_B.any(), compute, zeros)
   return tuple(jnp.where(by_student_B, x, 0.0) for x in values)
 
 

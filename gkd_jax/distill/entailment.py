@@ -28,7 +28,7 @@ def entailment(
   `premise: <input> hypothesis: <output>`, joined as tokens. The reward is the
   probability that its first token is `entailed`, normalised over `entailed` and
   `not_entailed`, so it is between 0 and 1; its logarithm has no lower bound.
-  Empty outputs are scored like all others.
+  Empty outputs are treated like all others.
 
   Args:
     task_prefix: removed from the start of inputs, e.g. 'summarize: '.
@@ -45,7 +45,7 @@ def entailment(
   et al. (2022), arXiv:2204.04991, in google/t5_xxl_true_nli_mixture.
   """
 
-  def make_score(vocabulary, ids, model):
+  def make_reward_fn(vocabulary, ids, model):
     def encode(text, name):
       return rewards.token_ids(vocabulary, text, ids, f'entailment.{name}')
 
@@ -68,7 +68,7 @@ def entailment(
         'tokens.'
       )
 
-    def score(batch, outputs, params):
+    def reward_fn(batch, outputs, params):
       inputs = premise_and_hypothesis(
         batch.encoder_input_tokens,
         outputs,
@@ -92,9 +92,9 @@ def entailment(
       log_p_B = jax.nn.log_sigmoid(margin_B.astype(jnp.float32))
       return log_p_B if log_probability else jnp.exp(log_p_B)
 
-    return score
+    return reward_fn
 
-  return rewards.Reward(make_score, needs_model=True)
+  return rewards.Reward(make_reward_fn, needs_model=True)
 
 
 def premise_and_hypothesis(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards r(x, y): scores of outputs that a credit maximises.
+"""Rewards r(x, y) of outputs, which a credit maximises.
 
 A reward is traced into the step; no gradient flows through it. To add one,
 write a function that returns a `Reward` and name it in a gin file. A Python
@@ -24,7 +24,7 @@ Params = Any
 # seqio's: encode(text) -> ids, decode(ids) -> text, unk_id, vocab_size
 Vocabulary = Any
 # (batch, outputs, parameters of the reward's model or None) -> [B]
-Score = Callable[[Batch, Outputs, Params], jax.Array]
+RewardFn = Callable[[Batch, Outputs, Params], jax.Array]
 TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
 # Fill positions without a token. NO_TOKEN equals no token; _NO_TARGET replaces
@@ -42,14 +42,15 @@ class Reward:
   """A reward, before the vocabulary is known.
 
   Attributes:
-    make_score: (vocabulary of the task, special ids, model or None) -> Score.
-      It raises ValueError if a setting does not fit the vocabulary.
-    needs_model: whether a model scores; its parameters are `Frozen.reward`.
+    make_reward_fn: (vocabulary of the task, special ids, model or None) -> the
+      reward function. It raises ValueError if a setting does not fit the
+      vocabulary.
+    needs_model: whether it needs a model, with parameters `Frozen.reward`.
     raise_failure: raises the error that occurred on the host, if any. A step
       cannot raise it: other devices would wait for the failed one forever.
   """
 
-  make_score: Callable[[Vocabulary, SpecialIds, Any], Score]
+  make_reward_fn: Callable[[Vocabulary, SpecialIds, Any], RewardFn]
   needs_model: bool = False
   raise_failure: Callable[[], None] = lambda: None
 
@@ -69,21 +70,21 @@ def check_model(reward: Reward | None, checkpoint_path: str | None) -> None:
     )
 
 
-def score(
-  function: Score, batch: Batch, outputs: Outputs, params: Params
+def compute(
+  reward_fn: RewardFn, batch: Batch, outputs: Outputs, params: Params
 ) -> jax.Array:
   """Returns the reward of each output, a constant: [B] float32.
 
   Args:
-    function: from `Reward.make_score`.
+    reward_fn: from `Reward.make_reward_fn`.
     batch: inputs, and the dataset's own outputs.
-    outputs: the outputs to score.
+    outputs: the outputs to evaluate.
     params: of the reward's model; None if it has none.
 
   Raises:
     ValueError: the reward is not one number per output.
   """
-  rewards_B = jnp.asarray(function(batch, outputs, params))
+  rewards_B = jnp.asarray(reward_fn(batch, outputs, params))
   batch_size = outputs.tokens.shape[0]
   if rewards_B.shape != (batch_size,):
     raise ValueError(
@@ -93,8 +94,8 @@ def score(
   return jax.lax.stop_gradient(rewards_B.astype(jnp.float32))
 
 
-def check_score(
-  function: Score,
+def check_reward_fn(
+  reward_fn: RewardFn,
   params: Params,
   *,
   batch_size: int,
@@ -103,13 +104,13 @@ def check_score(
   """Traces a reward, so that it fails before the step is compiled.
 
   Args:
-    function: from `Reward.make_score`.
+    reward_fn: from `Reward.make_reward_fn`.
     params: arrays or shapes of the reward's model; None if it has none.
-    batch_size: rows that are scored at once.
+    batch_size: rows per call.
     lengths: {'inputs': S, 'targets': T}.
 
   Raises:
-    ValueError: see `score`.
+    ValueError: see `compute`.
   """
   inputs, tokens, weights = (
     jax.ShapeDtypeStruct((batch_size, lengths[name]), dtype)
@@ -120,7 +121,7 @@ def check_score(
     )
   )
   jax.eval_shape(
-    functools.partial(score, function),
+    functools.partial(compute, reward_fn),
     Batch(inputs, tokens, weights),
     Outputs(tokens, weights),
     params,
@@ -140,13 +141,13 @@ def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
       compare all tokens.
   """
 
-  def make_score(vocabulary, ids, model):
+  def make_reward_fn(vocabulary, ids, model):
     del model
     marker_ids = None
     if marker is not None:
       marker_ids = token_ids(vocabulary, marker, ids, 'exact_match.marker')
 
-    def score(batch, outputs, params):
+    def reward_fn(batch, outputs, params):
       del params
       got_BT, want_BT = map(_tokens_or_nothing, (outputs, batch.outputs))
       found_B = True
@@ -156,9 +157,9 @@ def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
         found_B &= in_target_B
       return (jnp.all(got_BT == want_BT, axis=1) & found_B).astype(jnp.float32)
 
-    return score
+    return reward_fn
 
-  return Reward(make_score)
+  return Reward(make_reward_fn)
 
 
 def _tokens_or_nothing(outputs: Outputs) -> jax.Array:
@@ -205,7 +206,7 @@ def rouge_n(n: int = 2) -> Reward:
   if not isinstance(n, int) or n < 1:
     raise ValueError(f'rouge_n.n must be a positive whole number, got {n!r}.')
 
-  def score(batch, outputs, params, *, eos):
+  def reward_fn(batch, outputs, params, *, eos):
     del params
     got_BT, want_BT = (words(y, eos) for y in (outputs, batch.outputs))
     got_BTN, want_BTN = _grams(got_BT, n), _grams(want_BT, n)
@@ -227,7 +228,7 @@ def rouge_n(n: int = 2) -> Reward:
     )
 
   return Reward(
-    lambda vocabulary, ids, model: functools.partial(score, eos=ids.eos)
+    lambda vocabulary, ids, model: functools.partial(reward_fn, eos=ids.eos)
   )
 
 
@@ -239,7 +240,7 @@ def rouge_l() -> Reward:
   Source: Lin (2004), "ROUGE", ACL workshop Text Summarization Branches Out.
   """
 
-  def score(batch, outputs, params, *, eos):
+  def reward_fn(batch, outputs, params, *, eos):
     del params
     got_BT, want_BT = (words(y, eos) for y in (outputs, batch.outputs))
     lengths = [(x != NO_TOKEN).sum(axis=1) for x in (got_BT, want_BT)]
@@ -258,7 +259,7 @@ def rouge_l() -> Reward:
     return _f1(best_BT[:, -1], *lengths)
 
   return Reward(
-    lambda vocabulary, ids, model: functools.partial(score, eos=ids.eos)
+    lambda vocabulary, ids, model: functools.partial(reward_fn, eos=ids.eos)
   )
 
 
@@ -296,7 +297,7 @@ def python_function(function: TextReward) -> Reward:
         f'REWARD: {name} failed: {type(e).__name__}: {e}'
       ) from e
 
-  def make_score(vocabulary, ids, model):
+  def make_reward_fn(vocabulary, ids, model):
     del model
 
     def texts(words_BT):
@@ -305,7 +306,7 @@ def python_function(function: TextReward) -> Reward:
         for row in words_BT
       ]
 
-    def score(batch, outputs, params):
+    def reward_fn(batch, outputs, params):
       del params
       inputs = batch.encoder_input_tokens
       texts_BT = [
@@ -339,9 +340,9 @@ def python_function(function: TextReward) -> Reward:
         *jnp.split(rows, [*range(rows_a_piece, batch_size, rows_a_piece)]),
       )
 
-    return score
+    return reward_fn
 
-  return Reward(make_score, raise_failure=raise_failure)
+  return Reward(make_reward_fn, raise_failure=raise_failure)
 
 
 def token_ids(

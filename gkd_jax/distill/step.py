@@ -35,14 +35,14 @@ class Models(NamedTuple):
     teacher: model of the teacher; None if the method needs none.
     method: policy, teacher, objective and credit.
     ids: the special ids of both models and their vocabulary.
-    score: what `Reward.make_score` returned for the method's reward.
+    reward_fn: of the method's reward, from `Reward.make_reward_fn`.
   """
 
   student: Any
   teacher: Any
   method: Method
   ids: SpecialIds
-  score: rewards.Score | None = None
+  reward_fn: rewards.RewardFn | None = None
 
   @property
   def has_dropout(self) -> bool:
@@ -84,7 +84,7 @@ def make_train_step(
   ids: SpecialIds,
   seed: int,
   num_microbatches: int = 1,
-  score: rewards.Score | None = None,
+  reward_fn: rewards.RewardFn | None = None,
 ) -> TrainStep:
   """Returns `train_step(state, frozen, batch) -> (state, metrics)`.
 
@@ -105,7 +105,7 @@ def make_train_step(
       token reads the student's weights once and the teacher is gathered once:
       only the sampling KV cache and the encoder outputs of both models are held
       for the full batch.
-    score: the method's reward function, from `Reward.make_score`. The
+    reward_fn: the method's reward function, from `Reward.make_reward_fn`. The
       parameters of its model are `frozen.reward`.
 
   Raises:
@@ -114,7 +114,7 @@ def make_train_step(
   """
   if not method.teacher.needs_checkpoint:
     teacher = student
-  models = _check(Models(student, teacher, method, ids, score))
+  models = _check(Models(student, teacher, method, ids, reward_fn))
   loss_sums = _make_loss_sums(models)
   shares_encoder = not models.has_dropout and num_microbatches == 1
 
@@ -176,7 +176,7 @@ def make_train_step(
 
 
 def make_batch_loss(
-  *, student, teacher, method: Method, ids: SpecialIds, score=None
+  *, student, teacher, method: Method, ids: SpecialIds, reward_fn=None
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Returns the loss of a full batch as one function of the parameters.
 
@@ -196,7 +196,7 @@ def make_batch_loss(
   check_no_state(method)
   if not method.teacher.needs_checkpoint:
     teacher = student
-  models = _check(Models(student, teacher, method, ids, score))
+  models = _check(Models(student, teacher, method, ids, reward_fn))
   loss_sums = _make_loss_sums(models)
 
   def batch_loss(params, frozen, batch, rngs):
@@ -511,16 +511,16 @@ def _evidence(
     )
     return Outputs(drawn.tokens, drawn.weights)
 
-  def score(outputs):
-    return rewards.score(
-      models.score, rows.batch, outputs, shared.frozen.reward
+  def compute_rewards(outputs):
+    return rewards.compute(
+      models.reward_fn, rows.batch, outputs, shared.frozen.reward
     )
 
   return credit_lib.Evidence(
     rollouts,
     rows.row_ids_B,
     log_probs,
-    score,
+    compute_rewards,
     sample_greedy,
     method.policy.student_data_fraction == 1.0,
   )

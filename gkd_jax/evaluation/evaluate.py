@@ -429,9 +429,9 @@ def evaluate_checkpoint(
   mean_reward = None
   if reward is not None:
     model = load(reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH', reward_dtype)
-    score = build.make_score(reward, task, model, dataset)
+    reward_fn = build.make_reward_fn(reward, task, model, dataset)
     mean_reward = programs.make_mean_reward(
-      reward, score, model.params, ids=task.ids, mesh=mesh
+      reward, reward_fn, model.params, ids=task.ids, mesh=mesh
     )
   evaluation = Evaluation(
     dataset,

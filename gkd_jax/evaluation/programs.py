@@ -304,7 +304,7 @@ def make_disagreement(
 
 def make_mean_reward(
   reward: rewards.Reward,
-  score: rewards.Score,
+  reward_fn: rewards.RewardFn,
   params: Params,
   *,
   ids: SpecialIds,
@@ -314,7 +314,7 @@ def make_mean_reward(
 
   Args:
     reward: the reward.
-    score: from its `make_score`.
+    reward_fn: from its `make_reward_fn`.
     params: of its model; None if it has none.
     ids: of the student; EOS ends an output.
     mesh: rows are sharded over its data axis.
@@ -324,7 +324,9 @@ def make_mean_reward(
   def sums(params, batch, tokens, is_example_B):
     ends = jnp.int32(tokens == ids.eos)
     weights = jnp.float32(jnp.cumsum(ends, axis=1) - ends == 0)
-    rewards_B = rewards.score(score, batch, Outputs(tokens, weights), params)
+    rewards_B = rewards.compute(
+      reward_fn, batch, Outputs(tokens, weights), params
+    )
     return jnp.sum(rewards_B, where=is_example_B)
 
   def mean_reward(dataset, tokens):

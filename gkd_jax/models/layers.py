@@ -93,8 +93,8 @@ def _transpose(x: jax.Array) -> jax.Array:
   """Returns x.T; on CPU, a copy in row-major order.
 
   On CPU a product of bfloat16 operands is fast only if both are in row-major
-  order: 850 instead of 300 to 430 GFLOP/s, which is worth the copy. XLA does not
-  make such a copy.
+  order: 850 instead of 300 to 430 GFLOP/s, which is worth the copy. XLA does
+  not make it.
   """
   if jax.device_count() > 1:
     return x.T  # a layout constraint would gather a sharded array

@@ -60,12 +60,12 @@ def batch(targets, inputs=None) -> Batch:
   return Batch(outputs(*inputs).tokens, *outputs(*targets))
 
 
-def scores(reward, pairs, vocabulary=VOCABULARY, inputs=None) -> np.ndarray:
+def rewards_of(reward, pairs, vocabulary=VOCABULARY, inputs=None) -> np.ndarray:
   """Rewards of {output: target} pairs."""
   got, want = zip(*pairs, strict=True)
   return np.asarray(
-    rewards.score(
-      reward.make_score(vocabulary, tiny.IDS, None),
+    rewards.compute(
+      reward.make_reward_fn(vocabulary, tiny.IDS, None),
       batch(want, inputs),
       outputs(*got),
       None,
@@ -90,7 +90,7 @@ def scores(reward, pairs, vocabulary=VOCABULARY, inputs=None) -> np.ndarray:
 )
 def test_exact_match_compares_all_tokens_and_the_end(output, target, want):
   np.testing.assert_array_equal(
-    scores(rewards.exact_match(), [(output, target)]), [want]
+    rewards_of(rewards.exact_match(), [(output, target)]), [want]
   )
 
 
@@ -114,14 +114,14 @@ def test_exact_match_compares_all_tokens_and_the_end(output, target, want):
 def test_after_a_marker_the_answer_alone_counts(output, target, want):
   reward = rewards.exact_match(marker='####')
 
-  np.testing.assert_array_equal(scores(reward, [(output, target)]), [want])
+  np.testing.assert_array_equal(rewards_of(reward, [(output, target)]), [want])
 
 
 def test_a_marker_may_be_several_tokens_or_ids():
   pairs = [('a b b c d', 'e b c d'), ('a b d', 'e b c d')]
 
   for marker in ('b c', VOCABULARY.encode('b c')):
-    got = scores(rewards.exact_match(marker), pairs)
+    got = rewards_of(rewards.exact_match(marker), pairs)
 
     np.testing.assert_array_equal(got, [1.0, 0.0])
 
@@ -130,8 +130,8 @@ def test_what_lies_after_the_end_is_not_compared():
   want, got = batch(['a b']), outputs('a b')
   noise = jnp.where(got.weights > 0.0, got.tokens, 7)
 
-  value = rewards.score(
-    rewards.exact_match().make_score(VOCABULARY, tiny.IDS, None),
+  value = rewards.compute(
+    rewards.exact_match().make_reward_fn(VOCABULARY, tiny.IDS, None),
     want,
     got._replace(tokens=noise),
     None,
@@ -143,12 +143,12 @@ def test_what_lies_after_the_end_is_not_compared():
 @pytest.mark.parametrize('marker', ['', 'nowhere', [], [1], [0, 5]])
 def test_a_marker_that_the_vocabulary_cannot_write_is_refused(marker):
   with pytest.raises(ValueError, match='exact_match.marker is'):
-    rewards.exact_match(marker).make_score(VOCABULARY, tiny.IDS, None)
+    rewards.exact_match(marker).make_reward_fn(VOCABULARY, tiny.IDS, None)
 
 
 def test_a_marker_of_ids_that_are_not_there_is_refused():
   with pytest.raises(ValueError, match='marker is 99, but'):
-    rewards.exact_match([3, 99]).make_score(VOCABULARY, tiny.IDS, None)
+    rewards.exact_match([3, 99]).make_reward_fn(VOCABULARY, tiny.IDS, None)
 
 
 def test_the_answers_of_arithmetic_cot_are_found():
@@ -171,8 +171,8 @@ def test_the_answers_of_arithmetic_cot_are_found():
   written = Outputs(jnp.asarray(tokens), jnp.float32(tokens != 0))
   targets = Outputs(*(jnp.tile(x[:1], (len(texts), 1)) for x in written))
 
-  got = rewards.score(
-    rewards.exact_match('#### ').make_score(vocabulary, tiny.IDS, None),
+  got = rewards.compute(
+    rewards.exact_match('#### ').make_reward_fn(vocabulary, tiny.IDS, None),
     Batch(targets.tokens, *targets),
     written,
     None,
@@ -253,7 +253,7 @@ def words(text):
 def test_rouge_is_that_of_a_plain_count(name):
   reward, reference = ROUGE[name]
 
-  got = scores(reward, random_pairs())
+  got = rewards_of(reward, random_pairs())
 
   want = [reference(words(a), words(b)) for a, b in random_pairs()]
   # One division in float32.
@@ -266,7 +266,7 @@ def test_rouge_of_one_token_a_word_is_that_of_the_library(name):
   rouge_scorer = pytest.importorskip('rouge_score.rouge_scorer')
   scorer = rouge_scorer.RougeScorer([name], use_stemmer=False)
 
-  got = scores(ROUGE[name][0], random_pairs())
+  got = rewards_of(ROUGE[name][0], random_pairs())
 
   want = [
     scorer.score(b.removesuffix('...'), a.removesuffix('...'))[name].fmeasure
@@ -279,7 +279,7 @@ def test_rouge_of_one_token_a_word_is_that_of_the_library(name):
 def test_rouge_reads_nothing_after_the_end(name):
   reward, _ = ROUGE[name]
   got, want = outputs('a b d', 'a b'), batch(['a c b d', 'b a'])
-  score = reward.make_score(VOCABULARY, tiny.IDS, None)
+  reward_fn = reward.make_reward_fn(VOCABULARY, tiny.IDS, None)
   noisy = got._replace(tokens=jnp.where(got.weights > 0, got.tokens, 4))
   noisy_want = want._replace(
     decoder_target_tokens=jnp.where(
@@ -288,8 +288,8 @@ def test_rouge_reads_nothing_after_the_end(name):
   )
 
   np.testing.assert_array_equal(
-    rewards.score(score, noisy_want, noisy, None),
-    rewards.score(score, want, got, None),
+    rewards.compute(reward_fn, noisy_want, noisy, None),
+    rewards.compute(reward_fn, want, got, None),
   )
 
 
@@ -386,7 +386,7 @@ def test_the_parts_joined_are_the_tokens_of_the_joined_text():
   want = vocabulary.encode(f'premise: {document} hypothesis: {summary}')
   assert [int(t) for t in got if t != 0] == [*want, 1]
   # '1' is one token; '0' is two, of which the first is not that of '1'.
-  entailment.entailment().make_score(vocabulary, tiny.IDS, None)
+  entailment.entailment().make_reward_fn(vocabulary, tiny.IDS, None)
 
 
 ENTAILMENT = functools.partial(
@@ -404,12 +404,12 @@ def entailment_model():
   return tiny.model_and_params(3)
 
 
-def entailment_scores(reward):
+def entailment_rewards(reward):
   model, params = entailment_model()
   return np.asarray(
     jax.jit(
       functools.partial(
-        rewards.score, reward.make_score(VOCABULARY, tiny.IDS, model)
+        rewards.compute, reward.make_reward_fn(VOCABULARY, tiny.IDS, model)
       )
     )(batch(['a', 'b'], ['summarize: a b c', 'd']), outputs('d e', 'a'), params)
   )
@@ -422,7 +422,7 @@ def test_entailment_is_the_chance_of_the_first_answer_against_the_second(
   yes, no = (VOCABULARY.encode(word)[0] for word in ('yes', 'no'))
   answers = {'entailed': yes, 'not_entailed': no} if version == 'ids' else {}
 
-  got = entailment_scores(ENTAILMENT(**answers))
+  got = entailment_rewards(ENTAILMENT(**answers))
 
   model, params = entailment_model()
   for row, text in enumerate(
@@ -442,27 +442,27 @@ def test_entailment_is_the_chance_of_the_first_answer_against_the_second(
 
 
 def test_entailment_may_be_a_logarithm():
-  got = entailment_scores(ENTAILMENT(log_probability=True))
+  got = entailment_rewards(ENTAILMENT(log_probability=True))
 
   np.testing.assert_allclose(
-    got, np.log(entailment_scores(ENTAILMENT())), rtol=1e-5
+    got, np.log(entailment_rewards(ENTAILMENT())), rtol=1e-5
   )
 
 
 def test_entailment_needs_answers_that_begin_differently():
   with pytest.raises(ValueError, match='begin with the same token'):
-    ENTAILMENT(not_entailed='yes no').make_score(VOCABULARY, tiny.IDS, None)
+    ENTAILMENT(not_entailed='yes no').make_reward_fn(VOCABULARY, tiny.IDS, None)
 
 
 @pytest.mark.parametrize('answer', [-1, VOCABULARY.vocab_size])
 def test_entailment_refuses_answers_that_are_no_ids(answer):
   with pytest.raises(ValueError, match=f'.entailed is {answer}, but'):
-    ENTAILMENT(entailed=answer).make_score(VOCABULARY, tiny.IDS, None)
+    ENTAILMENT(entailed=answer).make_reward_fn(VOCABULARY, tiny.IDS, None)
 
 
 def test_entailment_refuses_texts_that_the_vocabulary_cannot_write():
   with pytest.raises(ValueError, match='entailment.premise is'):
-    ENTAILMENT(premise='document:').make_score(VOCABULARY, tiny.IDS, None)
+    ENTAILMENT(premise='document:').make_reward_fn(VOCABULARY, tiny.IDS, None)
 
 
 def test_only_entailment_needs_a_model():
@@ -481,7 +481,7 @@ def test_a_python_function_gets_texts_and_gives_rewards():
     seen.append((inputs, outputs, targets))
     return [len(o.split()) for o in outputs]
 
-  got = scores(
+  got = rewards_of(
     rewards.python_function(reward),
     [('a b c', 'c'), ('', 'd e'), ('a...', '')],
     inputs=['b', 'summarize: d', ''],
@@ -509,7 +509,7 @@ def fails(inputs, outputs, targets):
 def test_a_python_function_that_fails_is_named(function, text):
   reward = rewards.python_function(function)
 
-  got = scores(reward, [('a', 'a'), ('b', 'b')])
+  got = rewards_of(reward, [('a', 'a'), ('b', 'b')])
 
   assert np.isnan(got).all()
   with pytest.raises(RuntimeError, match=text):
@@ -518,7 +518,7 @@ def test_a_python_function_that_fails_is_named(function, text):
 
 def test_nothing_is_raised_where_nothing_failed():
   reward = rewards.python_function(lambda x, y, z: [0.0])
-  scores(reward, [('a', 'a')])
+  rewards_of(reward, [('a', 'a')])
 
   reward.raise_failure()
   rewards.exact_match().raise_failure()
@@ -541,11 +541,13 @@ def rewards_of_spread_rows():
   vocabulary = types.SimpleNamespace(
     decode=lambda ids: ' '.join(map(str, ids)), unk_id=2
   )
-  score = rewards.python_function(reward).make_score(vocabulary, tiny.IDS, None)
+  reward_fn = rewards.python_function(reward).make_reward_fn(
+    vocabulary, tiny.IDS, None
+  )
 
   @jax.jit
   def mean_and_each(batch, outputs):
-    rewards_B = rewards.score(score, batch, outputs, None)
+    rewards_B = rewards.compute(reward_fn, batch, outputs, None)
     return rewards_B.mean(), rewards_B
 
   written = Outputs(tokens, np.ones(tokens.shape, np.float32))
@@ -580,7 +582,7 @@ def test_a_reward_that_is_not_one_number_an_output_is_refused():
   with pytest.raises(
     ValueError, match=re.escape('(2,), but returns shape (2, 1)')
   ):
-    rewards.score(
+    rewards.compute(
       lambda batch, outputs, params: jnp.ones((2, 1)),
       batch(['a', 'b']),
       outputs('a', 'b'),
@@ -589,11 +591,13 @@ def test_a_reward_that_is_not_one_number_an_output_is_refused():
 
 
 def test_a_reward_is_a_float32_constant():
-  def score(batch, outputs, params):
+  def reward_fn(batch, outputs, params):
     return jnp.bfloat16(params['scale'] * jnp.ones(1))
 
   value, gradient = jax.value_and_grad(
-    lambda params: rewards.score(score, batch(['a']), outputs('a'), params)[0]
+    lambda params: rewards.compute(
+      reward_fn, batch(['a']), outputs('a'), params
+    )[0]
   )({'scale': 3.0})
 
   assert value == 3.0 and value.dtype == jnp.float32
@@ -620,9 +624,9 @@ def test_leave_one_out_mean_is_0_where_there_is_no_other():
 def test_a_model_that_gives_rewards_may_be_any_t5():
   model = T5(tiny.config('1.0'))
   params = tiny.params(model, 0)
-  score = ENTAILMENT().make_score(VOCABULARY, tiny.IDS, model)
+  reward_fn = ENTAILMENT().make_reward_fn(VOCABULARY, tiny.IDS, model)
 
-  got = jax.jit(functools.partial(rewards.score, score))(
+  got = jax.jit(functools.partial(rewards.compute, reward_fn))(
     batch(['a'], ['a b']), outputs('a'), params
   )
 

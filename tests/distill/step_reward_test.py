@@ -39,7 +39,7 @@ class Aim(NamedTuple):
   credit: credit_lib.Credit | None = None
 
 
-# Stands for any reward: a step gets the function that scores.
+# Any reward: tests pass the reward function to the step.
 ANY_REWARD = rewards.Reward(lambda vocabulary, ids, model: None)
 
 
@@ -182,7 +182,7 @@ def one_token_step(aim, **changes):
     'student': OneToken(),
     'teacher': OneToken(),
     **aim._asdict(),
-    'score': reward_of_first_id,
+    'reward_fn': reward_of_first_id,
     'optimizer': optax.sgd(1.0),
     'seed': 0,
   }
@@ -207,7 +207,7 @@ def expected_with_one_token(aim):
         student=OneToken(),
         teacher=OneToken(),
         **aim._asdict(),
-        score=reward_of_first_id,
+        reward_fn=reward_of_first_id,
         policy=writes(outputs),
       )
     )
@@ -303,7 +303,7 @@ def expected_with_t5(aim, probability_of):
         student=STUDENT,
         teacher=TEACHER,
         **aim._asdict(),
-        score=reward_of_tokens,
+        reward_fn=reward_of_tokens,
         policy=writes(outputs),
       )
     )
@@ -393,7 +393,7 @@ def make_step(aim, **changes):
     'student': STUDENT,
     'teacher': TEACHER,
     **aim._asdict(),
-    'score': reward_of_tokens,
+    'reward_fn': reward_of_tokens,
     'optimizer': optax.sgd(1.0),  # the parameters' change is the gradient
     'seed': 0,
   }
@@ -597,7 +597,7 @@ def test_with_weight_0_the_reward_is_measured_and_nothing_is_learnt_from_it():
   state, metrics = step(one_token_state(), one_token_batch(50))
 
   plain_step = jax.jit(
-    one_token_step(Aim(Objective(JSD)), score=None, **settings)
+    one_token_step(Aim(Objective(JSD)), reward_fn=None, **settings)
   )
   want_state, want = plain_step(one_token_state(), one_token_batch(50))
   np.testing.assert_array_equal(
@@ -613,7 +613,7 @@ def test_the_parameters_of_the_reward_get_no_gradient():
   def scaled(batch, outputs, params):
     return params['scale'] * reward_of_first_id(batch, outputs, None)
 
-  step = one_token_step(eq_5(0.5), score=scaled)
+  step = one_token_step(eq_5(0.5), reward_fn=scaled)
 
   def loss(params):
     return step(one_token_state(), one_token_batch(6), params)[1]['loss']
@@ -637,7 +637,9 @@ def test_a_batch_that_the_student_did_not_write_is_not_judged():
   step = jax.jit(
     one_token_step(
       eq_5(0.5),
-      score=rewards.python_function(reward).make_score(vocabulary, IDS, None),
+      reward_fn=rewards.python_function(reward).make_reward_fn(
+        vocabulary, IDS, None
+      ),
       policy=policies.mixture(0.5),
     )
   )
@@ -710,7 +712,7 @@ def test_a_reward_that_is_learnt_raises_itself():
         student=model,
         teacher=None,
         **of_reward()._asdict(),
-        score=rewards.rouge_n(1).make_score(None, IDS, None),
+        reward_fn=rewards.rouge_n(1).make_reward_fn(None, IDS, None),
         ids=tiny.special_ids(num_ids),
       ),
       optimizer=optimizer,
@@ -742,26 +744,26 @@ def steps_on_one_and_on_all_devices():
     return jax.device_put(params, placement.shardings(logical_axes(t5)))
 
   def entails(batch, outputs, params):
-    score = entailment.entailment('', [2], [3, 2], 2, 3).make_score(
+    reward_fn = entailment.entailment('', [2], [3, 2], 2, 3).make_reward_fn(
       types.SimpleNamespace(
         unk_id=-1, vocab_size=tiny.NUM_IDS, encode=lambda text: []
       ),
       tiny.IDS,
       judge,
     )
-    return score(batch, outputs, params)
+    return reward_fn(batch, outputs, params)
 
   vocabulary = types.SimpleNamespace(decode=lambda ids: str(ids), unk_id=2)
   python = rewards.python_function(
     lambda x, y, z: [len(text) / 9 for text in y]
-  ).make_score(vocabulary, IDS, None)
+  ).make_reward_fn(vocabulary, IDS, None)
 
   def both(batch, outputs, params):
     return 5.0 * entails(batch, outputs, params) + python(
       batch, outputs, params
     )
 
-  step = jax.jit(make_step(eq_5(0.5), score=both))
+  step = jax.jit(make_step(eq_5(0.5), reward_fn=both))
 
   def run(place, batch):
     state = state_lib.init_state(place(STUDENT, STUDENT_PARAMS), optax.sgd(1.0))

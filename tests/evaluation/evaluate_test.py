@@ -414,9 +414,9 @@ def test_the_mean_reward_is_that_of_what_was_written(
   config, student_params, examples, greedy
 ):
   reward = rewards.rouge_n(1)
-  score = reward.make_score(None, IDS, None)
+  reward_fn = reward.make_reward_fn(None, IDS, None)
   mean_reward = programs.make_mean_reward(
-    reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
+    reward, reward_fn, None, ids=IDS, mesh=SETTINGS['mesh']
   )
 
   judged = evaluate.Evaluation(
@@ -426,8 +426,8 @@ def test_the_mean_reward_is_that_of_what_was_written(
 
   # Up to the end. The last batch has two rows that are no examples.
   weights = np.cumsum(np.cumsum(greedy == 1, axis=1), axis=1) <= 1
-  want = rewards.score(
-    score, examples, Outputs(greedy, np.float32(weights)), None
+  want = rewards.compute(
+    reward_fn, examples, Outputs(greedy, np.float32(weights)), None
   )
   assert want.shape == (10,) and want.max() > 0.0
   # Sums of 10 float32 numbers.

@@ -258,9 +258,9 @@ def test_a_function_that_gives_rewards_sees_examples_alone(dataset, greedy):
     return [1.0 / len(text) for text in inputs]  # refuses an empty one
 
   reward = rewards.python_function(by_length)
-  score = reward.make_score(dataset.vocabulary, IDS, None)
+  reward_fn = reward.make_reward_fn(dataset.vocabulary, IDS, None)
   mean_reward = programs.make_mean_reward(
-    reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
+    reward, reward_fn, None, ids=IDS, mesh=SETTINGS['mesh']
   )
 
   mean = mean_reward(dataset, greedy)
@@ -278,9 +278,9 @@ def test_a_function_that_fails_to_give_rewards_ends_an_evaluation(
     raise LookupError('no dictionary here')
 
   reward = rewards.python_function(fails)
-  score = reward.make_score(dataset.vocabulary, IDS, None)
+  reward_fn = reward.make_reward_fn(dataset.vocabulary, IDS, None)
   mean_reward = programs.make_mean_reward(
-    reward, score, None, ids=IDS, mesh=SETTINGS['mesh']
+    reward, reward_fn, None, ids=IDS, mesh=SETTINGS['mesh']
   )
 
   with pytest.raises(RuntimeError, match='fails failed: LookupError'):
