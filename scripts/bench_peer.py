@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times a peer's step, for bench_torch.py and bench_t5x.py."""
+"""Times the step of a peer, for bench_torch.py and bench_t5x.py."""
 
 import json
 import resource
@@ -16,13 +16,13 @@ def measure(
   *,
   compiles: bool,
 ) -> None:
-  """Runs a step again and again, and prints the figures as JSON.
+  """Runs a step repeatedly, and prints the figures as JSON.
 
   Args:
     work: see bench_step.py.
-    step: number -> yields when each of PHASES is done.
+    step: number -> iterator that yields at the end of each of PHASES.
     setting: a description of the peer.
-    compiles: whether the extra time of the first step is compilation.
+    compiles: whether the extra time of the first step is compile time.
   """
   laps = []
   for i in range(work['warmup'] + work['steps']):

@@ -3,15 +3,14 @@
 
     python scripts/bench_step.py --peers=torch --torch_python=PATH
 
-prints, from one run on one machine: the time of each phase and of the step, how
-far above its floor each is (FLOPs over the measured peak of matrix products,
-bytes over the measured bandwidth), compile time, peak memory, and the same for
-the peers.
+It prints, for gkd_jax and its peers on this machine: the time of each phase and
+of the step, with the share of the floor (FLOPs over the measured peak of matrix
+products, or bytes over the measured bandwidth), compile time and peak memory.
 
 All systems do the same work: random weights of the same shapes, inputs and
-outputs without padding (no EOS is drawn), sampling at temperature 1 from the
-whole vocabulary, one divergence, AdamW. Each contender runs in a process of its
-own, in turn; times are medians over all of its processes, after warm-up.
+outputs without padding (EOS is never drawn), sampling at temperature 1 from the
+full vocabulary, one divergence, AdamW. The systems take turns, each in a new
+process. Times are medians over all processes of a system, after warm-up.
 """
 
 import functools
@@ -29,43 +28,44 @@ from absl import app, flags
 _STUDENT = flags.DEFINE_string(
   'student',
   't5_1_1_small',
-  'A published size; or vocabulary, width, heads, width of a head, of the '
-  'feed-forward block, and layers, e.g. 384,16,2,8,32,1.',
+  'A published size, or six numbers: vocab_size,emb_dim,num_heads,head_dim,'
+  'mlp_dim,num_layers, such as 384,16,2,8,32,1.',
 )
-_TEACHER = flags.DEFINE_string('teacher', 't5_1_1_base', 'As --student.')
-_BATCH = flags.DEFINE_integer('batch', 8, 'Rows.')
-_INPUTS = flags.DEFINE_integer('inputs', 128, 'Tokens of an input.')
-_TARGETS = flags.DEFINE_integer('targets', 64, 'Tokens of an output.')
+_TEACHER = flags.DEFINE_string('teacher', 't5_1_1_base', 'See --student.')
+_BATCH = flags.DEFINE_integer('batch', 8, 'Number of inputs.')
+_INPUTS = flags.DEFINE_integer('inputs', 128, 'Tokens per input.')
+_TARGETS = flags.DEFINE_integer('targets', 64, 'Tokens per output.')
 _DIVERGENCE = flags.DEFINE_enum(
   'divergence',
   'generalized_jsd',
   ['forward_kl', 'reverse_kl', 'generalized_jsd'],
-  'The JSD has beta 0.5.',
+  'Divergence to minimise; the JSD has beta 0.5.',
 )
 _CHUNK_TOKENS = flags.DEFINE_integer(
-  'chunk_tokens', 256, 'Objective.chunk_tokens of ours; on CPU 256 is best.'
+  'chunk_tokens', 256, 'Objective.chunk_tokens of gkd_jax; 256 is best on CPU.'
 )
 _DTYPES = flags.DEFINE_list(
-  'dtypes', 'float32,bfloat16', 'Types to measure; master weights are float32.'
+  'dtypes', 'float32,bfloat16', 'Types of operands; weights are float32.'
 )
-_PEERS = flags.DEFINE_list('peers', [], 'Of torch and t5x.')
+_PEERS = flags.DEFINE_list('peers', [], 'Systems to compare: torch, t5x.')
 _TORCH_PYTHON = flags.DEFINE_string(
   'torch_python', sys.executable, 'A Python with torch, transformers and trl.'
 )
 _T5X_PYTHON = flags.DEFINE_string(
   't5x_python', sys.executable, 'A Python that can import t5x.'
 )
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Processes of each contender.')
-_STEPS = flags.DEFINE_integer('steps', 5, 'Timed steps of each process.')
-_WARMUP = flags.DEFINE_integer('warmup', 2, 'Steps before these.')
-_JSON = flags.DEFINE_string('json', None, 'File for all figures.')
-_WORKER = flags.DEFINE_string('worker', None, 'For bench_step.py itself.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Processes per system.')
+_STEPS = flags.DEFINE_integer('steps', 5, 'Timed steps per process.')
+_WARMUP = flags.DEFINE_integer('warmup', 2, 'Steps before the timed ones.')
+_JSON = flags.DEFINE_string('json', None, 'File to write all figures to.')
+_WORKER = flags.DEFINE_string('worker', None, 'Internal.')
 
 _HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent))  # gkd_jax of this checkout
 _PHASES = ('student_encoder', 'sampling', 'teacher', 'student', 'optimizer')
-# Large buffers in huge pages that are not returned to the system; this speeds
-# every system up by tens of percent. One arena: others return large buffers.
+# glibc allocates large buffers in huge pages and does not return them to the
+# operating system, which makes all systems faster by tens of percent. There is
+# one arena, because additional arenas return large buffers.
 _MALLOC = (
   'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:'
   'glibc.malloc.trim_threshold=34359738368:glibc.malloc.top_pad=268435456'
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
 
 
 def _work() -> dict:
-  """Returns the work of a step, for JSON."""
+  """Returns the work of a step as JSON values."""
   from gkd_jax.models import registry
 
   def shape(size):
@@ -133,14 +133,16 @@ def _work() -> dict:
 
 
 def _contenders() -> dict:
-  """Returns {name: (work -> command, dtype)}, in the order of their turns."""
+  """Returns {name: (command without the work, dtype)}, in order of turns."""
   programs = {
     'ours': [sys.executable, __file__, '--worker'],
     'torch': [_TORCH_PYTHON.value, str(_HERE / 'bench_torch.py')],
     't5x': [_T5X_PYTHON.value, str(_HERE / 'bench_t5x.py')],
   }
   if unknown := set(_PEERS.value) - set(programs):
-    raise app.UsageError(f'--peers may have torch and t5x: {sorted(unknown)}.')
+    raise app.UsageError(
+      f'--peers must be torch or t5x, got {sorted(unknown)}.'
+    )
   return {
     f'{name}_{dtype}': (programs[name], dtype)
     for dtype in _DTYPES.value
@@ -149,7 +151,7 @@ def _contenders() -> dict:
 
 
 def _run(command: list[str]) -> dict:
-  """Returns the JSON that a process prints last."""
+  """Runs a process, and returns the JSON in the last line of its output."""
   environment = os.environ | {'GLIBC_TUNABLES': _MALLOC}
   environment['TRL_EXPERIMENTAL_SILENCE'] = '1'
   finished = subprocess.run(
@@ -170,7 +172,7 @@ def _measure(work: dict) -> dict:
 
 
 def _measure_machine() -> dict:
-  """Returns the peaks that floors are computed with: FLOPs and bytes a second.
+  """Measures peak FLOP/s and bandwidth, from which floors are computed.
 
   Each is the best of several shapes and runs.
   """
@@ -245,7 +247,7 @@ def _measure_ours(work: dict) -> dict:
   ids = student.config.special_ids(work['student']['vocab_size'])
   size = (work['batch'], work['inputs'])
   inputs = jax.random.randint(jax.random.key(0), size, 2, ids.num_ids)
-  # Its outputs are not read; their shape says how long ours may be.
+  # Only the shape of the outputs is used: it is the maximum length of rollouts.
   targets = jnp.ones((work['batch'], work['targets']), jnp.int32)
   batch = Batch(inputs, targets, jnp.ones(targets.shape, jnp.float32))
 
@@ -272,7 +274,7 @@ def _measure_ours(work: dict) -> dict:
   compile_seconds = time.perf_counter() - start
 
   def run(function, *args, carried=0):
-    """Times calls; `carried` results of one are the next one's arguments."""
+    """Times calls; `carried` results of a call are arguments of the next."""
     seconds = []
     for i in range(work['warmup'] + work['steps']):
       start = time.perf_counter()
@@ -289,7 +291,7 @@ def _measure_ours(work: dict) -> dict:
   assert jnp.isfinite(metrics['loss'])
   peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-  # The phases, each compiled by itself.
+  # The phases, compiled separately.
   def encode(params, inputs):
     return student.apply({'params': params}, inputs, method='encode')
 
@@ -397,9 +399,9 @@ def _report(work, machine, results) -> dict:
 
 
 def _floors(work, machine, dtype) -> dict:
-  """Returns the least seconds of each phase, and of the step.
+  """Returns the minimum seconds of each phase, and of the step.
 
-  The phase 'student' is measured with its encoder, which a step runs once.
+  The measured phase 'student' includes the encoder, which a step runs once.
   """
   from gkd_jax.capacity import costs
   from gkd_jax.models import registry
@@ -422,7 +424,7 @@ def _floors(work, machine, dtype) -> dict:
 
 
 def _table(work, report) -> str:
-  """Returns the figures as Markdown."""
+  """Returns the figures as a Markdown table."""
   machine = report['machine']
   lines = [
     f'Batch {work["batch"]}, {work["inputs"]} tokens in, {work["targets"]} out,'
@@ -461,8 +463,8 @@ def _table(work, report) -> str:
     lines.append(f'| {name} | {" | ".join(show(c) for c in contenders)} |')
   lines += [
     '',
-    'The phase `student` is its forward and backward pass with the objective, '
-    'its encoder run again.',
+    'The phase `student` is the forward and backward pass of the student with '
+    'the objective, including its encoder.',
     *(f'- {name}: {c["setting"]}' for name, c in report['contenders'].items()),
     *(
       f'- {speedup:.2f} times as fast as {name}'

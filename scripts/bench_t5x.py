@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of bench_step.py with T5X's network and decoding.
 
-Run by bench_step.py, with a Python that can import t5x: takes the work as JSON,
-prints the figures as JSON. T5X has no distillation: its unmodified parts are
-combined as a user would, into four jitted programs per step. Does not use
-gkd_jax.
+bench_step.py runs it with a Python that can import t5x. It reads the work as
+JSON and prints the figures as JSON, without gkd_jax. T5X has no distillation:
+this script combines its unmodified parts into four jitted programs per step.
 """
 
 import functools
@@ -53,7 +52,7 @@ def model(shape: dict) -> models.EncoderDecoderModel:
 
 
 def divergence(student_logits, teacher_logits):
-  """Per token, of logits [B, T, V]; the JSD has beta 0.5."""
+  """Returns [B, T], given logits [B, T, V]; the JSD has beta 0.5."""
   log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32))
   log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of bench_step.py with PyTorch and Hugging Face transformers.
 
-Run by bench_step.py, with a Python that has torch, transformers and trl: takes
-the work as JSON, prints the figures as JSON. Does not use gkd_jax.
+bench_step.py runs it with a Python that has torch, transformers and trl. It
+reads the work as JSON and prints the figures as JSON, without gkd_jax.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import sys
 
 work = json.loads(sys.argv[1])
-# One thread a core, each on its own: before torch starts any.
+# One thread per core, bound to it; set before torch starts threads.
 os.environ['OMP_NUM_THREADS'] = str(os.cpu_count())
 os.environ['GOMP_CPU_AFFINITY'] = f'0-{os.cpu_count() - 1}'
 
@@ -25,7 +25,7 @@ EOS_ID = 1
 
 
 def model(shape: dict) -> transformers.T5ForConditionalGeneration:
-  """Returns a T5 1.1 of random weights, without dropout."""
+  """Returns a T5 1.1 with random weights, without dropout."""
   config = transformers.T5Config(
     vocab_size=shape['vocab_size'],
     d_model=shape['emb_dim'],

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share: they source this. Runs on bash 3.2 (macOS).
+# Functions of the launchers, which source this file. Runs on bash 3.2 (macOS).
 
 dry_run=false
 
@@ -11,7 +11,7 @@ die() {
   exit 1
 }
 
-# Prints its arguments as one line that a shell reads back unchanged.
+# Prints its arguments, quoted for a shell, on one line.
 quoted() {
   local word name line='' quote="'" escaped="'\\''"
   for word; do
@@ -20,7 +20,7 @@ quoted() {
       *[!A-Za-z0-9_.-]*) ;;
       --?*) name=${word%%=*}= ;; # --name="value", not "--name=value"
     esac
-    [ "$name" != "$word=" ] || name='' # there is no =
+    [ "$name" != "$word=" ] || name='' # the word has no =
     word=${word#"$name"}
     case $word in
       '') [ -n "$name" ] || word="''" ;;
@@ -37,7 +37,7 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# Shows a command, and runs it unless --dry_run was given.
+# Prints a command, and runs it unless --dry_run was given.
 run() {
   if [ "$dry_run" = true ]; then
     quoted "$@"
@@ -49,7 +49,7 @@ run() {
 
 need_tool() { # NAME HOW_TO_GET_IT
   [ "$dry_run" = true ] || command -v "$1" >/dev/null ||
-    die "$1 is not on the PATH. $2" 'To see what would be run: --dry_run.'
+    die "$1 is not on the PATH. $2" '--dry_run prints the commands without it.'
 }
 
 need_flags() { # NAME VALUE NAME VALUE...
@@ -61,7 +61,7 @@ need_flags() { # NAME VALUE NAME VALUE...
 
 refuse() {
   die "there is no $1. Flags are --NAME=VALUE, see --help." \
-    'Those of gkd_jax.main come last, after a --.'
+    'Flags of gkd_jax.main come last, after a --.'
 }
 
 check_run_arguments() {
@@ -72,16 +72,16 @@ check_run_arguments() {
     case $argument in
       *_DIR=gs://* | *_DIR=[\'\"]gs://*)
         die "$argument: a run writes to a file system, not to a bucket." \
-          'Mount the bucket, and name the folder; --help says how.'
+          'Mount the bucket and give the path of the folder, see --help.'
         ;;
     esac
   done
 }
 
-# Only what is committed is sent away.
+# Packs the current commit, without uncommitted changes.
 archive_commit() { # FILE
   [ -z "$(git status --porcelain --untracked-files=no)" ] ||
-    printf '%s: there are uncommitted changes; they are not sent.\n' \
+    printf '%s: warning: uncommitted changes are not included.\n' \
       "${0##*/}" >&2
   run mkdir -p "$(dirname "$1")"
   run git archive --output="$1" HEAD

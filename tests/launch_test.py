@@ -482,7 +482,7 @@ def test_a_second_run_is_refused_while_one_goes_on(cluster):
     succeeded(cluster.launch(*TPU_VM, '--stop'))
 
   assert second.returncode == 1
-  assert 'a run is going on' in second.stderr
+  assert 'a run is in progress' in second.stderr
   assert cluster.called('main') == [['--wait']] * 2
 
 
