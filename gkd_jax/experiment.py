@@ -109,7 +109,7 @@ class Data:
   Attributes:
     train: task, split and batch.
     num_shards: number of shards of the data; determines the order of examples.
-      None: one shard per host that has rows of its own. To resume on another
+      None: one shard per host that has rows of the batch. To resume on another
       number of hosts, set a multiple of both numbers of hosts.
   """
 
@@ -309,7 +309,7 @@ class Keep:
   Attributes:
     last: number of most recent checkpoints.
     best_metric: a validation metric; the best checkpoint by this metric is
-      kept, too. None: no best checkpoint.
+      also kept. None: no best checkpoint.
     best_mode: 'min' or 'max'.
   """
 
@@ -497,7 +497,7 @@ def check(experiment: Experiment, *, with_checkpoints: bool = True) -> None:
 
   Args:
     experiment: to check.
-    with_checkpoints: whether to apply the rules about checkpoints, too.
+    with_checkpoints: whether to apply also the rules about checkpoints.
   """
   for rule in RULES:
     rule(experiment)

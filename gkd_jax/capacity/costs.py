@@ -2,7 +2,7 @@
 """Lower bounds of the FLOPs and memory traffic of an on-policy step.
 
 They are computed from shapes, because XLA's cost analysis counts the body of a
-loop once, whatever its number of iterations. A multiplication and an addition
+loop once for any number of iterations. A multiplication and an addition
 are two FLOPs. Only matrix products are counted; all other operations are less
 than 1 % of them. Bytes are the memory traffic that remains with a perfect
 cache: each array that a phase needs is read or written once.

@@ -60,7 +60,7 @@ def describe(vocabulary: seqio.Vocabulary) -> str:
   """Returns a one-line fingerprint of a vocabulary; saved with checkpoints."""
   kind, size = type(vocabulary).__name__, vocabulary.vocab_size
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    # Hash of the file itself, because other systems can compute it, too.
+    # Hash of the file itself, because other systems can also compute it.
     model = epath.Path(vocabulary.sentencepiece_model_file).read_bytes()
     digest = hashlib.sha256(model).hexdigest()
     return f'{kind} {size} ids, model sha256 {digest}'

@@ -4,7 +4,7 @@
 No `[B, T, V]` array exists: each chunk of tokens is projected to the
 vocabulary, compared and differentiated before the next. `weighted_sums` has a
 custom gradient (jax.custom_vjp), so its functions must not close over traced
-arrays: whatever they read is an argument.
+arrays: all arrays that they read are arguments.
 """
 
 import functools

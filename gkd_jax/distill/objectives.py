@@ -155,7 +155,7 @@ def coefficients(
   """Returns each token's coefficient and the divisor of the weighted sum.
 
   They are separate because microbatches are summed before the division. Both
-  are computed from the outputs trained on, whoever wrote them.
+  are computed from the outputs trained on, for every author.
 
   Args:
     weights_BT: [B, T], 0 where there is no token.

@@ -28,7 +28,7 @@ RewardFn = Callable[[Batch, Outputs, Params], jax.Array]
 TextReward = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
 # Fill positions without a token. NO_TOKEN equals no token; _NO_TARGET replaces
-# it in targets, so that empty positions of output and target differ, too.
+# it in targets, so that empty positions of output and target also differ.
 NO_TOKEN, _NO_TARGET = -1, -2
 
 # XLA's CPU client copies arrays below 100 KiB at once, larger ones in worker
@@ -131,7 +131,7 @@ def check_reward_fn(
 def exact_match(marker: str | Sequence[int] | None = None) -> Reward:
   """1 if output and target have the same tokens, 0 otherwise.
 
-  EOS is compared, too: a truncated output does not match.
+  EOS is also compared: a truncated output does not match.
 
   Args:
     marker: compare only the tokens after its last occurrence in output and

@@ -216,7 +216,7 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
       max_decode_len=batch.decoder_target_tokens.shape[1],
       ids=ids,
     )
-    # Rows that only pad the batch have student outputs, too: weight 0.
+    # Rows that only pad the batch also have student outputs: weight 0.
     is_example_B = batch.decoder_loss_weights.any(axis=1, keepdims=True)
     drawn = Outputs(drawn.tokens, drawn.weights * is_example_B)
     return {

@@ -214,7 +214,7 @@ def data_efficiency(section: Section) -> list[Figure] | str:
     ticks[of_all] = 'all'
   used = [g for by in series.values() for g in by.values()]
   base, lines = _reference_lines(section, section.metric, used)
-  # Initial students trained on several numbers of examples are a curve, too.
+  # Initial students trained on several numbers of examples are also a curve.
   if base is None:
     initial = _of_role(section, 'initial student', used)
     of_initial = {g.settings.get(macro): g for g in initial}
@@ -227,7 +227,7 @@ def data_efficiency(section: Section) -> list[Figure] | str:
       'data_efficiency',
       'Data efficiency',
       f'{tables.axis_label(section.metric)} by the number of training examples'
-      f'{_direction(section)}; "all" is the whole training split, not to scale.'
+      f'{_direction(section)}; "all" is the complete training split, not to scale.'
       f'{_errors(used)}',
       Plot(
         'training examples',

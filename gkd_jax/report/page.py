@@ -200,7 +200,7 @@ def _samples(samples: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
   return f"""<h3>Where student and teacher disagree</h3>
 <p>Each student's own output ({escape(', '.join(decodings))} decoding), token by
 token. The colour of a token is KL(student‖teacher) at its position, in nats,
-over the whole vocabulary at temperature 1, given the student's previous tokens.
+over the full vocabulary at temperature 1, given the student's previous tokens.
 Tokens are underlined if the teacher's most likely token is another one. Hover
 over a token or click it for the probabilities. ∎ is the end of the
 output.{rest}</p>
@@ -290,7 +290,7 @@ def _token(token: Mapping[str, Any], eos_id: int) -> str:
     f'teacher {token["teacher_probability"]:.3f}. '
   )
   if agrees:
-    detail += 'The teacher prefers it, too. '
+    detail += 'The teacher also prefers it. '
   else:
     other = _name(token['teacher_text'], token['teacher_id'], eos_id)
     detail += (

@@ -16,7 +16,7 @@ from gkd_jax.report import tables
 from gkd_jax.report.tables import Mean
 
 # Distinguishable with all common kinds of colour blindness, on light and dark
-# background (after Paul Tol's 'vibrant'). Markers are distinct, too.
+# background (after Paul Tol's 'vibrant'). Markers are also distinct.
 _COLORS = (
   '#0077bb',
   '#ee7733',

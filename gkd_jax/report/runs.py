@@ -94,7 +94,7 @@ def find(
 
   Args:
     patterns: one or several globs, which may contain `**`. A matched folder
-      that is not a run stands for all runs below it.
+      that is not a run is replaced by all runs below it.
 
   Returns:
     The runs, sorted by folder; and (folder, reason) of unused folders.

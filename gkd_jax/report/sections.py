@@ -503,8 +503,8 @@ def strata(
     groups: to collect.
     vary: macros that may differ.
     name: group -> name of its stratum.
-    before: those of `vary` that may differ in the initial student and the
-      teacher, too.
+    before: those of `vary` that may also differ in the initial student and the
+      teacher.
 
   Returns:
     {unique name: groups}.
@@ -524,13 +524,13 @@ def other_settings(
 ) -> frozenset[tuple[str, str]]:
   """Returns the settings of a group without some macros.
 
-  With DIVERGENCE the parameters of divergences are removed, too.
+  With DIVERGENCE the parameters of divergences are also removed.
 
   Args:
     group: of runs.
     vary: macros to remove.
-    before: those of `vary` to remove from the initial student's and teacher's
-      settings, too.
+    before: those of `vary` to remove also from the settings of the initial
+      student and the teacher.
   """
   of_divergence = 'DIVERGENCE' in vary
   return frozenset(

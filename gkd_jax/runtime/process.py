@@ -73,7 +73,7 @@ def exit_if_multihost(error: BaseException) -> None:
   """Exits immediately if this is one of several hosts.
 
   A normal exit would block in JAX's shutdown barrier, which the other hosts
-  never reach. They detect the lost host and exit, too.
+  never reach. They detect the lost host and also exit.
   """
   hosts = sys.modules.get('gkd_jax.parallel.hosts')
   if hosts is None or not hosts.is_multihost():

@@ -91,7 +91,7 @@ class Progress:
 
   def _clear(self) -> None:
     if self._num_live:
-      # Up so many lines, then clear to the end of the screen.
+      # Move up by the number of lines, then clear to the end of the screen.
       sys.stderr.write(f'\x1b[{self._num_live}F\x1b[J')
       sys.stderr.flush()
       self._num_live = 0
@@ -157,7 +157,7 @@ def measured(result: pathlib.Path) -> list[str]:
 
 
 def _last_training_line(folder: pathlib.Path) -> Mapping[str, Any]:
-  """Returns the last whole line of metrics.jsonl that has a loss."""
+  """Returns the last complete line of metrics.jsonl that has a loss."""
   path = folder / 'metrics.jsonl'
   if not path.is_file():
     return {}

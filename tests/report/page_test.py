@@ -238,7 +238,7 @@ def test_a_token_says_both_probabilities_and_what_the_teacher_prefers():
   titles = [found['title'] for found in strip_of(TOKENS).tokens()]
 
   assert titles[0] == (
-    '“<b>”: student 0.625, teacher 0.125. The teacher prefers it, too. '
+    '“<b>”: student 0.625, teacher 0.125. The teacher also prefers it. '
     'KL 0.010 nats.'
   )
   assert titles[2] == (
