@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run refuses before anything is compiled or written."""
+"""Errors of a run before anything is compiled or written."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ def judge(tmp_path_factory):
 
 @pytest.fixture
 def refused(train_letters, tmp_path):
-  """Calls train, which must refuse; returns what it says."""
+  """Calls train, which must fail; returns its message."""
 
   def refused(**changes):
     folder = tmp_path / 'run'

@@ -18,7 +18,7 @@ def relative(path):
 
 
 def header(path) -> str:
-  """The comment a file begins with, without its marks."""
+  """Returns the first comment of a file, without the marks."""
   match = FIRST_COMMENT.match(path.read_text())
   assert match, f'{relative(path)} does not begin with a comment'
   return re.sub('^# ?', '', match[0], flags=re.MULTILINE)
@@ -130,7 +130,7 @@ def test_what_trains_can_be_compiled_for_a_slice_too(path, build):
 
 @pytest.fixture
 def jobs_of(run_main, tmp_path, monkeypatch):
-  """Returns the runs that a command would start, and starts none."""
+  """Returns the runs of a command without starting them."""
 
   class Stop(Exception):
     pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package from Python: `import gkd_jax` and what it offers."""
+"""The Python interface: `import gkd_jax` and its names."""
 
 import os
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiments from one flat set of settings, which tests change one by one."""
+"""Makes experiments from flat settings, which tests change one at a time."""
 
 import contextlib
 import dataclasses
@@ -131,7 +131,7 @@ NLI = functools.partial(
 
 
 def learning_from(reward, **changes):
-  """Settings of a run that learns from a reward alone."""
+  """Settings of a run with a reward and no divergence."""
   settings = {
     'student': STUDENT,
     'policy': policies.student(),

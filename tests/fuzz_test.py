@@ -77,12 +77,12 @@ VALUES = (
 
 
 class Accepted(Exception):
-  """All was checked: the run's folder would be written now."""
+  """Raised after all checks, where the run would write its first file."""
 
 
 @pytest.fixture
 def start(run_main, letters, teacher, tmp_path, monkeypatch):
-  """Starts a run up to where it would write its first file."""
+  """Starts a run, and ends it before it writes its first file."""
 
   def stop(*args):
     raise Accepted
@@ -120,7 +120,7 @@ def macros(run_main):
 
 
 def is_told(finished, name, value):
-  """Whether a run ended with one message that says which setting is wrong."""
+  """Whether a run ended with one message that names the wrong setting."""
   before, message = re.split('^Error: ', finished.err, flags=re.MULTILINE)
   # The parameter that takes it may be called otherwise: T5Config.dtype.
   words = [word for word in name.split('_') if len(word) > 3]
@@ -279,7 +279,7 @@ def train_six(train_letters):
 
 @pytest.fixture(scope='module')
 def interrupted(train_six, tmp_path_factory):
-  """What a run that was killed in its fifth step left, and how it would end."""
+  """The folder of a run killed in its fifth step, and the complete run."""
   batches = []
   take = iterators.TrainIterator.__next__
 
@@ -467,7 +467,7 @@ def small_disk(tmp_path):
 
 
 def fill(path, left):
-  """Fills the disk of a file, but for so many bytes."""
+  """Fills the disk of a file except for a number of bytes."""
   with path.open('wb', buffering=0) as file:
     with contextlib.suppress(OSError):
       while True:
@@ -477,7 +477,7 @@ def fill(path, left):
 
 @pytest.fixture(scope='module')
 def finish(run_main, letters, tmp_path_factory):
-  """Runs an experiment to its end, or to where it fails."""
+  """Runs an experiment until it ends or fails."""
 
   def finish(folder):
     return run_main(STUDENT, *SMALL, *gin_flags(MODEL_DIR=folder))
@@ -494,7 +494,7 @@ def undisturbed(finish, tmp_path_factory):
 
 
 def results(run_dir):
-  """What a run measured, but how fast it was."""
+  """Returns the metrics of a run, except times."""
   lines = metrics_lib.read(run_dir)
   lines.append(json.loads((run_dir / 'eval_test.json').read_text()))
   return [

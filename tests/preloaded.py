@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What processes of tests.processes have before they start."""
+"""Modules that tests.processes imports before it forks."""
 
 import seqio  # noqa: F401
 

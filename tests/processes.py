@@ -22,10 +22,10 @@ from tests import conftest
 
 
 class Process:
-  """One that runs main with some arguments, and logs to a file."""
+  """A process that runs main with some arguments, and logs to a file."""
 
   def __init__(self, arguments, log: pathlib.Path, devices: int = 1):
-    """Starts it; it sees so many CPU devices."""
+    """Starts the process with a number of CPU devices."""
     self.log = log
     log.write_text('')
     flags = f'--xla_force_host_platform_device_count={devices}'
@@ -39,7 +39,7 @@ class Process:
     self._process.start()
 
   def text(self) -> str:
-    """Returns what it has logged."""
+    """Returns its log."""
     return self.log.read_text()
 
   def poll(self) -> int | None:
@@ -62,7 +62,7 @@ class Process:
 
 
 def stop() -> None:
-  """Ends the process that others are forked from, if there is one."""
+  """Ends the process from which others are forked, if there is one."""
   forkserver._forkserver._stop()
 
 
@@ -77,7 +77,7 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 
 def _run_main(arguments, log, environ) -> None:
-  """Does what `python -m gkd_jax.main` does, in multiprocessing's process."""
+  """Runs `python -m gkd_jax.main` in a process of multiprocessing."""
   os.environ.update(environ)
   file = os.open(log, os.O_WRONLY | os.O_APPEND)
   os.dup2(file, sys.stdout.fileno())

@@ -48,7 +48,7 @@ def command(folder):
 
 @pytest.fixture(scope='module')
 def finished(command):
-  """What a newcomer runs, shortened; it makes .venv if that is not there."""
+  """The quickstart with few steps; creates .venv if it does not exist."""
   setup = run('scripts/setup.sh')
   if setup.returncode:
     pytest.skip(f'.venv cannot be made here: {setup.stderr[-300:]}')
@@ -67,7 +67,7 @@ def results(finished, folder):
 
 
 def table_of(finished):
-  """The cells of the table that is printed, without its rule."""
+  """Returns the cells of the printed table, without the line of dashes."""
   rows = [
     [cell.strip() for cell in line.strip('|').split('|')]
     for line in finished.stdout.splitlines()

@@ -39,7 +39,7 @@ def softmax(logits):
 
 
 def log_ratio(a, b):
-  """ln(a / b), and 0 where a is 0: such an id never counts."""
+  """Returns ln(a / b), and 0 where a is 0, because such an id has no weight."""
   with np.errstate(divide='ignore', invalid='ignore'):
     return np.where(a > 0.0, np.log(a) - np.log(b), 0.0)
 
@@ -64,7 +64,7 @@ def generalized_jsd(*, teacher_logits, student_logits, beta):
 
 
 def largest_jsd(beta):
-  """JSD(beta) of distributions that share no id: nothing is further apart."""
+  """Returns the maximum of JSD(beta), for distributions that share no id."""
   return -(beta * np.log(beta) + (1.0 - beta) * np.log(1.0 - beta))
 
 

@@ -154,7 +154,7 @@ def _softmax(scores):
 
 
 def _position_bias(relpos_bias, length, **kwargs):
-  """[H, length, length]: what is added to the scores of each head."""
+  """Returns the bias [H, length, length] of the attention logits."""
   table = relpos_bias['rel_embedding']
   buckets = [
     [bucket(key - query, **kwargs) for key in range(length)]

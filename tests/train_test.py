@@ -51,14 +51,14 @@ def without_timing(line):
 
 
 def arrays(run_dir, item):
-  """The arrays of a checkpoint, as they lie on disk."""
+  """The arrays of a checkpoint, as stored on disk."""
   with ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(checkpoint.find(run_dir) / item)
 
 
 @pytest.fixture(scope='module')
 def distil(train_letters, teacher_run):
-  """A run in which every source of randomness has its part."""
+  """A run that uses every source of randomness."""
   return functools.partial(
     train_letters,
     student=experiments.STUDENT,
@@ -82,7 +82,7 @@ def distil(train_letters, teacher_run):
 
 @pytest.fixture(scope='module')
 def whole(distil, tmp_path_factory):
-  """A run from start to end: its folder, what it said, what was compiled."""
+  """A complete run: its folder, its log, and the compiled programs."""
   folder = tmp_path_factory.mktemp('whole')
   with conftest.names_of_compiled() as compiled:
     said = distil(folder)
@@ -132,7 +132,7 @@ def terminate_in_evaluation(distil, folder):
 
 
 def damage(distil, folder):
-  """Cuts the files of a run's last checkpoint off in the middle."""
+  """Truncates the files of a run's last checkpoint to half."""
   distil(folder)
   for path in (folder / 'checkpoint_6').rglob('*'):
     if path.is_file():
@@ -142,7 +142,7 @@ def damage(distil, folder):
 
 
 def damage_data_position(distil, folder):
-  """Cuts off where a run's last checkpoint says how far the data was read."""
+  """Truncates the data position in a run's last checkpoint."""
   distil(folder)
   (path,) = (folder / 'checkpoint_6' / 'data').glob('*.data-*')
   os.truncate(path, path.stat().st_size // 2)
@@ -152,7 +152,7 @@ def damage_data_position(distil, folder):
 
 @contextlib.contextmanager
 def in_step(number, action):
-  """Does something when a run asks for that step's batch."""
+  """Calls a function when a run reads the batch of a step."""
   batches = []
   take = iterators.TrainIterator.__next__
 
@@ -183,7 +183,7 @@ def send_sigterm():
   ids=lambda param: param[0].__name__,
 )
 def resumed(request, distil, whole, tmp_path_factory):
-  """The same run, ended before its time, and started again."""
+  """The same run, interrupted and resumed."""
   end, step = request.param
   folder = tmp_path_factory.mktemp('resumed')
   end(distil, folder)
@@ -451,7 +451,7 @@ def test_the_student_starts_from_the_checkpoint_it_is_given(
 def test_a_student_is_trained_on_what_its_teacher_wrote(
   train_letters, teacher_run, tmp_path, monkeypatch
 ):
-  """SeqKD: the teacher writes, the student gets the very same ids."""
+  """SeqKD: the student is trained on exactly the ids that the teacher wrote."""
   infer.infer(
     str(teacher_run),
     str(tmp_path / 'outputs'),
@@ -499,7 +499,7 @@ def test_a_student_is_trained_on_what_its_teacher_wrote(
 
 @contextlib.contextmanager
 def spoilt_batches(*numbers):
-  """The loss of these batches is not a number."""
+  """Batches whose loss is NaN."""
   count = itertools.count(1)
   take = iterators.TrainIterator.__next__
 

@@ -227,7 +227,7 @@ def data_efficiency(section: Section) -> list[Figure] | str:
       'data_efficiency',
       'Data efficiency',
       f'{tables.axis_label(section.metric)} by the number of training examples'
-      f'{_direction(section)}; "all" is the complete training split, not to scale.'
+      f'{_direction(section)}; "all" is the full training split, not to scale.'
       f'{_errors(used)}',
       Plot(
         'training examples',

@@ -22,7 +22,7 @@ DESCRIPTION = checkpoint.ModelDescription(tiny.config(), 'letters, 19 ids')
 
 
 class Counter:
-  """Stands for a data iterator: its position is a number in a file."""
+  """A fake data iterator; its position is a number in a file."""
 
   def __init__(self, position=0):
     self.position = position
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path):
 
 
 def cut_off(folder):
-  """Leaves half of each file."""
+  """Truncates each file to half."""
   for path in folder.rglob('*'):
     if path.is_file():
       os.truncate(path, path.stat().st_size // 2)

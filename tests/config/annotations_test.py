@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What values of settings are refused, by the annotation of the parameter."""
+"""Values of settings that the annotation of the parameter excludes."""
 
 import inspect
 import pathlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How gin files and flags are read, and what is refused there."""
+"""Parsing of gin files and flags, and its errors."""
 
 import pytest
 

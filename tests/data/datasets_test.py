@@ -437,7 +437,7 @@ def test_what_one_more_byte_adds(validation):
 
 @pytest.fixture(scope='module')
 def in_pieces(letters, tmp_path_factory):
-  """A split whose vocabulary is of SentencePiece, with bytes for the rest."""
+  """A split with a SentencePiece vocabulary that has byte fallback."""
   path = tmp_path_factory.mktemp('pieces') / 'pieces.model'
   conftest.train_sentencepiece(
     path,

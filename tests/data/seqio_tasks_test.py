@@ -12,7 +12,7 @@ from tests.conftest import LENGTHS, take, words
 
 
 def of_host(config, i):
-  """What the i-th of two hosts reads."""
+  """Returns the rows that the i-th of two hosts reads."""
   return iterators.TrainIterator(config, seed=0, shards=[i], num_shards=2)
 
 
@@ -207,7 +207,7 @@ def mixtures():
 
 
 def letters_drawn(config, num_batches):
-  """How often each letter is the input of a batch's row, in percent."""
+  """Returns the percentage of rows that have each letter as input."""
   drawn = words(take(iterators.TrainIterator(config, seed=0), num_batches))
   return {
     letter: 100 * drawn.count(3 * letter) / len(drawn) for letter in 'abc'
@@ -331,7 +331,7 @@ def test_a_share_of_a_cache_is_refused(train_config):
 
 
 def random_rows(num_rows, num_ids, seed=0):
-  """Different rows of any ids, most of which no text has."""
+  """Different rows of random ids, most of which are not valid text."""
   rng = np.random.default_rng(seed)
   return [
     (
@@ -344,7 +344,7 @@ def random_rows(num_rows, num_ids, seed=0):
 
 @pytest.fixture(scope='module')
 def written(train_config, tmp_path_factory):
-  """40 rows of bytes that are no UTF-8, for the most part."""
+  """40 rows of bytes, most of which are not valid UTF-8."""
   path = tmp_path_factory.mktemp('written') / 'predictions_train.jsonl'
   return conftest.write_predictions(path, random_rows(40, 259), train_config)
 

@@ -37,7 +37,7 @@ class History:
     )
 
   def next_log_p(self, row, prefix):
-    """By definition: [V] after these tokens."""
+    """Returns log-probabilities [V] after these tokens, by definition."""
     padded = prefix + (0,) * (self.max_decode_len - len(prefix))
     return self.log_p[(row, *padded)]
 
@@ -79,7 +79,7 @@ class History:
 
 
 def cut(tokens):
-  """Output tokens as a tuple that ends with EOS, if there is one."""
+  """Returns the tokens up to EOS, if there is one."""
   tokens = tuple(int(t) for t in tokens)
   return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
 
@@ -105,7 +105,7 @@ def exhaustive(model, row, alpha):
 
 
 def plain_beam_search(model, row, config):
-  """Beam search as described, in lists; never stops before the last step."""
+  """Beam search by its definition, in lists, without early stopping."""
   live, done = [((), 0.0)], []
   for _ in range(model.max_decode_len):
     candidates = [
@@ -168,7 +168,7 @@ def decode_step_of(logits_TV):
 
 
 def chain(log_p_TV, config, counter=None):
-  """Searches where the next token depends on the position alone."""
+  """Searches a chain in which the next token depends only on the position."""
   log_p_TV = jnp.asarray(log_p_TV, jnp.float32)
 
   def decode_step(step, tokens):

@@ -23,7 +23,7 @@ T5_PIECES = conftest.ROOT.parent / 'shared' / 'data' / 't5_sentencepiece.model'
 
 
 class Bytes:
-  """As seqio.ByteVocabulary, without TensorFlow."""
+  """Like seqio.ByteVocabulary, without TensorFlow."""
 
   vocab_size = 259
 
@@ -518,7 +518,7 @@ def script_of(*lines, length):
 
 
 def decode_scripted(script_BT):
-  """A model that writes a script, and reads what was written in its stead."""
+  """A model that writes fixed texts, and records the tokens that it reads."""
   next_of = BYTES.encode(NEXT)[0]
 
   def decode_step(step, token_B):
@@ -554,7 +554,7 @@ def compiled():
 
 
 def write(*lines):
-  """Always 6 rows of 17 tokens, which are compiled once."""
+  """Samples 6 rows of 17 tokens; all calls share one compiled program."""
   lines += ('\n',) * (6 - len(lines))
   rollout = compiled()(script_of(*lines, length=17))
   return jax.tree.map(np.asarray, rollout)
@@ -618,7 +618,7 @@ def test_a_result_is_cut_at_the_last_place():
 
 
 class BytesAndOne(Bytes):
-  """Has a piece `=1`, too."""
+  """Also has a piece `=1`."""
 
   vocab_size = 260
 
@@ -672,7 +672,7 @@ def test_rows_are_independent():
 
 
 class Recorder(calculator.Calculator):
-  """Remembers for which rows the host was asked."""
+  """Records the rows for which the host was called."""
 
   def __init__(self):
     super().__init__(BYTES, tiny.IDS)

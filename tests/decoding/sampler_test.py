@@ -51,7 +51,7 @@ def draw(logits_TVV, config, *, seed=0, row_ids=None, max_decode_len=T):
 
 
 def scripted(script_TB):
-  """A chain [T, V, V] cannot tell rows apart; this decode step can."""
+  """A decode step that depends on the row, unlike a chain [T, V, V]."""
   script = jnp.asarray(script_TB)
 
   def decode_step(step, token_B):
@@ -72,7 +72,7 @@ def scripted(script_TB):
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-  """What is drawn from, by definition: one distribution, float64, loops."""
+  """Returns the sampling distribution by its definition, in float64 loops."""
   p = np.exp((logits - logits.max()) / temperature)
   p /= p.sum()
   order = np.argsort(-p)
@@ -370,7 +370,7 @@ def test_draws_do_not_depend_on_the_other_rows_of_a_batch(chain):
 
 
 def tokens_on_one_and_on_all_devices():
-  """Runs in a process of its own, see `tiny.on_simulated_devices`."""
+  """Runs in a separate process, see `tiny.on_simulated_devices`."""
   model, params = tiny.model_and_params(0)
   inputs = tiny.tokens(1, list(itertools.islice(itertools.cycle([7, 4]), 8)), 7)
   rollout = jax.jit(

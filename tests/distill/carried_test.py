@@ -43,7 +43,7 @@ BATCH = tiny.batch(0, (7, 3, 5, 6) * 2, (5, 2, 6, 4) * 2)
 
 
 def counting() -> policies.Policy:
-  """The dataset writes first, then the student, and so on in turn."""
+  """The dataset and the student write alternately; the dataset is first."""
 
   def write(draw):
     is_odd = draw.carried % 2 == 1
@@ -58,7 +58,7 @@ def counting() -> policies.Policy:
 
 
 def average() -> teachers.Teacher:
-  """A moving average, of other parameters at first: it shall differ."""
+  """A moving average that starts from parameters unlike the student's."""
 
   def update(carried, params):
     return jax.tree.map(
@@ -283,7 +283,7 @@ def test_another_trainers_loss_has_no_place_for_state():
 
 
 def replay() -> policies.Policy:
-  """Trains on the batch of the step before; the first step on its own."""
+  """Trains on the batch of the previous step (the first step on its own)."""
 
   def write(draw):
     is_first = draw.carried['step'] == 0
@@ -370,7 +370,7 @@ def test_a_credit_reads_log_probabilities_of_the_draw_and_of_both_models():
 
 
 class NoData:
-  """Stands for the iterator: every step has the same batch."""
+  """A fake iterator that returns the same batch at every step."""
 
   def save(self, directory):
     (pathlib.Path(directory) / 'nothing').touch()
@@ -429,7 +429,7 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
 
 
 def killed_and_whole(folder):
-  """Runs in a process of its own, see `tiny.on_simulated_devices`."""
+  """Runs in a separate process, see `tiny.on_simulated_devices`."""
   return train(folder / 'killed'), train(folder / 'whole')
 
 

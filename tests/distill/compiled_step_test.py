@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiled step must not do, on any machine: read from its HLO."""
+"""Properties of the compiled step, read from its HLO."""
 
 import functools
 import math
@@ -91,7 +91,7 @@ def computations(program: str) -> dict[str, str]:
 
 
 def loop_body(program: str, shape: str) -> str:
-  """The text of the one loop that carries such an array, with what it calls."""
+  """Returns the text of the loop that carries an array, with its callees."""
   functions = computations(program)
   (body,) = {
     re.search(r'body=%([\w.\-]+)', line)[1]
@@ -171,7 +171,7 @@ def test_one_compilation_serves_all_steps_and_draws():
 
 
 def loss_memory(length: int) -> int:
-  """Bytes that value and gradient of a loss need, beside arguments, results."""
+  """Returns the temporary bytes of the value and gradient of a loss."""
   objective = Objective(
     functools.partial(divergences.generalized_jsd, beta=0.5),
     chunk_tokens=CHUNK_TOKENS,

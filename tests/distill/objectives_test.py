@@ -41,7 +41,7 @@ REFERENCES = {
 
 
 def reference_of(name, tokens, **logits):
-  """Returns what OBJECTIVES[name] is of each token, and its gradient."""
+  """Returns the terms of OBJECTIVES[name] per token, and their gradient."""
   if name == 'both':
     kl = reference_of('forward_kl', tokens, **logits)
     nll = reference_of('likelihood', tokens, **logits)
@@ -61,17 +61,17 @@ each_reduction = pytest.mark.parametrize('reduction', objectives.REDUCTIONS)
 
 
 def tied_unembed(head, hidden):
-  """T5 1.0: the embedding, used again, after a scaling."""
+  """The head of T5 1.0: scaling, then the transposed embedding."""
   return hidden * hidden.shape[-1] ** -0.5 @ head['embedding'].T
 
 
 def untied_unembed(head, hidden):
-  """T5 1.1: a matrix of its own."""
+  """The head of T5 1.1: a separate matrix."""
   return hidden @ head['kernel']
 
 
 def no_unembed(head, hidden):
-  """For tests about logits: the hidden states are the logits."""
+  """The identity: hidden states are the logits."""
   del head
   return hidden
 
@@ -135,7 +135,7 @@ def sums_of(objective, arrays, unembed=untied_unembed):
 
 
 def plain_sums_of(objective, arrays, unembed=untied_unembed):
-  """The same with all logits at once, left to JAX to differentiate."""
+  """The same sums with all logits at once, differentiated by JAX."""
   values = objective.terms(IDS)(
     unembed(arrays.student_head, arrays.student_hidden),
     unembed(arrays.teacher_head, arrays.teacher_hidden),
@@ -716,7 +716,7 @@ def test_token_mean_of_a_divergence_is_trls_loss(beta, divergence):
 
 @each_reduction
 def test_trl_bug_padding_counted_in_the_loss(reduction):
-  """TRL pull request 2058: what the models say after the end was trained on."""
+  """TRL pull request 2058: positions after the end were trained on."""
   outputs, student, teacher = random_batch()
   after_end = outputs.weights == 0.0
   other_student, other_teacher = student.copy(), teacher.copy()
@@ -732,7 +732,7 @@ def test_trl_bug_padding_counted_in_the_loss(reduction):
 
 
 def test_trl_bug_eos_masked_where_padding_is_eos():
-  """TRL pull request 6357: the student never learnt to stop."""
+  """TRL pull request 6357: EOS was not trained on."""
   _, student, teacher = random_batch()
   weights = np.tile(np.float32([1, 1, 1, 0, 0, 0]), (4, 1))
   padded_with_eos = np.tile([5, 6] + 4 * [1], (4, 1))

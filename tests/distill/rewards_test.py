@@ -303,7 +303,7 @@ def test_rouge_n_refuses_what_is_no_n(n):
 
 
 def nli_inputs(inputs, *texts, max_input_len=None):
-  """The texts that an entailment model gets, and their common length."""
+  """Returns the prompts of an entailment model, and their length."""
   joined = entailment.premise_and_hypothesis(
     outputs(*inputs).tokens,
     outputs(*texts),
@@ -359,7 +359,7 @@ def test_a_limit_that_would_cut_the_hypothesis_is_refused():
 
 
 def test_the_parts_joined_are_the_tokens_of_the_joined_text():
-  """With T5's own vocabulary, where it is present."""
+  """Uses T5's vocabulary if its file exists."""
   path = conftest.ROOT.parent / 'shared/data/t5_sentencepiece.model'
   if not path.exists():
     pytest.skip(f'{path} is not there')
@@ -525,7 +525,7 @@ def test_nothing_is_raised_where_nothing_failed():
 
 
 def rewards_of_spread_rows():
-  """Runs in a process of its own, see `tiny.on_simulated_devices`."""
+  """Runs in a separate process, see `tiny.on_simulated_devices`."""
   from gkd_jax.parallel import partitioning
 
   mesh = partitioning.make_mesh(data=4, model=2)

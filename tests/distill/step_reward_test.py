@@ -33,7 +33,7 @@ each_baseline = pytest.mark.parametrize('baseline', credit_lib.BASELINES)
 
 
 class Aim(NamedTuple):
-  """What is minimised: hashable, and settings of a Method."""
+  """The objective and the credit of a Method, hashable."""
 
   objective: Objective
   credit: credit_lib.Credit | None = None
@@ -63,7 +63,7 @@ def eq_5(alpha, baseline='batch_mean'):
 
 
 def writes(outputs, by_student=None):
-  """A policy in which these outputs were written."""
+  """A policy that returns given outputs."""
 
   def write(draw):
     del draw
@@ -77,12 +77,12 @@ def writes(outputs, by_student=None):
 
 
 def settings_of(**settings):
-  """What a step and its loss are made from; the student writes for itself."""
+  """Arguments of a step and its loss; the student writes the outputs."""
   return tiny.with_method({'policy': policies.student(), 'ids': IDS} | settings)
 
 
 def all_outputs(length):
-  """All that can be written in so many tokens: tokens and weights."""
+  """Returns tokens and weights of all outputs of a maximum length."""
   rows = []
   for n in range(1, length + 1):
     for words in itertools.product((2, 3), repeat=n - 1):
@@ -263,7 +263,7 @@ def dataset_of(num_rows):
 
 
 def reward_of_tokens(batch, outputs, params):
-  """Some number for each input and output, near 1."""
+  """A number near 1 for each input and output."""
   del params
   at = jnp.arange(1.0, 1.0 + LENGTH)
   x = (batch.encoder_input_tokens * at).sum(axis=1)
@@ -316,7 +316,7 @@ def expected_with_t5(aim, probability_of):
 
 @jax.jit
 def exact_gradient(alpha):
-  """Of Eq. 5 for the two inputs, summed over all outputs, left to JAX."""
+  """Returns JAX's gradient of Eq. 5, summed over all outputs of two inputs."""
   tokens, weights = OUTPUTS
 
   def jsd(params, inputs):
@@ -413,12 +413,12 @@ def run(aim, batch=None, **changes):
 
 
 def rows(*which):
-  """Outputs by their number among all that there are."""
+  """Returns outputs by their index among all outputs."""
   return Outputs(*(jnp.asarray(x[list(which)]) for x in OUTPUTS))
 
 
 def reinforce(outputs, coefficients_B):
-  """The gradient of -sum coefficients * log Q(y), plainly."""
+  """Returns the gradient of -sum coefficients * log Q(y), without chunks."""
   inputs = dataset_of(len(outputs.tokens)).encoder_input_tokens
   return jax.jit(
     jax.grad(
@@ -523,7 +523,7 @@ def test_self_critical_takes_off_the_reward_of_the_greedy_output():
 
 
 def greedy_probabilities():
-  """1 for the output that takes the likeliest token each time: [2, outputs]."""
+  """Returns [2, outputs]: 1 for the greedy output, 0 otherwise."""
   tokens, weights = OUTPUTS
   chosen = np.zeros((2, len(tokens)))
   for row, x in enumerate(INPUTS):
@@ -573,7 +573,7 @@ def test_batch_mean_is_over_a_microbatch():
 
 
 def _of_the_batch():
-  """The dataset's outputs, taken for the student's."""
+  """A policy that marks the dataset's outputs as the student's."""
 
   def write(draw):
     return policies.rollouts(draw.batch.outputs, policies.STUDENT)
@@ -697,7 +697,7 @@ def test_only_self_critical_writes_twice_and_all_encode_once(baseline, loops):
 
 
 def test_a_reward_that_is_learnt_raises_itself():
-  """Twenty-four inputs; the output wanted is a copy of the first two ids."""
+  """24 inputs; the target is a copy of their first two ids."""
   num_ids, rng = 8, np.random.default_rng(0)
   model, params = tiny.model_and_params(2)
   inputs = rng.integers(2, num_ids, (24, 2))
@@ -733,7 +733,7 @@ def test_a_reward_that_is_learnt_raises_itself():
 
 
 def steps_on_one_and_on_all_devices():
-  """Runs in a process of its own, see `tiny.on_simulated_devices`."""
+  """Runs in a separate process, see `tiny.on_simulated_devices`."""
   from gkd_jax.parallel import partitioning
 
   mesh = partitioning.make_mesh(2, 2, devices=jax.devices()[:4])

@@ -58,7 +58,7 @@ def start(params=STUDENT_PARAMS, optimizer=GRADIENT, step=0):
 
 
 def recording(policy, written):
-  """The same policy; what it writes is appended to a list as well."""
+  """The same policy; its outputs are also appended to a list."""
 
   def write(draw):
     rollouts = policy.write(draw)
@@ -74,7 +74,7 @@ Run = collections.namedtuple('Run', 'gradient metrics outputs by_student')
 
 
 class Recorder:
-  """A compiled step that tells its gradient and what was written."""
+  """A compiled step that also returns its gradient and the outputs."""
 
   def __init__(self, policy, **changes):
     self._written = []
@@ -109,7 +109,7 @@ class Recorder:
 
 @functools.cache
 def recorder(policy, **changes) -> Recorder:
-  """Compiles a step but once for all tests."""
+  """Compiles a step once for all tests."""
   return Recorder(policy(), **changes)
 
 

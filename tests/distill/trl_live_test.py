@@ -30,7 +30,7 @@ each = pytest.mark.parametrize('beta', BETAS)
 
 @pytest.fixture(scope='module')
 def logits():
-  """Of student and teacher [3, 5, V]; as far apart as at the start."""
+  """Logits of student and teacher [3, 5, V], as different as initially."""
   rng = np.random.default_rng(0)
   return [
     np.float32(3 * rng.standard_normal((3, 5, VOCAB_SIZE))) for _ in range(2)

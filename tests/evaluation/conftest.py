@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of evaluation share: two models and ten examples."""
+"""Fixtures of the tests of evaluation: two models and ten examples."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def teacher_params():
 
 @pytest.fixture(scope='module')
 def config(letters):
-  """10 examples in batches of 4: the last one has 2 rows that do not count."""
+  """10 examples in batches of 4; the last batch has 2 rows of padding."""
   return datasets.DatasetConfig(
     letters, conftest.LENGTHS, batch_size=4, split='validation'
   )

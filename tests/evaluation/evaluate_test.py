@@ -287,7 +287,7 @@ def test_without_a_teacher_samples_compile_nothing_new(config, student_params):
 
 @pytest.fixture(scope='module')
 def several(config):
-  """Three outputs for each input, but one by greedy and beam search."""
+  """Three sampled outputs per input, and one of greedy and beam search."""
   return evaluate.Evaluation(
     config,
     STUDENT,

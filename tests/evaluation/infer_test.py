@@ -55,7 +55,7 @@ class Whole(NamedTuple):
 
 @pytest.fixture(scope='module')
 def whole(sample, tmp_path_factory):
-  """What an uninterrupted run writes, 2 samples each."""
+  """The outputs of an uninterrupted run, 2 samples per input."""
   folder = tmp_path_factory.mktemp('whole')
   sample(str(folder), num_samples=2)
   return Whole(
@@ -265,7 +265,7 @@ def test_more_than_there_are_is_refused(
 
 @pytest.fixture
 def interrupted(whole, tmp_path):
-  """Leaves what a run leaves that ends after so many bytes are written."""
+  """Truncates the outputs to a number of bytes, as an interrupted run would."""
 
   def interrupt(num_bytes):
     (tmp_path / f'{FILE}.partial').write_bytes(whole.lines[:num_bytes])
@@ -322,7 +322,7 @@ def test_what_is_written_is_not_written_again(
 def test_a_run_that_is_killed_can_go_on(
   model_dir, dataset, tmp_path, whole, monkeypatch
 ):
-  """A real end in the middle: what had been written is there."""
+  """Interrupts a run; the outputs that it had written remain."""
   make = programs.make_write
 
   def make_and_die(*arguments, **settings):

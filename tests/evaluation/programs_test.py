@@ -146,7 +146,7 @@ def test_draws_for_one_input_differ(draws):
 
 
 def largest_ratio(*, teacher_logits, student_logits):
-  """A user's own: the largest log-ratio among the teacher's five best ids."""
+  """A user's divergence: the largest log-ratio of the teacher's top 5 ids."""
   log_p, log_q = map(jax.nn.log_softmax, (teacher_logits, student_logits))
   best, ids = jax.lax.top_k(log_p, 5)
   return jnp.max(best - jnp.take_along_axis(log_q, ids, axis=-1), axis=-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation in T5X's own training loop."""
+"""Distillation in T5X's training loop."""
 
 import dataclasses
 import functools
@@ -89,7 +89,7 @@ def batch(with_segments=False):
 
 @pytest.fixture(scope='module')
 def teacher_path(tmp_path_factory):
-  """A teacher that T5X could have written."""
+  """A teacher's checkpoint in the form of T5X."""
   params = flat(tiny.params(T5(TEACHER), 1))
   folder = tmp_path_factory.mktemp('teacher')
   return str(t5x.save(folder, TEACHER, params, step=3))
@@ -107,7 +107,7 @@ def bytes_of(folder) -> str:
 
 
 def our_step(policy, objective, params, teacher_params):
-  """Returns the metrics of one of our own steps."""
+  """Returns the metrics of one step of gkd_jax."""
   train_step = step_lib.make_train_step(
     student=T5(STUDENT),
     teacher=T5(TEACHER),
@@ -369,7 +369,7 @@ def test_the_teacher_is_an_argument_of_the_step_and_no_constant(teacher_path):
 
 
 def spread_over_four_devices():
-  """The loss there, and what share of its embedding a device holds."""
+  """Returns the loss, and the share of the embedding on each device."""
   spread = partitioning.PjitPartitioner(num_partitions=4)
   with tempfile.TemporaryDirectory() as folder:
     params = flat(tiny.params(T5(TEACHER), 1))

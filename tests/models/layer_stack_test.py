@@ -52,7 +52,7 @@ def test_layers_in_a_loop_change_neither_values_nor_gradients(changes):
 
 @pytest.fixture
 def stacked():
-  """A model whose layers are a loop, its parameters, and these stacked."""
+  """A model with scan_layers, its parameters, and the stacked parameters."""
   depths = {'num_encoder_layers': 3, 'num_decoder_layers': 2}
   model, params = tiny.model_and_params(0, scan_layers=True, **depths)
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
@@ -180,7 +180,7 @@ def test_remat_changes_neither_values_nor_gradients():
 
 
 class Scaled(nn.Module):
-  """A layer with an argument per row and one that all rows share."""
+  """A layer with one argument per row and one shared argument."""
 
   config: object
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes, one for each host, that meet on this machine."""
+"""Several hosts: real processes on this machine, one per host."""
 
 import glob
 import importlib.util
@@ -58,7 +58,7 @@ def free_port():
 
 
 class Processes:
-  """Of one run, each with so many devices."""
+  """The processes of one run, with a number of devices each."""
 
   def __init__(self, start_main, arguments, folder, logs, *, count, devices):
     address = f'127.0.0.1:{free_port()}'
@@ -130,7 +130,7 @@ def one(start):
 
 @pytest.fixture(scope='module')
 def killed(start):
-  """A run of four hosts of which one was killed; two then went on."""
+  """A run of four hosts, one of which was killed; two hosts resumed it."""
   folder, started = start('killed', count=4, devices=1)
   started.wait_for((folder / 'checkpoint_4').exists)
   started.send(signal.SIGKILL, 2)
@@ -196,7 +196,7 @@ TERMINATED = (
 
 
 def saved_last(folder, started):
-  """The step that all hosts stopped after, as each says, and saved."""
+  """Returns the step after which all hosts saved and stopped, by their logs."""
   assert started.wait() == [75, 75]
   stopped = [
     re.search(r'Stopped after step (\d+), which is saved', log.read_text())[1]

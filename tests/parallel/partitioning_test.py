@@ -319,7 +319,7 @@ MESHES = {
 
 
 def steps_on_each_mesh():
-  """Runs in a process of its own, see `tiny.on_simulated_devices`."""
+  """Runs in a separate process, see `tiny.on_simulated_devices`."""
   shape = {'num_heads': 8, 'head_dim': 2, 'mlp_dim': 24}
   _, params = tiny.model_and_params(0, **shape)
   _, teacher_params = tiny.model_and_params(1, '1.0', emb_dim=24, **shape)

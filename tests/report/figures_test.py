@@ -35,7 +35,7 @@ def grid(tmp_path_factory):
 
 
 def mean_of(a, b):
-  """Of two seeds: the deviations are half the difference."""
+  """Two seeds; the standard errors are half of the difference."""
   return Mean((a + b) / 2, pytest.approx(abs(a - b) / 2), 2)
 
 
@@ -246,7 +246,7 @@ def test_data_efficiency_is_by_number_of_examples_all_last(tmp_path):
   places = [p.x.value for p in points]
   assert places == sorted(places) and data.log_x
   assert [line.name for line in data.lines] == ['initial student', 'teacher']
-  assert '"all" is the whole training split' in figure.caption
+  assert '"all" is the full training split' in figure.caption
 
 
 def test_initial_students_of_as_few_examples_are_a_line_of_their_own(tmp_path):

@@ -52,7 +52,7 @@ def bars():
 
 @pytest.fixture(scope='module')
 def full():
-  """A page with everything, and with texts that could break it."""
+  """A page with all parts, and with texts that need escaping."""
   samples = run_folders.samples(
     (NASTY, TOKENS), *[(f'x{i}', TOKENS[:1]) for i in range(9)]
   )
@@ -396,7 +396,7 @@ def contrast(one, other):
 
 
 def over(color, ground):
-  """'rgba(r, g, b, a)' as it looks on an opaque ground."""
+  """Returns the color of 'rgba(r, g, b, a)' on an opaque background."""
   *rgb, alpha = [float(x) for x in re.findall(r'[\d.]+', color)]
   below = [float(x) for x in re.findall(r'[\d.]+', ground)[:3]]
   mixed = [a * alpha + b * (1 - alpha) for a, b in zip(rgb, below, strict=True)]

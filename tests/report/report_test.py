@@ -35,7 +35,7 @@ def sections_of(folder):
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-  """The report of a study, as the command line makes it: folder, run."""
+  """The report of a study by the command line: its folder, and the run."""
   top = run_folders.study(tmp_path_factory.mktemp('study'), WER)
   for name in ('skd', 'imitkd'):
     path = top / 'seed_0' / name / 'samples_test.json'

@@ -173,7 +173,7 @@ def test_without_a_run_that_is_done_the_error_says_how_far_they_are(tmp_path):
 
 
 def began(tmp_path, **paths):
-  """A run that names its teacher; its folder, and what was resolved."""
+  """A run with a teacher; its folder, and its resolved settings."""
   folder = tmp_path / 'runs' / 'method'
   run_folders.write(folder, {'greedy/wer': 50.0}, **paths)
   return only(runs.find(str(folder)))

@@ -75,7 +75,7 @@ def write(model, params, decoding, inputs, length):
 
 
 def until_eos(tokens, eos):
-  """Rows up to their first EOS: transformers fills up in several ways."""
+  """Returns rows up to their first EOS; transformers pads in several ways."""
   rows = []
   for row in tokens.tolist():
     rows.append(row[: row.index(eos) + 1] if eos in row else row)
@@ -84,7 +84,7 @@ def until_eos(tokens, eos):
 
 @pytest.fixture
 def copy(tmp_path):
-  """Copies a fixture, to be spoilt."""
+  """Copies a fixture, so that a test can damage it."""
 
   def copy(name):
     return epath.Path(shutil.copytree(FIXTURES / name, tmp_path / name))
@@ -165,7 +165,7 @@ def log_prob(model, params, inputs, tokens):
 
 
 def save(folder, name, **settings):
-  """Writes a fixture's model again, from what we loaded."""
+  """Loads a fixture's model, and exports it."""
   folder.mkdir()
   config, arrays = huggingface.open_folder(FIXTURES / name)
   params = {ours: tensors.read_all(x) for ours, x in arrays.items()}
@@ -174,7 +174,7 @@ def save(folder, name, **settings):
 
 
 def stored(folder):
-  """All tensors of a folder's files, by their names there."""
+  """Returns {name in the file: tensor} of all files of a folder."""
   return {
     name: array
     for file in sorted(folder.glob('*.safetensors'))

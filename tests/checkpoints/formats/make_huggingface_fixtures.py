@@ -128,7 +128,7 @@ def what_it_says(model, tokens, targets, max_new_tokens=MAX_NEW_TOKENS):
 
 
 def padded(tokens, length, pad):
-  """Drops the start token, and fills up with padding."""
+  """Removes the start token, and pads to a length."""
   tokens = tokens.numpy()[:, 1:]
   fill = ((0, 0), (0, length - tokens.shape[1]))
   return np.pad(tokens, fill, constant_values=pad)

@@ -29,7 +29,7 @@ STEP = 7
 
 
 def numbers(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """Numbers that no two parameters share, and that bfloat16 holds exactly."""
+  """Returns numbers, different for each parameter, and exact in bfloat16."""
   size = int(np.prod(shape))
   start = zlib.crc32(name.encode()) % 251
   return np.float32(((np.arange(size) * 7 + start) % 251) - 125).reshape(
@@ -79,7 +79,7 @@ def transformer(*, scanned: bool = False, **changes):
 def train_state(
   version, *, train: bool = True, scanned: bool = False, **kwargs
 ):
-  """A state with `numbers` as parameters, and its optimizer's in use."""
+  """Returns a state with `numbers` as parameters, after optimizer steps."""
   import jax
   from flax import core, traverse_util
   from t5x import adafactor, train_state
@@ -132,7 +132,7 @@ def write_bfloat16(state, folder) -> None:
 
 
 def write_orbax(state, folder) -> None:
-  """As T5X does with use_orbax, its default."""
+  """Saves as T5X does with use_orbax, its default."""
   import jax.numpy as jnp
   from t5x import checkpoints
 
@@ -144,7 +144,7 @@ def write_orbax(state, folder) -> None:
 
 
 def write_orbax_without_ocdbt(state, folder) -> None:
-  """As T5X did before Orbax gathered small arrays in one file."""
+  """Saves as T5X did before Orbax wrote small arrays into one file."""
   import orbax.checkpoint as ocp
 
   checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))

@@ -77,7 +77,7 @@ def params_for(ours: T5):
 
 
 def assert_same_logits(ours: T5, our_params, theirs, their_params):
-  """Teacher-forced, wherever there is a target."""
+  """Returns teacher-forced logits at positions with a target."""
   inputs = tiny.tokens(1, (24, 9, 17), 24)
   targets = tiny.tokens(2, (20, 20, 6), 20)
   decoder_inputs = np.pad(targets[:, :-1], ((0, 0), (1, 0)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Needs no t5x: make_t5x_fixtures.py had T5X itself write t5x_fixtures/."""
+"""Reads t5x_fixtures/, which make_t5x_fixtures.py wrote with T5X."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def params(config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def assert_same(got, want):
-  """Bit for bit, also what type the bits are of."""
+  """Asserts that arrays have the same type and the same bits."""
   assert got.keys() == want.keys()
   for name, array in got.items():
     assert array.dtype == want[name].dtype, name
@@ -413,7 +413,7 @@ def test_a_part_reads_only_the_heads_that_it_touches():
 
 
 def placed_on_four_devices():
-  """What each device got, and which parts were read for it."""
+  """Returns the shard of each device, and the slices that were read for it."""
   with tempfile.TemporaryDirectory() as folder:
     config, opened = t5x.open_folder(unpacked('scanned', folder))
     asked = {QUERY: [], OUT: []}

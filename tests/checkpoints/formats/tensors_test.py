@@ -16,7 +16,7 @@ PART = (slice(0, 2), slice(1, 3), slice(2, 4))
 
 
 def recorded(array, indices):
-  """A tensor that notes which parts of it are read."""
+  """A tensor that records the slices that are read."""
 
   def read(index):
     indices.append(index)
@@ -73,7 +73,7 @@ def test_each_device_reads_its_own_part_and_no_more():
 
 
 def place_on_two_devices():
-  """Returns which parts were read of each array, and if all are right."""
+  """Returns the slices that were read of each array, and checks the values."""
   mesh = partitioning.make_mesh(1, 2, devices=jax.devices()[:2])
   placement = partitioning.Placement(mesh)
   model = T5(tiny.config(), placement)

@@ -15,7 +15,7 @@ LENGTHS = {'inputs': 16, 'targets': 48}
 
 @pytest.fixture(scope='module')
 def rows():
-  """All that the source yields: split -> [(expression, target)]."""
+  """Returns all examples: split -> [(expression, target)]."""
   source = seqio.get_mixture_or_task('arithmetic_cot').source
   return {
     split: [

@@ -46,7 +46,7 @@ def cot_prompt(file):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Questions of ours in the layout of the authors' repository."""
+  """Writes questions in the layout of the authors' repository."""
   root = tmp_path_factory.mktemp('bbh')
   (root / 'bbh').mkdir()
   (root / 'cot-prompts').mkdir()

@@ -14,7 +14,7 @@ LENGTHS = {'inputs': 32, 'targets': 32}
 
 @pytest.fixture(scope='module')
 def rows():
-  """All that the source yields: split -> [(word, target, references)]."""
+  """Returns all examples: split -> [(word, target, references)]."""
   source = seqio.get_mixture_or_task('cmudict_g2p').source
   return {
     split: [

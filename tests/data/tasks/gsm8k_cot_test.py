@@ -84,7 +84,7 @@ def texts(config, split, lengths=LENGTHS):
 
 
 def questions(prompts):
-  """The last question of each prompt: what is asked."""
+  """Returns the last question of each prompt, without the shots."""
   return [prompt.rpartition('Q: ')[2] for prompt, _ in prompts]
 
 

@@ -63,7 +63,7 @@ def num_test_questions(subject):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Questions of ours in the layout of the authors' archive."""
+  """Writes questions in the layout of the authors' archive."""
   root = tmp_path_factory.mktemp('mmlu')
   for part in ('dev', 'val', 'test'):
     (root / part).mkdir()

@@ -52,7 +52,7 @@ def numbers(scores):
 
 
 def rouge_score_means(pairs):
-  """What rouge_score itself says of (target, prediction) pairs."""
+  """Returns ROUGE of (target, prediction) pairs by rouge_score."""
   types = ['rouge1', 'rouge2', 'rougeLsum']
   scorer = rouge_scorer.RougeScorer(types, use_stemmer=True)
   scores = [scorer.score(target, prediction) for target, prediction in pairs]
