@@ -33,7 +33,9 @@ class Objective:
     divergence_weight: of D(P, Q); 0 needs no teacher.
     likelihood_weight: of the negative log-likelihood of the outputs.
     teacher_temperature: divides the teacher's logits before D; below 1 sharpens
-      the teacher. The student's temperature is always 1.
+      the teacher.
+    student_temperature: divides the student's logits before D, not in the
+      likelihood. There is no factor temperature^2.
     reduction: 'sequence', the paper's Eq. 2: the mean over the tokens of each
       sequence, then over sequences; or 'token': the mean over all tokens of the
       batch, which gives long sequences more weight.
@@ -44,6 +46,7 @@ class Objective:
   divergence_weight: float = 1.0
   likelihood_weight: float = 0.0
   teacher_temperature: float = 1.0
+  student_temperature: float = 1.0
   reduction: str = 'sequence'
   chunk_tokens: int = 1024
 
@@ -68,11 +71,11 @@ class Objective:
           f'@divergences.forward_kl, got {self.divergence!r}.'
         )
       object.__setattr__(self, 'divergence', Divergence(self.divergence))
-    if self.teacher_temperature <= 0.0:
-      raise ValueError(
-        'Objective.teacher_temperature must be positive, got '
-        f'{self.teacher_temperature}.'
-      )
+    for name in ('teacher_temperature', 'student_temperature'):
+      if getattr(self, name) <= 0.0:
+        raise ValueError(
+          f'Objective.{name} must be positive, got {getattr(self, name)}.'
+        )
     if self.reduction not in REDUCTIONS:
       raise ValueError(
         f'Objective.reduction must be one of {REDUCTIONS}, got '
@@ -102,7 +105,7 @@ class Objective:
       if self.needs_teacher:
         out['divergence'] = self.divergence.function(
           teacher_logits=teacher_logits / self.teacher_temperature,
-          student_logits=student_logits,
+          student_logits=student_logits / self.student_temperature,
           **self._keywords(tokens, extras or Extras()),
         )
         loss += self.divergence_weight * out['divergence']
