@@ -450,7 +450,7 @@ def test_the_closed_form_of_taid_is_what_the_adaptive_one_comes_to():
   losses = [2.0 * 0.9999**i for i in range(200)]
 
   closed, adaptive = (
-    run_taid(taid(total_steps=10_000, adaptive=x), losses)[-1].t
+    float(run_taid(taid(total_steps=10_000, adaptive=x), losses)[-1].t)
     for x in (False, True)
   )
 
@@ -461,4 +461,4 @@ def test_the_closed_form_of_taid_is_what_the_adaptive_one_comes_to():
 def test_a_short_run_of_taid_follows_the_line():
   last = run_taid(taid(total_steps=10), [1.0] * 10)[-1]
 
-  assert last.t == pytest.approx(1.0, rel=1e-6)
+  assert float(last.t) == pytest.approx(1.0, rel=1e-6)
