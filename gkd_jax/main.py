@@ -30,10 +30,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
-
-from gkd_jax.config import gin_config, gin_errors
 from gkd_jax.runtime import process
+
+if __name__ == '__main__':
+  process.end_on_signals()  # before the imports that take long
+
+from absl import app, flags  # noqa: E402
+
+from gkd_jax.config import gin_config, gin_errors  # noqa: E402
 
 _START = time.monotonic()
 

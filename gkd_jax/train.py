@@ -5,7 +5,7 @@ import difflib
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,6 +47,11 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   build.check_data(experiment, task)
   shards = build.data_shards(experiment.data, mesh)
   run_folder.check_same_config(run.folder, run.config_text())
+  has_checkpoint = bool(checkpoint.steps(run.folder))
+  if not has_checkpoint and not run.overwrite:
+    run_folder.check_results(
+      run.folder, functools.partial(_is_past_first_checkpoint, experiment)
+    )
   sources = build.open_sources(experiment, task)
   reward_fn = build.plan_reward_fn(experiment, task, sources, mesh)
 
@@ -74,6 +79,8 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   run.folder.mkdir(parents=True, exist_ok=True)
   with run_folder.locked(run.folder, 'MODEL_DIR'):
     resumes = run_folder.has_run(run.folder)
+    if run.overwrite and not has_checkpoint:
+      run_folder.remove_results(run.folder)
     run_folder.save_manifest(
       run.folder, run.config_text(), checkpoint.versions()
     )
@@ -108,6 +115,20 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
         test, experiment.evaluation.test.split, state, train_seconds, run.folder
       )
     console.log(f'Done: {run.folder}')
+
+
+def _is_past_first_checkpoint(
+  experiment: Experiment, line: Mapping[str, float]
+) -> bool:
+  """Returns whether a run had saved its first checkpoint at a line."""
+  schedule, step = experiment.schedule, line['step']
+  if any(schedule.due(earlier).checkpoint for earlier in range(1, step)):
+    return True
+  # A finished run. Its last evaluation precedes its last checkpoint.
+  is_evaluated = any(name.startswith('validation/') for name in line)
+  return step == schedule.total_steps and (
+    is_evaluated or experiment.evaluation.validation is None
+  )
 
 
 class _Training(NamedTuple):

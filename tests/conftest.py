@@ -57,6 +57,10 @@ SHARED_DATA = ROOT.parent / 'shared' / 'data'
 T5_VOCABULARY = SHARED_DATA / 't5_sentencepiece.model'
 GSM8K_TRAIN = SHARED_DATA / 'gsm8k_train.jsonl'
 
+# A name of a folder with all that means something to a shell, a glob, a URL or
+# a library.
+ODD_NAME = 'a[1] *?\\{b}\'"%20#&|:;<>$()!~x=ñ日本'
+
 LETTERS = 'letters'  # the tiny task, once the fixture of this name was used
 NUM_LETTERS = {'train': 48, 'validation': 10, 'test': 7}
 LENGTHS = {'inputs': 6, 'targets': 7}

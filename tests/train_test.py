@@ -689,6 +689,20 @@ def test_a_python_function_of_texts_gives_rewards(train_letters, tmp_path):
     assert line['train/loss'] == pytest.approx(-line['train/reward'])
 
 
+@pytest.mark.parametrize('left', ['metrics.jsonl', 'eval_test.json'])
+def test_results_of_a_run_whose_checkpoints_were_removed_are_kept(
+  distil, whole, tmp_path, left
+):
+  (tmp_path / 'config.gin').write_text('SEED = 0\n')
+  shutil.copy(whole.folder / left, tmp_path)
+  before = conftest.tree_of(tmp_path)
+
+  with pytest.raises(ValueError, match=f'has {left}, but no checkpoint'):
+    distil(tmp_path)
+
+  assert conftest.tree_of(tmp_path) == before
+
+
 def test_a_python_function_that_fails_ends_the_run_and_is_named(
   train_letters, tmp_path
 ):

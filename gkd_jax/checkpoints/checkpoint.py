@@ -27,7 +27,7 @@ from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import named_params
 from gkd_jax.parallel import hosts
-from gkd_jax.runtime import console, files
+from gkd_jax.runtime import console, files, paths
 
 _PREFIX = 'checkpoint'
 _METRICS = 'metrics/metrics'
@@ -161,7 +161,7 @@ class Checkpoints:
         )
       )
     self._manager = _Manager(
-      self._folder,
+      paths.for_libraries(self._folder),
       options=ocp.CheckpointManagerOptions(
         step_prefix=_PREFIX,
         # Orbax saves metrics only with best_fn; a resumed run needs them to
@@ -328,7 +328,7 @@ def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
       json.loads((folder / name).read_text())
 
   damaged = []
-  for step in sorted(_steps(run_dir)):
+  for step in sorted(steps(run_dir)):
     folder = run_dir / f'{_PREFIX}_{step}'
     error = _error_of(lambda folder=folder: read(folder))
     if hosts.any_host(error is not None):
@@ -345,7 +345,7 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
   if not damaged:
     return
   reasons = {folder: first_line(error) for folder, error in damaged}
-  num_there = len(_steps(run_dir))
+  num_there = len(steps(run_dir))
   hosts.barrier('checkpoints counted')  # before one of them has another name
   if len(reasons) == num_there:
     raise ValueError(
@@ -368,7 +368,7 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
 
 def first_line(error: Exception) -> str:
   """Returns an error's type and the first line of its message."""
-  text = str(error).strip().split('\n')[0]
+  text = paths.as_given(str(error)).strip().split('\n')[0]
   return f'{type(error).__name__}: {text[:200]}'
 
 
@@ -380,6 +380,7 @@ def is_checkpoint(folder: epath.Path) -> bool:
 def find(
   path: str | os.PathLike,
   is_one: Callable[[epath.Path], bool] = is_checkpoint,
+  setting: str = 'CHECKPOINT_PATH',
 ) -> epath.Path:
   """Returns the checkpoint folder at a path.
 
@@ -387,28 +388,32 @@ def find(
     path: a checkpoint folder, or one with `checkpoint_<step>` folders: the
       newest of these.
     is_one: whether a folder is a checkpoint.
+    setting: name of the path in gin, for errors.
 
   Raises:
     ValueError: there is none.
   """
-  folder = epath.Path(path)
-  if not str(path).startswith('gs://'):
-    folder = folder.absolute()
+  if paths.is_remote(path):
+    folder = epath.Path(path)
+  else:
+    folder = epath.Path(paths.resolve(path, setting))
   if is_one(folder):
     return folder
   if not folder.is_dir():
-    what = 'is not there'
-  elif steps := _steps(folder):
-    newest = folder / f'{_PREFIX}_{max(steps)}'
+    what = paths.missing(folder)
+    if folder.exists():
+      what = 'is a file, not a folder'
+  elif there := steps(folder):
+    newest = folder / f'{_PREFIX}_{max(there)}'
     if is_one(newest):
       return newest
     what = f'has a {newest.name} that is no checkpoint'
   else:
     what = 'holds no checkpoint'
   raise ValueError(
-    f'{path} {what}. Give a run folder (a MODEL_DIR that has been trained), '
-    f'one {_PREFIX}_<step> folder in it, a Hugging Face folder (config.json, '
-    'model.safetensors) or a T5X checkpoint.'
+    f'{setting}: {path} {what}. Give a run folder (a MODEL_DIR that has been '
+    f'trained), one {_PREFIX}_<step> folder in it, a Hugging Face folder '
+    '(config.json, model.safetensors) or a T5X checkpoint.'
   )
 
 
@@ -437,21 +442,30 @@ def load_params(
     abstract_params,
   )
   with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(folder / 'params', wanted)
+    return checkpointer.restore(_of_library(folder, 'params'), wanted)
 
 
-def _steps(run_dir: epath.Path) -> list[int]:
+def steps(run_dir: os.PathLike) -> list[int]:
+  """Returns the steps of the whole checkpoints of a run, unsorted."""
+  run_dir = epath.Path(run_dir)
   return [
     int(folder.name.removeprefix(f'{_PREFIX}_'))
-    for folder in run_dir.glob(f'{_PREFIX}_*')
-    if folder.name.removeprefix(f'{_PREFIX}_').isdigit()
+    for folder in (run_dir.iterdir() if run_dir.is_dir() else ())
+    if re.fullmatch(rf'{_PREFIX}_\d+', folder.name, re.ASCII)
   ]
+
+
+def _of_library(folder: epath.Path, item: str) -> epath.Path:
+  """Returns the path of a part of a checkpoint for Orbax."""
+  return epath.Path(paths.for_libraries(folder)) / item
 
 
 def saved_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
   """Returns {name: shape} of a checkpoint's parameters; reads none."""
   with ocp.StandardCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(folder / 'params').item_metadata
+    metadata = checkpointer.metadata(
+      _of_library(folder, 'params')
+    ).item_metadata
   if metadata is None:
     raise OSError(f'{folder / "params"} does not say what it holds')
   return shapes(metadata.tree)

@@ -10,7 +10,7 @@ from gkd_jax.checkpoints.formats import huggingface, t5x
 from gkd_jax.models.params import abstract_params, named_params
 from gkd_jax.models.registry import make_model
 from gkd_jax.parallel import partitioning
-from gkd_jax.runtime import console
+from gkd_jax.runtime import console, files, paths
 
 _FORMATS = {'huggingface': huggingface, 't5x': t5x}
 
@@ -20,6 +20,7 @@ def export(
   export_format: str,
   output_dir: str,
   dtype: str | None = None,
+  overwrite: bool = False,
 ) -> None:
   """Writes a checkpoint's model for Hugging Face `transformers` or for T5X.
 
@@ -30,6 +31,7 @@ def export(
       `checkpoint_<step>` folder is made in `output_dir`.
     output_dir: must not be there, or be empty.
     dtype: of the parameters, 'float32' or 'bfloat16'; None: as saved.
+    overwrite: replace the files of an earlier export in `output_dir`.
 
   Raises:
     ValueError: an unknown format or dtype, no checkpoint, a full folder, or a
@@ -41,17 +43,20 @@ def export(
       f'{export_format!r}.'
     )
   pretrained.check_dtype('EXPORT_DTYPE', dtype)
-  folder = epath.Path(output_dir)
+  folder = epath.Path(
+    output_dir
+    if paths.is_remote(output_dir)
+    else paths.resolve(output_dir, 'OUTPUT_DIR')
+  )
   if str(folder).startswith('gs://') and export_format == 'huggingface':
     raise ValueError(
       f'OUTPUT_DIR {output_dir}: safetensors files are written to a local disk '
       'only. Copy them from there: gcloud storage cp -r.'
     )
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(
-      f'OUTPUT_DIR {output_dir} is there, and not an empty folder. Nothing is '
-      'overwritten: choose another.'
-    )
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'OUTPUT_DIR {output_dir} is a file, not a folder.')
+  if folder.exists():
+    files.check_free(folder.iterdir(), 'OUTPUT_DIR', overwrite)
   source = pretrained.open_checkpoint(checkpoint_path)
   module = _FORMATS[export_format]
   module.check_can_hold(source.config)
@@ -94,7 +99,23 @@ def export(
       step=int(step[1]) if step else 0,
       dtype=dtype,
     )
-  if folder.exists():
-    folder.rmdir()
-  partial.rename(folder)
+  _move(partial, folder)
   console.log(f'Written: {folder}')
+
+
+def _move(partial: epath.Path, folder: epath.Path) -> None:
+  """Gives an export its name; replaces the files of an earlier one there."""
+  if not folder.exists():
+    partial.rename(folder)
+    return
+  new = {path.name for path in partial.iterdir()}
+  for old in list(folder.iterdir()):
+    if old.name not in new and not huggingface.is_weights(old.name):
+      continue
+    if old.is_dir():
+      old.rmtree()
+    else:
+      old.unlink()
+  for path in list(partial.iterdir()):
+    path.rename(folder / path.name)
+  partial.rmdir()

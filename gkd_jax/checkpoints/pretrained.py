@@ -74,10 +74,7 @@ def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
   Raises:
     ValueError: it is none of these, or is not whole.
   """
-  try:
-    folder = checkpoint.find(path, _is_checkpoint)
-  except ValueError as e:
-    raise ValueError(f'{setting}: {e}') from e
+  folder = checkpoint.find(path, _is_checkpoint, setting)
   with _named(setting, folder):
     found = _open(folder)
 

@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads JSON lines files of users, with checks."""
 
-import glob
 import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from gkd_jax.runtime import paths
 
 
 def find(pattern: str, setting: str) -> list[str]:
   """Returns the files that a pattern matches, sorted by name.
 
   Args:
-    pattern: a path or a glob.
+    pattern: a path or a glob, see `paths.find`.
     setting: name of the pattern in gin, for errors.
 
   Raises:
-    ValueError: no file matches.
+    ValueError: no file matches, or the pattern is no text.
   """
-  # Not globbed if it is a file: its name may contain [ and ].
-  paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-  paths = [path for path in paths if os.path.isfile(path)]
-  if not paths:
-    raise ValueError(f'{setting}: no file matches {pattern}.')
-  return paths
+  if not isinstance(pattern, str):
+    raise ValueError(
+      f'{setting}: a file must be a text, its path or a glob, not {pattern!r}.'
+    )
+  path = paths.resolve(pattern, setting)
+  files = [file for file in paths.find(pattern) if os.path.isfile(file)]
+  if not files:
+    what = 'is a folder, not a file'
+    if not path.is_dir():
+      what = f'{paths.missing(path)}, and as a glob it matches no file'
+    raise ValueError(f'{setting}: {pattern} {what}.')
+  return files
 
 
 def read(

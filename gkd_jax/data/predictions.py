@@ -29,17 +29,9 @@ from gkd_jax.data import json_lines
 from gkd_jax.runtime import files
 
 _SETTING = 'TRAIN_ON_PREDICTIONS'
+OUTPUT_SETTING = 'INFER_OUTPUT_DIR'
 # Fields of the provenance that may differ when an interrupted write resumes.
 _CHANGING = ('num_examples', 'num_predictions', 'versions')
-
-
-def check_does_not_exist(path: pathlib.Path) -> None:
-  """Raises ValueError if a file exists."""
-  if path.exists():
-    raise ValueError(
-      f'{path} exists and would be overwritten. Choose another '
-      'INFER_OUTPUT_DIR, or remove it.'
-    )
 
 
 class Writer:
@@ -53,6 +45,7 @@ class Writer:
     path: pathlib.Path,
     provenance: Mapping[str, Any],
     batch_size: int,
+    overwrite: bool = False,
   ):
     """Opens the file, and creates its folder if it does not exist.
 
@@ -60,16 +53,24 @@ class Writer:
       path: of the `.jsonl` file.
       provenance: checkpoint, decoding, vocabulary etc.; written beside it.
       batch_size: number of examples per call of `append`.
+      overwrite: start anew if the file is complete, or was started with
+        another provenance.
 
     Raises:
       ValueError: the file is complete, or was started with another provenance.
     """
-    check_does_not_exist(path)
+    files.check_free([path], OUTPUT_SETTING, overwrite)
     self._path = path
     self._partial = path.with_name(f'{path.name}.partial')
     # As JSON represents it: a tuple would not equal the list read back.
     self._provenance = json.loads(json.dumps(dict(provenance), default=str))
     self.num_examples = self.num_predictions = 0
+    if overwrite and (path.exists() or self._differences()):
+      path.unlink(missing_ok=True)
+      self._partial.unlink(missing_ok=True)
+    elif not self._partial.exists():
+      # An interrupted writer may have left this file alone.
+      self._check_is_side_file()
     if self._partial.exists():
       self._check_same_provenance()
       self._keep_whole_batches(batch_size)
@@ -96,19 +97,28 @@ class Writer:
     _write_side_file(self._path, {**self._provenance, **counts})
     self._partial.rename(self._path)
 
-  def _check_same_provenance(self):
+  def _check_is_side_file(self):
+    """Raises ValueError if another file has the name of the side file."""
+    side_file = _side_file(self._path)
+    if side_file.exists() and 'vocabulary' not in _read_json(side_file):
+      files.check_free([side_file], OUTPUT_SETTING, overwrite=False)
+
+  def _differences(self):
     side_file = _side_file(self._path)
     was = _read_json(side_file) if side_file.exists() else {}
-    differences = [
+    return [
       f'{name}: {was.get(name)!r} there, {self._provenance.get(name)!r} here'
       for name in {**was, **self._provenance}
       if name not in _CHANGING and was.get(name) != self._provenance.get(name)
     ]
-    if differences:
+
+  def _check_same_provenance(self):
+    if differences := self._differences():
       raise ValueError(
         f'{self._partial} was started with other settings:\n  '
         + '\n  '.join(differences)
-        + '\nChoose another INFER_OUTPUT_DIR, or remove it.'
+        + f'\nChoose another {OUTPUT_SETTING}, remove the file, or set '
+        '--gin.OVERWRITE=True.'
       )
 
   def _keep_whole_batches(self, batch_size):

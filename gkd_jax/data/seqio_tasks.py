@@ -25,7 +25,7 @@ import numpy as np
 from etils import epy
 
 from gkd_jax.data import predictions, vocabularies
-from gkd_jax.runtime import console
+from gkd_jax.runtime import console, paths
 
 with epy.lazy_imports():
   import seqio
@@ -35,8 +35,10 @@ FEATURES = ('inputs', 'targets')
 
 
 def set_tfds_data_dir(folder: str) -> None:
-  """Sets the data folder of TFDS."""
-  seqio.set_tfds_data_dir_override(folder)
+  """Sets the data folder of TFDS, which may be at gs://."""
+  if not paths.is_remote(folder):
+    folder = paths.resolve(folder, '--tfds_data_dir')
+  seqio.set_tfds_data_dir_override(paths.for_libraries(folder))
 
 
 def find(

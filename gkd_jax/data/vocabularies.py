@@ -15,6 +15,8 @@ from collections.abc import Iterable
 
 from etils import epath, epy
 
+from gkd_jax.runtime import paths
+
 with epy.lazy_imports():
   import seqio
 
@@ -37,8 +39,10 @@ def sentencepiece(path: str, extra_ids: int = 100) -> seqio.Vocabulary:
   Raises:
     ValueError: the file does not exist, or is not a SentencePiece model.
   """
+  if not paths.is_remote(path):
+    path = paths.resolve(path, 'VOCABULARY_PATH')
   if not epath.Path(path).exists():
-    raise ValueError(f'VOCABULARY_PATH {path} does not exist.')
+    raise ValueError(f'VOCABULARY_PATH {path} {paths.missing(path)}.')
   import_libraries()
   vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids)
   try:

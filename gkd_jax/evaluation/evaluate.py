@@ -20,17 +20,17 @@ from jax.sharding import Mesh
 
 from gkd_jax import build
 from gkd_jax.batch import Batch
-from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets, iterators
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, rewards
 from gkd_jax.evaluation import diversity, programs
-from gkd_jax.experiment import check_decodings
+from gkd_jax.experiment import RewardModel, check_decodings
 from gkd_jax.models.interface import Model
 from gkd_jax.parallel import partitioning
-from gkd_jax.runtime import console, files
+from gkd_jax.runtime import console, files, paths, run_folder
 
-_REWARD_DTYPE = 'evaluate.evaluate_checkpoint.reward_dtype'
+_RESULTS = ('eval', 'samples')  # names of files: <name>_<split>.json
+_NO_REWARD_MODEL = RewardModel()
 _NUM_SHOWN = 16  # examples of samples_<split>.json
 
 
@@ -376,8 +376,8 @@ def evaluate_checkpoint(
   num_samples: int = 1,
   self_bleu_tokenize: str = diversity.WORDS,
   reward: rewards.Reward | None = None,
-  reward_checkpoint_path: str | None = None,
-  reward_dtype: str | None = None,
+  reward_model: RewardModel = _NO_REWARD_MODEL,
+  overwrite: bool = False,
 ) -> None:
   """Evaluates a checkpoint: `eval_<split>.json` and `samples_<split>.json`.
 
@@ -394,29 +394,40 @@ def evaluate_checkpoint(
       `Evaluation`.
     self_bleu_tokenize: see `diversity.self_bleu`.
     reward: adds the mean reward of the outputs.
-    reward_checkpoint_path: its model, if it has one.
-    reward_dtype: dtype of that model's parameters, 'float32' or 'bfloat16';
-      None: as saved.
+    reward_model: its model, if it has one.
+    overwrite: replace the results of an earlier evaluation.
 
   Raises:
-    ValueError: a setting is invalid, or a checkpoint does not fit the task.
+    ValueError: a setting is invalid, a checkpoint does not fit the task, or
+      there are results already.
   """
+  folder = paths.resolve(output_dir, 'EVAL_OUTPUT_DIR')
+  if run_folder.has_run(folder) and not overwrite:
+    raise ValueError(
+      f'EVAL_OUTPUT_DIR {output_dir} is the folder of a run, which has its own '
+      f'results. Choose another, such as {output_dir}/eval, or set '
+      '--gin.OVERWRITE=True.'
+    )
+  results = [folder / f'{name}_{dataset.split}.json' for name in _RESULTS]
+  files.check_free(results, 'EVAL_OUTPUT_DIR', overwrite)
   if temperatures is not None:
     decodings = at_temperatures(decodings, temperatures)
   _num_outputs(decodings, num_samples)  # raises before anything is loaded
   diversity.check_tokenizer(self_bleu_tokenize)
-  rewards.check_model(reward, reward_checkpoint_path)
-  pretrained.check_dtype(_REWARD_DTYPE, reward_dtype)
-  if reward_dtype is not None and reward_checkpoint_path is None:
-    raise ValueError(f'{_REWARD_DTYPE} is set, but no REWARD_CHECKPOINT_PATH.')
+  rewards.check_model(reward, reward_model.checkpoint_path)
+  if reward_model.dtype is not None and reward_model.checkpoint_path is None:
+    raise ValueError(
+      'experiment.RewardModel.dtype is set, but no REWARD_CHECKPOINT_PATH.'
+    )
   mesh = partitioning.make_mesh()
   partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   source, task = build.open_model_and_task(checkpoint_path, dataset)
 
-  def load(path, setting, dtype=None):
+  def load(path, setting, dtype=None, config=None):
     if path is None:
       return build.NO_MODEL
-    return build.load_model(build.open_source(path, task, setting), mesh, dtype)
+    source = build.open_source(path, task, setting, config)
+    return build.load_model(source, mesh, dtype)
 
   student = build.load_model(source, mesh)
   origin = {
@@ -428,7 +439,12 @@ def evaluate_checkpoint(
     origin['teacher_checkpoint'] = str(teacher.folder)
   mean_reward = None
   if reward is not None:
-    model = load(reward_checkpoint_path, 'REWARD_CHECKPOINT_PATH', reward_dtype)
+    model = load(
+      reward_model.checkpoint_path,
+      'REWARD_CHECKPOINT_PATH',
+      reward_model.dtype,
+      reward_model.config,
+    )
     reward_fn = build.make_reward_fn(reward, task, model, dataset)
     mean_reward = programs.make_mean_reward(
       reward, reward_fn, model.params, ids=task.ids, mesh=mesh
@@ -445,9 +461,9 @@ def evaluate_checkpoint(
     mean_reward=mean_reward,
   )
   values, table = evaluation(student.params)
-  write_samples(output_dir, dataset.split, evaluation.samples(student.params))
+  write_samples(folder, dataset.split, evaluation.samples(student.params))
   path = write_results(
-    output_dir, dataset.split, {**origin, **values, **evaluation.notes}
+    folder, dataset.split, {**origin, **values, **evaluation.notes}
   )
   texts = {k: v for k, v in evaluation.notes.items() if isinstance(v, str)}
   console.log(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: writes a model's outputs for a split to a JSON lines file."""
 
-import pathlib
 import re
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from gkd_jax.data import datasets, iterators, predictions, vocabularies
 from gkd_jax.decoding import sampler
 from gkd_jax.evaluation import programs
 from gkd_jax.parallel import hosts, partitioning
-from gkd_jax.runtime import console
+from gkd_jax.runtime import console, files, paths
 
 _STATUS_SECONDS = 10.0
 
@@ -27,6 +26,7 @@ def infer(
   decoding: programs.Decoding = sampler.GREEDY,
   num_samples: int = 1,
   seed: int = 0,
+  overwrite: bool = False,
 ) -> None:
   """Writes `<output_dir>/predictions_<split>.jsonl`; see `predictions`.
 
@@ -42,13 +42,15 @@ def infer(
     num_samples: outputs per example: independent samples, or the best
       hypotheses of a beam that reached EOS.
     seed: of sampling.
+    overwrite: replace a complete file, and one of other settings.
 
   Raises:
     ValueError: settings do not fit the checkpoint or the task, or the file is
       already complete.
   """
-  path = pathlib.Path(output_dir) / f'predictions_{dataset.split}.jsonl'
-  predictions.check_does_not_exist(path)
+  folder = paths.resolve(output_dir, predictions.OUTPUT_SETTING)
+  path = folder / f'predictions_{dataset.split}.jsonl'
+  files.check_free([path], predictions.OUTPUT_SETTING, overwrite)
   mesh = partitioning.make_mesh()
   partitioning.check_rows_divide('INFER_BATCH_SIZE', dataset.batch_size, mesh)
   lengths = dict(dataset.task_feature_lengths)
@@ -84,7 +86,7 @@ def infer(
   # All hosts compute the outputs; the first one writes them.
   writer = None
   if hosts.is_first_host():
-    writer = predictions.Writer(path, provenance, dataset.batch_size)
+    writer = predictions.Writer(path, provenance, dataset.batch_size, overwrite)
   first = hosts.broadcast_from_first(writer.num_examples if writer else 0)
   params = build.load_model(source, mesh).params
   if first:

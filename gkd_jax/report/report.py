@@ -27,8 +27,9 @@ from gkd_jax.report import runs as runs_lib
 from gkd_jax.report.runs import Run
 from gkd_jax.report.sections import Group, Section
 from gkd_jax.report.tables import Column
-from gkd_jax.runtime import files
+from gkd_jax.runtime import files, paths
 
+_CONTENT = 'report.json'
 _MAX_METRICS = 4  # of a task in the table; report.json has all
 
 
@@ -39,6 +40,7 @@ def report(
   metric: str | None = None,
   mode: str | None = None,
   tuned: Sequence[str] = ('LEARNING_RATE',),
+  overwrite: bool = False,
 ) -> None:
   """Writes the report of all finished runs that a glob matches.
 
@@ -52,10 +54,12 @@ def report(
     metric: see `sections.make`.
     mode: see `sections.make`.
     tuned: see `sections.make`.
+    overwrite: replace files that are not of an earlier report; those of one
+      are always replaced.
 
   Raises:
-    ValueError: `runs` matches no run folder, no run is done, or no run has the
-      metric.
+    ValueError: `runs` matches no run folder, no run is done, no run has the
+      metric, or files of another program would be replaced.
   """
   if mode not in (None, 'min', 'max'):
     raise ValueError(f"MODE must be 'min', 'max' or None, got {mode!r}.")
@@ -64,15 +68,13 @@ def report(
   if title is None:
     tasks = dict.fromkeys(section.task for section in all_sections)
     title = f'Distillation on {", ".join(tasks)}'
-  folder = pathlib.Path(output_dir) if output_dir else _beside(found)
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = _beside(found)
+  if output_dir is not None:
+    folder = paths.resolve(output_dir, 'OUTPUT_DIR')
   parts = [_part(section, len(all_sections) > 1) for section in all_sections]
-  for part in parts:
-    for shown in part.figures:
-      plots.save(shown.drawn, folder / f'{shown.file}.png')
   not_used = [f'{_relative_path(path)}: {why}.' for path, why in unused]
   content = {
-    'report.json': json.dumps(
+    _CONTENT: json.dumps(
       {
         'title': title,
         'sections': [
@@ -92,17 +94,35 @@ def report(
     'report.md': _markdown(title, parts, not_used),
     'report.html': page.render(title, parts, not_used),
   }
+  drawn = {
+    f'{shown.file}.png': shown.drawn for part in parts for shown in part.figures
+  }
+  if not _is_report(folder):
+    new = [folder / name for name in (*content, *drawn)]
+    files.check_free(new, 'OUTPUT_DIR', overwrite)
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, figure in drawn.items():
+    plots.save(figure, folder / name)
   for name, text in content.items():
     files.write_atomically(folder / name, text)
   print(f'Report:  {folder / "report.html"}')
   print(f'In Markdown: {folder / "report.md"}')
-  print(f'For programs: {folder / "report.json"}, {folder / "results.json"}')
+  print(f'For programs: {folder / _CONTENT}, {folder / "results.json"}')
   for section, part in zip(all_sections, parts, strict=True):
     print(f'\n{part.heading or title}\n\n{tables.markdown(part.table)}\n')
     if finding := findings.describe(section):
       print(finding)
   for line in not_used:
     print(f'Not used: {line}')
+
+
+def _is_report(folder: pathlib.Path) -> bool:
+  """Whether a folder holds an earlier report."""
+  try:
+    content = json.loads((folder / _CONTENT).read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return False
+  return isinstance(content, dict) and {'sections', 'not_used'} <= {*content}
 
 
 def _beside(found: Sequence[Run]) -> pathlib.Path:

@@ -29,6 +29,7 @@ IGNORED_SETTINGS = (
   'EVAL_BATCH_SIZE',
   'EVAL_PERIOD',
   'MODEL_DIR',
+  'OVERWRITE',
   'RANDOM_SEED',
   'REMAT',
   'datasets.DatasetConfig.use_cached',
@@ -41,6 +42,7 @@ IGNORED_SETTINGS = (
   'experiment.Optimization.num_microbatches',
   'experiment.Schedule.log_period',
   'experiment.Schedule.max_skipped_steps',
+  'run_folder.Run.overwrite',
 )
 _INITIAL = 'INITIAL_CHECKPOINT_PATH'
 _TEACHER = 'TEACHER_CHECKPOINT_PATH'

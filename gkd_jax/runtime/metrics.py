@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes metrics to JSON lines and TensorBoard."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -104,3 +105,16 @@ def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
   # The last line may be incomplete: truncated, or being written by a run.
   *whole, _ = path.read_text().split('\n')
   return [json.loads(line) for line in whole]
+
+
+def last(run_dir: str | os.PathLike) -> dict[str, float] | None:
+  """Returns the last readable line of a run's `metrics.jsonl`, if any."""
+  path = pathlib.Path(run_dir) / 'metrics.jsonl'
+  if not path.is_file():
+    return None
+  for text in reversed(path.read_bytes().split(b'\n')[:-1]):
+    with contextlib.suppress(ValueError):
+      line = json.loads(text)
+      if isinstance(line, dict) and isinstance(line.get('step'), int):
+        return line
+  return None

@@ -5,16 +5,63 @@ import ctypes
 import importlib.util
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
+import types
 
-from absl import logging as absl_logging
+_END_ON = (signal.SIGTERM, signal.SIGHUP)
+_ending = threading.Lock()
+
+
+def end_on_signals() -> None:
+  """Makes SIGTERM and SIGHUP end the process with 75, "try again".
+
+  That is for all that is not training, which saves first: see
+  `signals.Signals`. A signal that is ignored, as SIGHUP under nohup, stays so.
+
+  Python calls a handler between two instructions of the main thread, which may
+  compile for minutes. Therefore a thread waits for signals, too.
+  """
+  for number in _END_ON:
+    if signal.getsignal(number) == signal.SIG_DFL:
+      signal.signal(number, _end_by_signal)
+  received, wake = os.pipe()
+  os.set_blocking(wake, False)
+  signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+
+  def watch():
+    while number := os.read(received, 1):
+      if signal.getsignal(number[0]) is _end_by_signal:
+        _end_by_signal(number[0])
+
+  threading.Thread(target=watch, name='signals', daemon=True).start()
+
+
+def _end_by_signal(number: int, frame: types.FrameType | None = None) -> None:
+  del frame
+  end(
+    f'{signal.Signals(number).name}: stopped. The same command resumes the run '
+    'from its last checkpoint, or starts it again.',
+    os.EX_TEMPFAIL,
+  )
+
+
+def end(message: str, exit_code: int) -> None:
+  """Prints a line and ends the process without waiting for its threads."""
+  if _ending.acquire(blocking=False):
+    # Unbuffered: the thread that was interrupted may hold the buffer's lock.
+    os.write(2, f'{message}\n'.encode())
+    os._exit(exit_code)
 
 
 def quiet_libraries() -> None:
   """Silences TensorFlow, absl and Orbax, except for errors."""
   # TensorFlow only reads data here: its logs and its search for GPUs are noise.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  from absl import logging as absl_logging
+
   absl_logging.set_verbosity(absl_logging.ERROR)
   # Orbax writes in many tasks, each of which logs a full disk with a traceback.
   for name in ('absl', 'asyncio'):

@@ -16,17 +16,23 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from gkd_jax.parallel import hosts
-from gkd_jax.runtime import console
+from gkd_jax.runtime import console, metrics, paths
 from gkd_jax.runtime import files as files_lib
 
 _CONFIG = 'config.gin'
 _VERSIONS = 'versions.json'
 # Settings that may change when a run resumes: its folder, which may be moved,
-# and the number of data shards, which `TrainIterator.restore` checks. gin puts
-# a long value on the following, indented lines.
+# whether it may start anew, and the number of data shards, which
+# `TrainIterator.restore` checks. gin puts a long value on the following,
+# indented lines.
 _FREE_SETTINGS = re.compile(
-  r'^(?:MODEL_DIR|experiment\.Data\.num_shards) = .*(?:\n .*)*', re.MULTILINE
+  r'^(?:MODEL_DIR|OVERWRITE|run_folder\.Run\.overwrite'
+  r'|experiment\.Data\.num_shards) = .*(?:\n .*)*',
+  re.MULTILINE,
 )
+# Files that a run without a checkpoint would replace: its measurements.
+_METRICS = 'metrics.jsonl'
+_RESULTS = re.compile(r'(eval|samples)_.+\.json')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,19 +43,22 @@ class Run:
     model_dir: the run's folder; created if it does not exist.
     config_text: returns the resolved configuration, which is saved with the run
       and must not change when the run resumes.
+    overwrite: start anew if the folder has the results of this run, but no
+      checkpoint; see `check_results`.
     started: `time.monotonic` at the start of the process; None: unknown.
     import_seconds: time spent on imports so far.
   """
 
   model_dir: str
   config_text: Callable[[], str] = str
+  overwrite: bool = False
   started: float | None = None
   import_seconds: float = 0.0
 
   @property
   def folder(self) -> pathlib.Path:
     """The run's folder, absolute."""
-    return pathlib.Path(self.model_dir).absolute()
+    return paths.resolve(self.model_dir, 'MODEL_DIR')
 
 
 def has_run(folder: pathlib.Path) -> bool:
@@ -88,6 +97,50 @@ def check_same_config(folder: pathlib.Path, config: str) -> None:
     + '\nUse another MODEL_DIR, or restore the old settings to resume that '
     'run.'
   )
+
+
+def check_results(
+  folder: pathlib.Path, past: Callable[[Mapping[str, float]], bool]
+) -> None:
+  """Raises ValueError if a run without checkpoints has results to lose.
+
+  Such a run starts at step 0. If it was interrupted before its first
+  checkpoint, this loses nothing; if its checkpoints were removed, the
+  measurements of the run that was would be replaced.
+
+  Args:
+    folder: of the run; it has no checkpoint.
+    past: whether a line of metrics.jsonl is later than the first checkpoint.
+  """
+  if any('.orbax-checkpoint-tmp' in path.name for path in _entries(folder)):
+    return  # interrupted while it saved its first checkpoint
+  there = _results(folder)
+  last = metrics.last(folder)
+  if last is not None and past(last):
+    there.append(folder / _METRICS)
+  if not there:
+    return
+  raise ValueError(
+    f'MODEL_DIR {folder} has {there[0].name}, but no checkpoint: the run would '
+    'start anew and replace its results. Use another MODEL_DIR, put the '
+    'checkpoints back, or set --gin.OVERWRITE=True.'
+  )
+
+
+def remove_results(folder: pathlib.Path) -> None:
+  """Removes the measurements of a run that starts anew. First host only."""
+  if hosts.is_first_host():
+    for path in (*_results(folder), folder / _METRICS):
+      path.unlink(missing_ok=True)
+  hosts.barrier('old results removed')
+
+
+def _results(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [path for path in _entries(folder) if _RESULTS.fullmatch(path.name)]
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _comparable(config: str) -> list[str]:
@@ -133,16 +186,20 @@ def check_folder(path: str, setting: str) -> None:
     path: of the folder, which may not exist.
     setting: name of the path in gin, for messages.
   """
-  if '://' in str(path):
+  if paths.is_remote(path):
     raise ValueError(
       f'{setting} {path}: a run folder must be on a file system. Mount the '
       'bucket, e.g. with gcsfuse, and use the path of the mount.'
     )
-  existing = pathlib.Path(path).absolute()
+  existing = paths.resolve(path, setting)
+  paths.for_libraries(existing)  # raises if a link is needed, but not possible
   while not os.path.lexists(existing):
     existing = existing.parent
   if not existing.is_dir():
-    raise ValueError(f'{setting} {path}: {existing} is a file, not a folder.')
+    what = 'is a file, not a folder'
+    if not existing.exists():
+      what = paths.missing(existing)
+    raise ValueError(f'{setting} {path}: {existing} {what}.')
   if not os.access(existing, os.W_OK | os.X_OK):
     raise ValueError(f'{setting} {path}: {existing} is not writable.')
 
@@ -161,9 +218,9 @@ def explained_write_errors(folder: str, setting: str) -> Iterator[None]:
   try:
     yield
   except Exception as e:
-    folder = pathlib.Path(folder).absolute()
+    folder = pathlib.Path(os.path.expanduser(folder)).absolute()
     files = [
-      (pathlib.Path(os.fsdecode(error.filename)).absolute(), error)
+      (_absolute(error.filename), error)
       for error in _chain(e)
       if isinstance(error, OSError) and error.filename
     ]
@@ -179,6 +236,10 @@ def explained_write_errors(folder: str, setting: str) -> Iterator[None]:
       if file.is_relative_to(folder) or folder.is_relative_to(file):
         raise OSError(f'{setting} {file}: {error.strerror}.') from e
     raise
+
+
+def _absolute(file: str | bytes) -> pathlib.Path:
+  return pathlib.Path(paths.as_given(os.fsdecode(file))).absolute()
 
 
 def is_full(error: BaseException) -> bool:

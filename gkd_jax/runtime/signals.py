@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handles SIGTERM and Ctrl-C: a run saves a checkpoint before it stops."""
+"""Handles SIGTERM, SIGHUP and Ctrl-C: a run saves before it stops."""
 
 import contextlib
 import os
@@ -8,15 +8,15 @@ import threading
 from collections.abc import Iterator
 
 from gkd_jax.parallel import hosts
-from gkd_jax.runtime import console
+from gkd_jax.runtime import console, process
 
 
 class Interrupted(KeyboardInterrupt):
   """A signal stops the run.
 
   Attributes:
-    exit_code: of the process: 75 (EX_TEMPFAIL, "try again") after SIGTERM, 130
-      after Ctrl-C, as in shells.
+    exit_code: of the process: 75 (EX_TEMPFAIL, "try again") after SIGTERM and
+      SIGHUP, 130 after Ctrl-C, as in shells.
   """
 
   def __init__(self, message: str, exit_code: int):
@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-  """Records SIGTERM and Ctrl-C; a second Ctrl-C raises KeyboardInterrupt.
+  """Records SIGTERM, SIGHUP and Ctrl-C; a second Ctrl-C ends the process.
 
   With several hosts JAX handles SIGTERM and stops all hosts after the same
   step: see `hosts.reached_preemption`.
@@ -47,16 +47,23 @@ class Signals:
   @contextlib.contextmanager
   def recorded(self) -> Iterator[None]:
     """Records signals within the context, instead of ending the process."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if hosts.is_multihost() or not is_main:
-      yield  # Python allows signal handlers in the main thread only
-      return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, self._record) for number in numbers]
+    handlers = dict.fromkeys(
+      (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), self._record
+    )
+    if hosts.is_multihost():  # JAX handles SIGTERM
+      handlers = {signal.SIGHUP: _send_sigterm}
+    if threading.current_thread() is not threading.main_thread():
+      handlers = {}  # Python allows them in the main thread only
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+      handlers.pop(signal.SIGHUP, None)
+    before = {
+      number: signal.signal(number, handler)
+      for number, handler in handlers.items()
+    }
     try:
       yield
     finally:
-      for number, handler in zip(numbers, before, strict=True):
+      for number, handler in before.items():
         signal.signal(number, handler)
 
   @contextlib.contextmanager
@@ -86,7 +93,11 @@ class Signals:
   def _record(self, number, frame):
     del frame
     if self.received is not None and number == signal.SIGINT:
-      raise KeyboardInterrupt
+      process.end(
+        'Interrupted again: stopped without waiting for what is being saved. '
+        'The same command resumes the run from its last whole checkpoint.',
+        130,
+      )
     if self.received is None:
       self.received = number
       name = signal.Signals(number).name
@@ -99,3 +110,9 @@ class Signals:
       raise Interrupted(
         'Interrupted. The same command resumes the run.', self.exit_code
       )
+
+
+def _send_sigterm(number, frame):
+  """Treats a signal as SIGTERM."""
+  del number, frame
+  os.kill(os.getpid(), signal.SIGTERM)

@@ -274,7 +274,7 @@ def run(
         time.sleep(_POLL_SECONDS)
   finally:
     shown.close()
-    for one in (*busy, *idle):
+    for one in busy:
       one.end()
     for one in (*busy, *idle):
       one.wait()

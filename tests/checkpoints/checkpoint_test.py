@@ -14,7 +14,7 @@ from gkd_jax.checkpoints import checkpoint
 from gkd_jax.distill.state import TrainState
 from gkd_jax.models.t5 import T5
 from gkd_jax.runtime import files
-from tests import tiny
+from tests import conftest, tiny
 
 pytestmark = pytest.mark.slow  # compiles models
 
@@ -65,7 +65,7 @@ def assert_equal(tree, other):
 @pytest.fixture(scope='module')
 def run_dir(tmp_path_factory):
   """A run with one checkpoint, of step 7."""
-  folder = tmp_path_factory.mktemp('run')
+  folder = tmp_path_factory.mktemp('run') / conftest.ODD_NAME
   save_steps(folder, {7: None})
   return folder
 

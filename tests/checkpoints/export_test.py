@@ -38,14 +38,16 @@ def params_of(path):
 def test_a_run_comes_back_from_another_format_as_it_was(
   run_dir, tmp_path, export_format, called
 ):
-  export.export(str(run_dir), export_format, str(tmp_path / 'out'))
+  folder = tmp_path / conftest.ODD_NAME
 
-  found = pretrained.open_checkpoint(tmp_path / 'out')
+  export.export(str(run_dir), export_format, str(folder))
+
+  found = pretrained.open_checkpoint(folder)
   assert found.format.startswith(called)
   assert found.config == CONFIG
   jax.tree.map(
     np.testing.assert_array_equal,
-    params_of(tmp_path / 'out'),
+    params_of(folder),
     params_of(run_dir),
   )
 
@@ -107,9 +109,25 @@ def test_bad_settings_are_refused_before_anything_is_written(
 def test_nothing_is_overwritten(run_dir, tmp_path):
   (tmp_path / 'mine').write_text('precious')
 
-  with pytest.raises(ValueError, match='OUTPUT_DIR .* not an empty folder'):
+  with pytest.raises(ValueError, match='/mine exists and would be overwritten'):
     export.export(str(run_dir), 'huggingface', str(tmp_path))
   assert [path.name for path in tmp_path.iterdir()] == ['mine']
+
+
+@pytest.mark.parametrize('export_format', ['huggingface', 't5x'])
+def test_an_export_can_replace_an_earlier_one(run_dir, tmp_path, export_format):
+  export.export(str(run_dir), export_format, str(tmp_path))
+  (tmp_path / 'mine').write_text('precious')
+  (tmp_path / 'model-00001-of-00002.safetensors').touch()  # of a larger one
+
+  export.export(
+    str(run_dir), export_format, str(tmp_path), 'bfloat16', overwrite=True
+  )
+
+  assert pretrained.open_checkpoint(tmp_path).dtype == 'bfloat16'
+  assert (tmp_path / 'mine').read_text() == 'precious'
+  assert not list(tmp_path.glob('model-*'))
+  assert not list(tmp_path.parent.glob('*.partial'))
 
 
 def test_a_byte_model_gets_the_tokenizer_of_bytes(run_dir, tmp_path):
@@ -174,5 +192,5 @@ def test_a_bucket_is_refused_for_hugging_face(run_dir):
 def test_a_file_is_not_overwritten(run_dir, tmp_path):
   (tmp_path / 'out').write_text('precious')
 
-  with pytest.raises(ValueError, match='is there, and not an empty folder'):
+  with pytest.raises(ValueError, match='is a file, not a folder'):
     export.export(str(run_dir), 'huggingface', str(tmp_path / 'out'))

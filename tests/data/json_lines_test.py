@@ -58,6 +58,25 @@ def test_a_glob_finds_files_in_the_order_of_their_names(tmp_path):
   assert found == [f'{tmp_path}/a.jsonl', f'{tmp_path}/b.jsonl']
 
 
+@pytest.mark.parametrize(
+  'pattern, said',
+  [
+    ('', 'MY_FILES is empty'),
+    ('{}/*.json', 'is not there, and as a glob it matches no file'),
+    ('{}/link', 'is a symbolic link to nowhere, which is not there'),
+    ('{}', 'is a folder, not a file'),
+    (['a.jsonl'], "its path or a glob, not .'a.jsonl'"),
+  ],
+)
+def test_what_is_no_file_is_refused(tmp_path, pattern, said):
+  (tmp_path / 'link').symlink_to('nowhere')
+  if isinstance(pattern, str):
+    pattern = pattern.format(tmp_path)
+
+  with pytest.raises(ValueError, match=said):
+    json_lines.find(pattern, 'MY_FILES')
+
+
 def test_a_name_with_brackets_is_a_file_and_no_pattern(tmp_path):
   path = tmp_path / 'predictions_train[:10%].jsonl'
   path.touch()

@@ -232,7 +232,7 @@ def test_an_empty_file_is_refused(path):
 
 
 def test_no_file_is_refused(path):
-  with pytest.raises(ValueError, match='TRAIN_ON_PREDICTIONS: no file matches'):
+  with pytest.raises(ValueError, match='TRAIN_ON_PREDICTIONS: .* is not there'):
     read(path)
 
 
@@ -264,6 +264,33 @@ def test_until_all_is_written_the_file_has_another_name(path):
 
   assert not path.exists()
   assert path.with_name(f'{path.name}.partial').read_text().count('\n') == 1
+
+
+def test_what_is_there_is_replaced_if_that_is_wanted(path):
+  write(path)
+  started = predictions.Writer(
+    path, PROVENANCE | {'seed': 1}, batch_size=2, overwrite=True
+  )
+  started.append([[fields([5, 1], [8, 1])]] * 2)
+  started.append([[fields([5, 1], [8, 1])]])  # may be incomplete
+  # Of the same settings: it goes on.
+  again = predictions.Writer(
+    path, PROVENANCE | {'seed': 1}, batch_size=2, overwrite=True
+  )
+  assert again.num_examples == 2
+  # Of others: from the start.
+  other = predictions.Writer(path, PROVENANCE, batch_size=2, overwrite=True)
+  assert other.num_examples == 0
+  other.close()
+
+  assert path.read_text() == ''
+
+
+def test_a_file_of_another_program_is_not_replaced(path):
+  path.with_suffix('.json').write_text('{"mine": 1}')
+
+  with pytest.raises(ValueError, match='train.json exists and would be over'):
+    predictions.Writer(path, PROVENANCE, batch_size=2)
 
 
 def test_the_split_of_the_inputs_is_known(path):

@@ -13,6 +13,7 @@ from gkd_jax.batch import Outputs
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.distill import entailment, rewards
 from gkd_jax.evaluation import diversity, evaluate, programs
+from gkd_jax.experiment import RewardModel
 from gkd_jax.parallel import partitioning
 from tests import conftest, references
 from tests.letter_models import (
@@ -445,7 +446,7 @@ def test_a_checkpoint_may_be_judged_by_a_model(config, tmp_path):
     config,
     GREEDY,
     reward=entailment.entailment(),
-    reward_checkpoint_path=str(tmp_path / 'judge'),
+    reward_model=RewardModel(checkpoint_path=str(tmp_path / 'judge')),
   )
 
   values = json.loads((tmp_path / 'eval/eval_validation.json').read_text())
@@ -466,14 +467,18 @@ def test_a_limit_that_would_cut_an_output_is_told_before_one_is_written(
       config,
       GREEDY,
       reward=entailment.entailment(max_input_len=12),
-      reward_checkpoint_path=str(tmp_path / 'judge'),
+      reward_model=RewardModel(checkpoint_path=str(tmp_path / 'judge')),
     )
 
 
 def test_a_model_that_nobody_asks_is_refused(config, tmp_path):
   with pytest.raises(ValueError, match='REWARD uses no model'):
     evaluate.evaluate_checkpoint(
-      'unread', str(tmp_path), config, GREEDY, reward_checkpoint_path='unread'
+      'unread',
+      str(tmp_path),
+      config,
+      GREEDY,
+      reward_model=RewardModel(checkpoint_path='unread'),
     )
 
 
@@ -509,6 +514,30 @@ def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path):
   path = tmp_path / 'eval_test.json'
   assert json.loads(path.read_text()) == {'wer': 1.0}
   assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('name', ['eval', 'samples'])
+def test_results_are_not_overwritten(config, tmp_path, name):
+  (tmp_path / f'{name}_validation.json').touch()
+
+  with pytest.raises(ValueError, match=f'{name}_validation.json exists and wo'):
+    evaluate.evaluate_checkpoint('unread', str(tmp_path), config, GREEDY)
+
+
+def test_the_results_of_a_run_are_its_own(config, tmp_path):
+  (tmp_path / 'config.gin').touch()
+
+  with pytest.raises(ValueError, match='is the folder of a run, which has its'):
+    evaluate.evaluate_checkpoint('unread', str(tmp_path), config, GREEDY)
+
+
+def test_results_are_replaced_if_that_is_wanted(config, tmp_path):
+  (tmp_path / 'eval_validation.json').touch()
+
+  with pytest.raises(ValueError, match='nowhere is not there'):  # so it goes on
+    evaluate.evaluate_checkpoint(
+      'nowhere', str(tmp_path), config, GREEDY, overwrite=True
+    )
 
 
 def test_metrics_are_one_line():

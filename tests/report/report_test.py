@@ -297,6 +297,21 @@ def test_making_it_again_replaces_it(tmp_path):
   assert len(sections_of(tmp_path / 'report')[0]['groups']) == 2
 
 
+def test_a_file_of_another_program_is_not_replaced(tmp_path):
+  run_folders.write(tmp_path / 'a', {'greedy/wer': 50.0}, **SFT)
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / 'report.json').write_text('{"mine": 1}')
+
+  with pytest.raises(ValueError, match='report.json exists and would be over'):
+    report.report(str(tmp_path / 'a'), output_dir=str(tmp_path / 'out'))
+  assert [path.name for path in (tmp_path / 'out').iterdir()] == ['report.json']
+
+  report.report(
+    str(tmp_path / 'a'), output_dir=str(tmp_path / 'out'), overwrite=True
+  )
+  assert len(sections_of(tmp_path / 'out')) == 1
+
+
 # --- What is refused ----------------------------------------------------------
 
 

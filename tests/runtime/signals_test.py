@@ -25,7 +25,8 @@ def test_a_signal_is_noted_and_the_work_goes_on():
 
 
 @pytest.mark.parametrize(
-  ('number', 'code'), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+  ('number', 'code'),
+  [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
 )
 def test_a_check_after_a_signal_raises_with_the_code_to_end_with(number, code):
   signals = signals_lib.Signals()
@@ -39,13 +40,98 @@ def test_a_check_after_a_signal_raises_with_the_code_to_end_with(number, code):
   assert error.value.exit_code == code
 
 
-def test_a_second_ctrl_c_does_not_wait():
+def test_a_second_ctrl_c_does_not_wait(monkeypatch):
+  ended = []
+  monkeypatch.setattr(
+    signals_lib.process, 'end', lambda *args: ended.append(args)
+  )
+
+  with signals_lib.Signals().recorded():
+    send(signal.SIGINT)
+    assert not ended
+    send(signal.SIGINT)
+
+  ((message, code),) = ended
+  assert message.startswith('Interrupted again') and code == 130
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   signals = signals_lib.Signals()
 
   with signals.recorded():
-    send(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-      send(signal.SIGINT)
+    send(signal.SIGHUP)
+  signal.signal(signal.SIGHUP, before)
+
+  assert signals.received is None
+
+
+def test_with_several_hosts_sighup_counts_as_sigterm(monkeypatch):
+  monkeypatch.setattr(signals_lib.hosts, 'is_multihost', lambda: True)
+  got = []
+  before = signal.signal(signal.SIGTERM, lambda *args: got.append(args[0]))
+
+  with signals_lib.Signals().recorded():
+    send(signal.SIGHUP)
+  signal.signal(signal.SIGTERM, before)
+
+  assert got == [signal.SIGTERM]
+
+
+# --- Before and after training ------------------------------------------------
+
+
+def ended_by(number, program):
+  """Sends a signal to a program once it is ready; how did it end?"""
+  running = subprocess.Popen(
+    [
+      sys.executable,
+      '-c',
+      'import os, signal, threading\n'
+      'from gkd_jax.runtime import process\n'
+      f'{program}\n'
+      'os.write(1, b"ready")\n'
+      'threading.Event().wait(20)',
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert running.stdout.read(5) == 'ready'
+  running.send_signal(number)
+  _, said = running.communicate(timeout=20)
+  return running.returncode, said
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_training_ends_the_process_with_75(number):
+  code, said = ended_by(number, 'process.end_on_signals()')
+
+  assert code == 75
+  (line,) = said.splitlines()
+  assert line.startswith(f'{signal.Signals(number).name}: stopped. The same')
+
+
+def test_a_signal_is_obeyed_while_the_main_thread_compiles():
+  # Stands for compiling: the main thread runs no handler of Python's.
+  code, _ = ended_by(
+    signal.SIGTERM,
+    'process.end_on_signals()\n'
+    'signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})',
+  )
+
+  assert code == 75
+
+
+def test_before_training_nohup_is_obeyed_too():
+  code, said = ended_by(
+    signal.SIGHUP,
+    'signal.signal(signal.SIGHUP, signal.SIG_IGN)\n'
+    'process.end_on_signals()\n'
+    'threading.Timer(0.5, os._exit, [3]).start()',
+  )
+
+  assert (code, said) == (3, '')
 
 
 def test_afterwards_signals_do_what_they_did():
@@ -120,3 +206,49 @@ def test_other_errors_are_left_as_they_are(file):
       raise error
 
   assert told.value is error
+
+
+# --- A run that has no checkpoint ---------------------------------------------
+
+
+def leave(folder, *names, step=3):
+  """Leaves what a run without checkpoints may have left."""
+  for name in names:
+    (folder / name).touch()
+  (folder / 'metrics.jsonl').write_text(f'{{"step": 1}}\n{{"step": {step}}}\n')
+
+
+def is_past(line):
+  return line['step'] > 2
+
+
+@pytest.mark.parametrize('name', ['eval_test.json', 'samples_test.json'])
+def test_results_without_a_checkpoint_are_not_replaced(tmp_path, name):
+  leave(tmp_path, name, step=1)
+
+  with pytest.raises(ValueError, match=f'{name}, but no checkpoint: '):
+    run_folder.check_results(tmp_path, is_past)
+
+
+def test_metrics_beyond_the_first_checkpoint_are_not_replaced(tmp_path):
+  leave(tmp_path)
+
+  with pytest.raises(ValueError, match='has metrics.jsonl, but no checkpoint'):
+    run_folder.check_results(tmp_path, is_past)
+
+
+def test_a_run_that_was_killed_early_starts_anew(tmp_path):
+  run_folder.check_results(tmp_path / 'new', is_past)
+  leave(tmp_path, step=2)
+  run_folder.check_results(tmp_path, is_past)
+  leave(tmp_path, 'checkpoint_2.orbax-checkpoint-tmp')  # while it saved
+
+  run_folder.check_results(tmp_path, is_past)
+
+
+def test_old_results_are_removed_for_a_run_that_starts_anew(tmp_path):
+  leave(tmp_path, 'eval_test.json', 'samples_test.json', 'config.gin')
+
+  run_folder.remove_results(tmp_path)
+
+  assert [path.name for path in tmp_path.iterdir()] == ['config.gin']

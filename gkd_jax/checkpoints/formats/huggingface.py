@@ -10,6 +10,7 @@ such as `t5_names`.
 import collections
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ _ID_NAMES = {
 }
 _WEIGHTS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
+_WEIGHT_FILES = r'model(-\d+-of-\d+)?\.safetensors'
 _MAX_SHARD_BYTES = 5 * 10**9  # the limit that transformers uses
 _DTYPES = {
   'F64': np.dtype(np.float64),
@@ -62,6 +64,11 @@ _DTYPES = {
 def is_checkpoint(folder: epath.Path) -> bool:
   """Whether a folder has the config.json of a Hugging Face model."""
   return (folder / CONFIG).exists()
+
+
+def is_weights(name: str) -> bool:
+  """Whether a file name is one of a folder's weights or their index."""
+  return name == _INDEX or re.fullmatch(_WEIGHT_FILES, name) is not None
 
 
 def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:

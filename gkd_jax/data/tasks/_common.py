@@ -2,7 +2,6 @@
 """Shared by several tasks: T5's features, sources of examples, ROUGE."""
 
 import functools
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.data import json_lines
+from gkd_jax.runtime import paths
 
 # 32,000 pieces and 100 extra ids. The file is read on first use.
 T5_VOCABULARY_PATH = (
@@ -62,7 +62,9 @@ class TfdsSource(seqio.TfdsDataSource):
     name, builder = self.tfds_dataset.name, self.tfds_dataset.builder
     if builder.is_prepared():
       return
-    folder = str(builder.data_path).removesuffix(f'/{builder.info.full_name}')
+    folder = paths.as_given(str(builder.data_path)).removesuffix(
+      f'/{builder.info.full_name}'
+    )
     by_hand = ''
     if self._manual:
       by_hand = f' put {self._manual} into {folder}/downloads/manual, and'
@@ -119,33 +121,33 @@ def check_splits(setting: str, files: Mapping[str, str]) -> None:
 
 def check_files(setting: str, files: Mapping[str, str]) -> None:
   """Raises ValueError if a file does not exist. Reads no file."""
-  for path in files.values():
-    if not os.path.isfile(path):
-      raise ValueError(f'{setting}: there is no file {path}.')
+  for pattern in files.values():
+    json_lines.find(pattern, setting)
 
 
 def read_json_lines(
-  setting: str, path: str, fields: Sequence[str]
+  setting: str, pattern: str, fields: Sequence[str]
 ) -> dict[str, list[str]]:
-  """Reads a JSON lines file into memory.
+  """Reads JSON lines files into memory.
 
   Args:
     setting: name of the path in gin, for errors.
-    path: of the file; empty lines are skipped.
+    pattern: path or glob of the files; empty lines are skipped.
     fields: texts that each object must have; other fields are dropped.
 
   Returns:
     {field: one text per line}.
 
   Raises:
-    ValueError: a line is not such an object, or the file is empty.
+    ValueError: a line is not such an object, or the files are empty.
   """
   columns = {field: [] for field in fields}
-  for row in json_lines.read(path, dict.fromkeys(fields, str), setting):
-    for field, column in columns.items():
-      column.append(row[field])
+  for path in json_lines.find(pattern, setting):
+    for row in json_lines.read(path, dict.fromkeys(fields, str), setting):
+      for field, column in columns.items():
+        column.append(row[field])
   if not columns[fields[0]]:
-    raise ValueError(f'{setting}: {path} is empty.')
+    raise ValueError(f'{setting}: {pattern} is empty.')
   return columns
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import seqio
 
 from gkd_jax.data.tasks import _few_shot
+from gkd_jax.runtime import paths
 
 # Two of the 23 tasks have three files each, one per size.
 FILES: Sequence[str] = tuple(
@@ -78,14 +79,14 @@ def make_task(
   Raises:
     ValueError: a file is missing.
   """
-  root = pathlib.Path(folder)
+  root = paths.resolve(folder, 'BBH_DIR')
   questions = {file: root / 'bbh' / f'{file}.json' for file in FILES}
   prompts = {file: root / 'cot-prompts' / f'{file}.txt' for file in FILES}
-  paths = [*questions.values(), *prompts.values()]
-  missing = [str(path) for path in paths if not path.is_file()]
+  files = [*questions.values(), *prompts.values()]
+  missing = [str(path) for path in files if not path.is_file()]
   if missing:
     raise ValueError(
-      f'BBH_DIR {folder} lacks {len(missing)} of {len(paths)} files, such as '
+      f'BBH_DIR {folder} lacks {len(missing)} of {len(files)} files, such as '
       f'{missing[0]}. It must be a copy of '
       'https://github.com/suzgunmirac/BIG-Bench-Hard: it holds bbh and '
       'cot-prompts.'

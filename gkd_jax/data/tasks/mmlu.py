@@ -19,6 +19,7 @@ from typing import Any
 import seqio
 
 from gkd_jax.data.tasks import _few_shot
+from gkd_jax.runtime import paths
 
 SUBJECTS: Sequence[str] = tuple(
   """
@@ -75,15 +76,16 @@ def make_task(name: str, folder: str) -> seqio.Task:
   Raises:
     ValueError: a file is missing.
   """
-  paths = {
-    (part, subject): pathlib.Path(folder) / part / f'{subject}_{part}.csv'
+  root = paths.resolve(folder, 'MMLU_DIR')
+  files = {
+    (part, subject): root / part / f'{subject}_{part}.csv'
     for part in ('dev', *_FOLDERS.values())
     for subject in SUBJECTS
   }
-  missing = [str(path) for path in paths.values() if not path.is_file()]
+  missing = [str(path) for path in files.values() if not path.is_file()]
   if missing:
     raise ValueError(
-      f'MMLU_DIR {folder} lacks {len(missing)} of {len(paths)} files, such as '
+      f'MMLU_DIR {folder} lacks {len(missing)} of {len(files)} files, such as '
       f'{missing[0]}. Set it to the folder `data` of the archive data.tar from '
       'https://github.com/hendrycks/test, which contains dev, val and test.'
     )
@@ -91,12 +93,12 @@ def make_task(name: str, folder: str) -> seqio.Task:
   def groups(split) -> Mapping[str, _few_shot.Group]:
     result = {}
     for subject in SUBJECTS:
-      dev = _read(paths['dev', subject])
+      dev = _read(files['dev', subject])
       if len(dev) < _NUM_SHOTS:
         raise ValueError(
-          f'{paths["dev", subject]} has {len(dev)} questions, not {_NUM_SHOTS}.'
+          f'{files["dev", subject]} has {len(dev)} questions, not {_NUM_SHOTS}.'
         )
-      rows = _read(paths[_FOLDERS[split], subject])
+      rows = _read(files[_FOLDERS[split], subject])
       result[subject] = _few_shot.Group(
         head=(
           'The following are multiple choice questions (with answers) about '
