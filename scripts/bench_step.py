@@ -93,7 +93,9 @@ def main(argv: list[str]) -> None:
   report = _report(work, machine, results)
   print(_table(work, report))
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + '\n')
+    pathlib.Path(_JSON.value).write_text(
+      json.dumps(report, indent=2) + '\n', encoding='utf-8'
+    )
 
 
 def _work() -> dict:
@@ -155,7 +157,12 @@ def _run(command: list[str]) -> dict:
   environment = os.environ | {'GLIBC_TUNABLES': _MALLOC}
   environment['TRL_EXPERIMENTAL_SILENCE'] = '1'
   finished = subprocess.run(
-    command, env=environment, capture_output=True, text=True, check=False
+    command,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+    encoding='utf-8',
   )
   if finished.returncode:
     raise SystemExit(f'{command[:2]} failed:\n{finished.stderr[-4000:]}')

@@ -122,7 +122,7 @@ def _precompile(topology, arguments) -> dict:
     / f'{topology.replace(":", "_")}_{digest}.json'
   )
   if path.exists():
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding='utf-8'))
   finished = subprocess.run(
     [
       *(sys.executable, '-m', 'gkd_jax.main', '--run_mode=precompile'),
@@ -132,10 +132,11 @@ def _precompile(topology, arguments) -> dict:
     capture_output=True,
     text=True,
     check=False,
+    encoding='utf-8',
   )
   if finished.returncode:
     raise SystemExit(finished.stderr[-3000:])
-  return json.loads(path.read_text())
+  return json.loads(path.read_text(encoding='utf-8'))
 
 
 def _row(pair, generation, report) -> str:

@@ -53,6 +53,51 @@ def test_no_function_has_too_many_parameters():
   assert too_many == {}
 
 
+def is_text_in_the_locales_encoding(call: ast.Call) -> bool:
+  """Whether a call opens, reads or writes a text without `encoding`."""
+  keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+  function = ast.unparse(call.func)
+  name = function.rpartition('.')[2]
+  if 'encoding' in keywords or function in ('os.open', 'ts.open'):
+    return False
+  if name != 'open':
+    return name in ('read_text', 'write_text') or 'text' in keywords
+  mode = call.args[1:2] if function == 'open' else call.args[:1]
+  mode = keywords.get('mode', *mode) if mode or 'mode' in keywords else None
+  return mode is None or 'b' not in ast.unparse(mode)
+
+
+def test_texts_are_utf_8_whatever_the_locale():
+  files = [*PACKAGE.rglob('*.py'), *(conftest.ROOT / 'scripts').glob('*.py')]
+  wrong = [
+    f'{path.relative_to(conftest.ROOT)}:{node.lineno}'
+    for path in files
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+    if isinstance(node, ast.Call) and is_text_in_the_locales_encoding(node)
+  ]
+
+  assert wrong == []
+
+
+@pytest.mark.parametrize(
+  'code, is_wrong',
+  [
+    ('path.read_text()', True),
+    ("path.write_text(x, encoding='utf-8')", False),
+    ('open(x)', True),
+    ("open(x, 'ab')", False),
+    ("path.open('rb')", False),
+    ("path.open(mode='a')", True),
+    ('subprocess.run(x, text=True)', True),
+    ('os.open(x, 0)', False),
+  ],
+)
+def test_a_text_in_the_locales_encoding_is_found(code, is_wrong):
+  (statement,) = ast.parse(code).body
+
+  assert is_text_in_the_locales_encoding(statement.value) == is_wrong
+
+
 def includes(path, level=1):
   """Yields (file, level) of all that a gin file includes, directly or not."""
   for name in INCLUDE.findall(path.read_text()):

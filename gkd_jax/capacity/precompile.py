@@ -102,7 +102,9 @@ def precompile(
     'versions': _versions(),
   }
   if output is not None:
-    pathlib.Path(output).write_text(json.dumps(report, indent=2) + '\n')
+    pathlib.Path(output).write_text(
+      json.dumps(report, indent=2) + '\n', encoding='utf-8'
+    )
   print(format_report(report))
   return report
 

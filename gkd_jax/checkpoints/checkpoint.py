@@ -325,7 +325,7 @@ def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
     if (folder / _METRICS).parent.is_dir():
       names.append(_METRICS)
     for name in names:
-      json.loads((folder / name).read_text())
+      json.loads((folder / name).read_text(encoding='utf-8'))
 
   damaged = []
   for step in sorted(steps(run_dir)):
@@ -419,7 +419,7 @@ def find(
 
 def describe(folder: epath.Path) -> ModelDescription:
   """Returns the description of a checkpoint's model."""
-  text = (folder / 'description' / 'metadata').read_text()
+  text = (folder / 'description' / 'metadata').read_text(encoding='utf-8')
   return ModelDescription.from_json(json.loads(text)['model'])
 
 

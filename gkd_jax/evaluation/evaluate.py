@@ -401,15 +401,7 @@ def evaluate_checkpoint(
     ValueError: a setting is invalid, a checkpoint does not fit the task, or
       there are results already.
   """
-  folder = paths.resolve(output_dir, 'EVAL_OUTPUT_DIR')
-  if run_folder.has_run(folder) and not overwrite:
-    raise ValueError(
-      f'EVAL_OUTPUT_DIR {output_dir} is the folder of a run, which has its own '
-      f'results. Choose another, such as {output_dir}/eval, or set '
-      '--gin.OVERWRITE=True.'
-    )
-  results = [folder / f'{name}_{dataset.split}.json' for name in _RESULTS]
-  files.check_free(results, 'EVAL_OUTPUT_DIR', overwrite)
+  folder = _free_folder(output_dir, dataset.split, overwrite)
   if temperatures is not None:
     decodings = at_temperatures(decodings, temperatures)
   _num_outputs(decodings, num_samples)  # raises before anything is loaded
@@ -476,6 +468,24 @@ def evaluate_checkpoint(
       ]
     )
   )
+
+
+def _free_folder(output_dir: str, split: str, overwrite: bool) -> pathlib.Path:
+  """Returns the folder of an evaluation.
+
+  Raises:
+    ValueError: results are there already.
+  """
+  folder = paths.resolve(output_dir, 'EVAL_OUTPUT_DIR')
+  if run_folder.has_run(folder) and not overwrite:
+    raise ValueError(
+      f'EVAL_OUTPUT_DIR {output_dir} is the folder of a run, which has its own '
+      f'results. Choose another, such as {output_dir}/eval, or set '
+      '--gin.OVERWRITE=True.'
+    )
+  results = [folder / f'{name}_{split}.json' for name in _RESULTS]
+  files.check_free(results, 'EVAL_OUTPUT_DIR', overwrite)
+  return folder
 
 
 def write_results(

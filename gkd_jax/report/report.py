@@ -292,7 +292,9 @@ def _command(run: Run) -> str:
   path = run.folder / 'versions.json'
   if not path.is_file():
     return ''
-  _, *arguments = json.loads(path.read_text()).get('command', [''])
+  _, *arguments = json.loads(path.read_text(encoding='utf-8')).get(
+    'command', ['']
+  )
   return shlex.join(('python', '-m', 'gkd_jax.main', *arguments))
 
 

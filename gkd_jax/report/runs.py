@@ -170,7 +170,7 @@ def _run_of_evaluation(
 
 
 def _read(folder: pathlib.Path) -> Run:
-  settings = read_settings((folder / 'config.gin').read_text())
+  settings = read_settings((folder / 'config.gin').read_text(encoding='utf-8'))
   lines = metrics_lib.read(folder)
   run = Run(
     folder,
@@ -241,7 +241,9 @@ def _with_evaluation(run: Run, folder: pathlib.Path) -> Run:
 def _json_files(folder: pathlib.Path, kind: str) -> dict[str, dict[str, Any]]:
   """Returns {split: content} of <kind>_<split>.json."""
   return {
-    path.stem.removeprefix(f'{kind}_'): json.loads(path.read_text())
+    path.stem.removeprefix(f'{kind}_'): json.loads(
+      path.read_text(encoding='utf-8')
+    )
     for path in sorted(folder.glob(f'{kind}_*.json'))
   }
 
@@ -349,7 +351,7 @@ def _key(
 
 @functools.lru_cache(maxsize=4096)
 def _read_file(path: pathlib.Path) -> dict[str, Any]:
-  return read_settings(path.read_text())
+  return read_settings(path.read_text(encoding='utf-8'))
 
 
 def _mask_seed(value: Any, settings: Mapping[str, Any]) -> Any:

@@ -80,7 +80,7 @@ class MetricWriter:
 def _keep_through_step(path: pathlib.Path, step: int) -> None:
   """Drops the lines of later steps, and an incomplete last line."""
   kept, damaged = [], 0
-  *whole, _ = path.read_text(errors='replace').split('\n')
+  *whole, _ = path.read_text(errors='replace', encoding='utf-8').split('\n')
   for line in whole:
     try:
       if json.loads(line)['step'] <= step:
@@ -103,7 +103,7 @@ def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
   if not path.exists():
     return []
   # The last line may be incomplete: truncated, or being written by a run.
-  *whole, _ = path.read_text().split('\n')
+  *whole, _ = path.read_text(encoding='utf-8').split('\n')
   return [json.loads(line) for line in whole]
 
 

@@ -81,7 +81,7 @@ def check_same_config(folder: pathlib.Path, config: str) -> None:
         'run of gkd_jax. Use another MODEL_DIR.'
       )
     return
-  was = _comparable(path.read_text(errors='replace'))
+  was = _comparable(path.read_text(errors='replace', encoding='utf-8'))
   now = _comparable(config)
   if was == now:
     return

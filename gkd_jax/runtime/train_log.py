@@ -173,7 +173,7 @@ class TrainLog:
     line['inputs'] = hosts.allgather(batch.encoder_input_tokens).tolist()
     line['targets'] = hosts.allgather(batch.decoder_target_tokens).tolist()
     if hosts.is_first_host():
-      with open(self._skipped_path, 'a') as file:
+      with open(self._skipped_path, 'a', encoding='utf-8') as file:
         file.write(json.dumps(line) + '\n')
 
 

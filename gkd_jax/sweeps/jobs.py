@@ -113,7 +113,7 @@ def check_same_settings(path: pathlib.Path, jobs: Sequence[Job]) -> None:
     needs = [now[name] for name in job.needs]
     now[job.name] = [job.command, _digest(job, needs)]
   if path.exists():
-    was = json.loads(path.read_text())
+    was = json.loads(path.read_text(encoding='utf-8'))
     changed = [
       job.name
       for job in jobs
@@ -138,7 +138,7 @@ def _digest(job: Job, needs: Sequence[Sequence[str]]) -> str:
   def read(file):
     if file in seen:
       return
-    seen[file] = _find(file).read_text()
+    seen[file] = _find(file).read_text(encoding='utf-8')
     for included in re.findall(r"^include '(.+)'", seen[file], re.MULTILINE):
       read(included)
 
@@ -168,7 +168,7 @@ class Worker:
     self.job: Job | None = None
     self.num_jobs = 0
     self.started = 0.0
-    with open(log, 'a') as file:
+    with open(log, 'a', encoding='utf-8') as file:
       self._process = subprocess.Popen(
         [sys.executable, '-m', 'gkd_jax.main', '--run_mode=worker'],
         bufsize=0,
@@ -300,7 +300,7 @@ def _failure_message(job: Job, status: int) -> str:
 
 
 def _log_lines(job: Job) -> list[str]:
-  text = job.log.read_text(errors='replace')
+  text = job.log.read_text(errors='replace', encoding='utf-8')
   # Without tables, and without TensorFlow's logs, which no setting silences.
   noise = re.compile(r'\s*$|\||[IWE]\d{4} |WARNING: All log messages before')
   return [line for line in text.splitlines() if not noise.match(line)]

@@ -136,7 +136,9 @@ def _read(folder: pathlib.Path) -> tuple[Mapping[str, Any], int | None]:
 def _num_steps(config: pathlib.Path, changed: int) -> int | None:
   """Returns TRAIN_STEPS; a file is read again when it has `changed`."""
   del changed
-  return runs_lib.read_settings(config.read_text()).get('TRAIN_STEPS')
+  return runs_lib.read_settings(config.read_text(encoding='utf-8')).get(
+    'TRAIN_STEPS'
+  )
 
 
 def measured(result: pathlib.Path) -> list[str]:
@@ -144,8 +146,8 @@ def measured(result: pathlib.Path) -> list[str]:
   config = result.parent / 'config.gin'
   if result.suffix != '.json' or not config.is_file():
     return []
-  values = json.loads(result.read_text())
-  settings = runs_lib.read_settings(config.read_text())
+  values = json.loads(result.read_text(encoding='utf-8'))
+  settings = runs_lib.read_settings(config.read_text(encoding='utf-8'))
   first = next((name for name in values if name.startswith('greedy/')), None)
   main = settings.get('BEST_METRIC') or first
   words = []

@@ -472,7 +472,7 @@ def test_the_task_keeps_its_other_splits(written):
       "vocabulary 'ByteVocabulary 25",
     ),
     ({'mixture_or_task_name': 'cmudict_g2p'}, "for task 'letters'; this run"),
-    ({'predictions': 'nowhere/*.jsonl'}, 'no file matches nowhere'),
+    ({'predictions': 'nowhere/*.jsonl'}, 'nowhere.*is not there'),
   ],
 )
 def test_predictions_of_no_use_are_refused_before_training(

@@ -255,7 +255,7 @@ def _tensor(file: epath.Path, view: Any) -> Tensor:
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding='utf-8'))
   except json.JSONDecodeError as e:
     raise ValueError(f'{path} is no valid JSON: {e}.') from e
   if not isinstance(values, dict):
@@ -365,4 +365,4 @@ def check_can_hold(config: ModelConfig) -> None:
 
 
 def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(values, indent=2) + '\n')
+  path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')

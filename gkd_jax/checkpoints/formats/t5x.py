@@ -197,7 +197,7 @@ def _leaves(folder: epath.Path) -> dict[str, np.ndarray | dict[str, Any]]:
 def _orbax_keys(path: epath.Path) -> Iterator[list[str]]:
   """Yields the path of each leaf of Orbax's tree, as a list of keys."""
   try:
-    tree = json.loads(path.read_text())['tree_metadata']
+    tree = json.loads(path.read_text(encoding='utf-8'))['tree_metadata']
     for leaf in tree.values():
       yield [str(key['key']) for key in leaf['key_metadata']]
   except (KeyError, TypeError, ValueError) as e:
