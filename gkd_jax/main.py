@@ -319,4 +319,7 @@ def _check_arguments(arguments: Sequence[str], result: str) -> None:
 
 
 if __name__ == '__main__':
+  if sys.stdout is not None:
+    # Where the locale has no such character, an escape is printed.
+    sys.stdout.reconfigure(errors='backslashreplace')
   app.run(main, argv=expand_gin_flags(sys.argv))

@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
   report = _report(work, machine, results)
   print(_table(work, report))
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(
+    pathlib.Path(_JSON.value).expanduser().write_text(
       json.dumps(report, indent=2) + '\n', encoding='utf-8'
     )
 

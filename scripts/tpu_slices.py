@@ -118,7 +118,7 @@ def _precompile(topology, arguments) -> dict:
   settings = (*arguments, *SETTINGS)
   digest = hashlib.sha256(' '.join(settings).encode()).hexdigest()[:12]
   path = (
-    pathlib.Path(_OUTPUT_DIR.value)
+    pathlib.Path(_OUTPUT_DIR.value).expanduser()
     / f'{topology.replace(":", "_")}_{digest}.json'
   )
   if path.exists():

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import count_params
 from gkd_jax.parallel import partitioning
-from gkd_jax.runtime import console
+from gkd_jax.runtime import console, files, paths
 
 # Takes the place of the compiler's error message.
 _NOT_COMPILED = 'not compiled: the arguments of the program alone are too large'
@@ -67,7 +66,8 @@ def precompile(
   devices = find_devices(topology)
   check(experiment, with_checkpoints=False)
   if output is not None:
-    pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
+    output = paths.resolve(output, '--output')
+    output.parent.mkdir(parents=True, exist_ok=True)
   planned = _plan(experiment, experiment.mesh.make(devices))
   console.log(
     f'Compiling the step for {len(devices)} x {devices[0].device_kind}.'
@@ -102,9 +102,7 @@ def precompile(
     'versions': _versions(),
   }
   if output is not None:
-    pathlib.Path(output).write_text(
-      json.dumps(report, indent=2) + '\n', encoding='utf-8'
-    )
+    files.write_atomically(output, json.dumps(report, indent=2) + '\n')
   print(format_report(report))
   return report
 

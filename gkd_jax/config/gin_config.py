@@ -14,6 +14,7 @@ from typing import Any
 import gin
 
 from gkd_jax.config import annotations, gin_errors
+from gkd_jax.runtime import paths
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -25,8 +26,11 @@ def expand_flags(args: Sequence[str]) -> list[str]:
 
 def quote_strings(binding: str) -> str:
   """Returns NAME = VALUE; a VALUE that is no gin literal becomes a string."""
-  name, equals, value = binding.partition('=')
-  name, value = name.strip(), value.strip()
+  name, equals, text = binding.partition('=')
+  # A file name may begin or end with spaces: NAME = VALUE has others.
+  if name != name.rstrip():
+    text = text.strip()
+  name, value = name.strip(), text.strip()
   if not equals or not name:
     raise ValueError(f'{binding!r} is not of the form NAME=VALUE.')
   is_reference = re.match(r'[@%]\w|[\[({].*[@%]\w', value)
@@ -34,7 +38,7 @@ def quote_strings(binding: str) -> str:
     try:
       ast.literal_eval(value)
     except (ValueError, SyntaxError):
-      value = repr(value)
+      value = repr(text)
   return f'{name} = {value}'
 
 
@@ -61,7 +65,8 @@ def parse(
   gin.clear_config()
   # gin would also search Python packages, and would treat folders as packages.
   gin.config._FILE_READERS[:] = [(_open_gin_file, os.path.isfile)]
-  folders = [*search_paths, str(_ROOT)]
+  files = [os.path.expanduser(file) for file in files]
+  folders = [*map(os.path.expanduser, search_paths), str(_ROOT)]
   for folder in folders:
     gin.add_config_file_search_path(folder)
   for file in files:
@@ -246,7 +251,7 @@ def output_folder(configurable: str, *, may_be_remote: bool) -> Iterator[None]:
   else:  # the configurable chooses a folder itself
     yield
     return
-  if not may_be_remote:
+  if not (may_be_remote and paths.is_remote(folder)):
     run_folder.check_folder(folder, setting)
   with run_folder.explained_write_errors(folder, setting):
     yield

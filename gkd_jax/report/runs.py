@@ -9,7 +9,6 @@ run whose checkpoint it names.
 import ast
 import dataclasses
 import functools
-import glob
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gkd_jax.runtime import metrics as metrics_lib
+from gkd_jax.runtime import paths
 
 # Settings that affect neither training nor the final evaluation, and the seed.
 IGNORED_SETTINGS = (
@@ -95,7 +95,7 @@ def find(
   """Reads the runs that a glob matches.
 
   Args:
-    patterns: one or several globs, which may contain `**`. A matched folder
+    patterns: one or several paths or globs, see `paths.find`. A matched folder
       that is not a run is replaced by all runs below it.
 
   Returns:
@@ -137,7 +137,7 @@ def find(
 
 def _matched(pattern: str) -> Iterator[pathlib.Path]:
   """Yields the folders of runs and of evaluations."""
-  for top in glob.glob(os.path.expanduser(pattern), recursive=True):
+  for top in paths.find(pattern):
     for folder, below, files in os.walk(top):
       # Checkpoints have many files, none of which is needed here.
       below[:] = [name for name in below if not name.startswith('checkpoint_')]
@@ -287,9 +287,9 @@ def _resolve(
   path = settings.get(name)
   if path is None:
     return None
-  path = _without_step(pathlib.Path(path))
+  path = _without_step(pathlib.Path(os.path.expanduser(path)))
   candidates = [path]
-  own = pathlib.Path(settings.get('MODEL_DIR', ''))
+  own = pathlib.Path(os.path.expanduser(settings.get('MODEL_DIR', '')))
   if own.is_absolute() == path.is_absolute():
     candidates.insert(0, folder / os.path.relpath(path, own))
   found = [c.resolve() for c in candidates if c.exists()]

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 
 _PLAIN = re.compile(r'[\w./+=,@-]*', re.ASCII)
@@ -58,10 +59,11 @@ def resolve(path: str | os.PathLike, setting: str) -> pathlib.Path:
   absolute = pathlib.Path(expanded).absolute()
   odd = re.search(r'[\x00-\x1f\x7f\ud800-\udfff]', os.fspath(absolute))
   if odd:
-    what = 'a byte that is not UTF-8' if odd[0] > '\x7f' else f'{odd[0]!r}'
+    what = f'{odd[0]!r}, a control character'
+    if odd[0] > '\x7f':
+      what = f'a byte that is not {sys.getfilesystemencoding().upper()}'
     raise ValueError(
-      f'{setting} {os.fspath(absolute)!r} contains {what}. Control characters '
-      'and other encodings are not supported in paths; use another path.'
+      f'{setting} {os.fspath(absolute)!r} contains {what}. Use another path.'
     )
   if _BUCKETS.match(os.fspath(absolute)):
     raise ValueError(

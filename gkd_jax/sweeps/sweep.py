@@ -27,13 +27,14 @@ the seed, the label of the point, and the folder of that run.
 """
 
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gkd_jax.report import report as report_lib
-from gkd_jax.runtime import console, run_folder
+from gkd_jax.runtime import console, paths, run_folder
 from gkd_jax.sweeps import jobs as jobs_lib
 
 Spec = str | Mapping[str, Any]
@@ -89,7 +90,8 @@ def sweep(
     ValueError: the grid is not valid; gin rejects a point's settings; the
       folder holds other runs; or, after all others are done, a run failed.
   """
-  folder = pathlib.Path(output_dir)
+  paths.resolve(output_dir, 'MODEL_DIR')  # raises; commands get it as given
+  folder = pathlib.Path(os.path.expanduser(output_dir))
   if num_parallel < 1:
     raise ValueError(f'NUM_PARALLEL must be 1 or more, got {num_parallel}.')
   if runs_per_process is not None and runs_per_process < 1:
@@ -156,8 +158,11 @@ def make_jobs(
     if isinstance(value, str) and not value.endswith('.gin'):
       stages[name] = _Stage(value, None)
       for path in {_fill(value, point, {}) for point in _product(axes)}:
-        if '://' not in path and not pathlib.Path(path).exists():
-          raise ValueError(f'{where}: {path} is not there.')
+        if paths.is_remote(path):
+          continue
+        there = paths.resolve(path, where)
+        if not there.exists():
+          raise ValueError(f'{where}: {path} {paths.missing(there)}.')
       continue
     spec = _spec(value, where, 'for_each')
     for_each = spec.pop('for_each', ())
@@ -172,7 +177,7 @@ def make_jobs(
       _job(folder, _fill(pattern, point, {}), [spec], point, own_axes, stages)
       for point in _product(own_axes)
     ]
-    stages[name] = _Stage(f'{folder}/{pattern}', pattern)
+    stages[name] = _Stage(pattern, pattern, folder)
   common = [_spec(experiment or {}, 'EXPERIMENT'), _spec(settings, 'SETTINGS')]
   return jobs + [
     _job(folder, '/'.join(_folders(point)), common, point, axes, stages)
@@ -181,10 +186,11 @@ def make_jobs(
 
 
 class _Stage(NamedTuple):
-  """What comes before the grid. Both may hold {axis}."""
+  """What comes before the grid. `path` and `job` may hold {axis}."""
 
   path: str
   job: str | None  # its name; None: it is there already
+  folder: pathlib.Path | None = None  # of the sweep, if it is a run of it
 
 
 def _axes(grid, seeds) -> dict[str, dict[str, Mapping[str, Any]]]:
@@ -335,6 +341,8 @@ def _fill(
       )
     if stage.job is not None:
       needs[_fill(stage.job, point, {})] = None
-    return _fill(stage.path, point, {})
+    path = _fill(stage.path, point, {})
+    # The folder's own name may have braces.
+    return path if stage.job is None else f'{stage.folder}/{path}'
 
   return re.sub(r'\{(\w+)\}', value, text)
