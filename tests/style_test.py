@@ -62,9 +62,9 @@ def is_text_in_the_locales_encoding(call: ast.Call) -> bool:
     return False
   if name != 'open':
     return name in ('read_text', 'write_text') or 'text' in keywords
-  mode = call.args[1:2] if function == 'open' else call.args[:1]
-  mode = keywords.get('mode', *mode) if mode or 'mode' in keywords else None
-  return mode is None or 'b' not in ast.unparse(mode)
+  modes = call.args[1:2] if function == 'open' else call.args[:1]
+  modes += [keywords['mode']] if 'mode' in keywords else []
+  return not any('b' in ast.unparse(mode) for mode in modes)
 
 
 def test_texts_are_utf_8_whatever_the_locale():
