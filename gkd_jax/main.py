@@ -76,7 +76,7 @@ _GIN_BINDINGS = flags.DEFINE_multi_string(
 _GIN_SEARCH_PATHS = flags.DEFINE_list(
   'gin_search_paths',
   ['.'],
-  'Folders to search for gin files, before the root of gkd_jax.',
+  'Folders to search for gin files, before the clone or the installed files.',
 )
 _TOPOLOGY = flags.DEFINE_string(
   'topology', None, 'For --run_mode=precompile: a TPU slice, e.g. v5e:4x4.'

@@ -216,6 +216,9 @@ def test_what_a_setting_cannot_be_is_refused(start, binding, message):
     ('/dev/null/run', '/dev/null is a file, not a folder.'),
     ('/proc/nobody/run', '/proc/nobody: No such file or directory.'),
     ('x' * 300, 'File name too long.'),
+    ("''", 'is empty.'),
+    ('~nobody_has_this_name/run', 'is not the home folder of a user.'),
+    ('a\nb', 'a control character'),
   ],
 )
 def test_a_folder_that_cannot_be_written_is_refused(start, folder, said):

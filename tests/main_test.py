@@ -606,6 +606,16 @@ def test_a_students_shape_can_be_that_of_its_checkpoint(run_main, tmp_path):
       gin_flags(CHECKPOINT_PATH='x', EXPORT_FORMAT='t5x', OUTPUT_DIR='y'),
       'x is not there. Give a run folder',
     ),
+    (
+      gin_flags(
+        CHECKPOINT_PATH='x', EXPORT_FORMAT='t5x', OUTPUT_DIR='/dev/null/y'
+      ),
+      'OUTPUT_DIR /dev/null/y: /dev/null is a file, not a folder',
+    ),
+    (
+      gin_flags(CHECKPOINT_PATH="''", EXPORT_FORMAT='t5x', OUTPUT_DIR='y'),
+      'CHECKPOINT_PATH is empty',
+    ),
   ],
 )
 def test_an_export_that_cannot_be_is_refused(run_main, arguments, said):

@@ -16,8 +16,6 @@ import gin
 from gkd_jax.config import annotations, gin_errors
 from gkd_jax.runtime import paths
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-
 
 def expand_flags(args: Sequence[str]) -> list[str]:
   """Rewrites `--gin.NAME=VALUE` to `--gin_bindings=NAME=VALUE`, as T5X does."""
@@ -54,7 +52,7 @@ def parse(
   Args:
     files: gin files; later files override earlier ones.
     bindings: results of `quote_strings`; they override the files.
-    search_paths: folders to search for files, before the root of gkd_jax.
+    search_paths: folders to search for files, before `paths.gin_folders`.
     needs_files: if False, settings that name files may be unset.
 
   Raises:
@@ -66,7 +64,7 @@ def parse(
   # gin would also search Python packages, and would treat folders as packages.
   gin.config._FILE_READERS[:] = [(_open_gin_file, os.path.isfile)]
   files = [os.path.expanduser(file) for file in files]
-  folders = [*map(os.path.expanduser, search_paths), str(_ROOT)]
+  folders = [*map(os.path.expanduser, search_paths), *paths.gin_folders()]
   for folder in folders:
     gin.add_config_file_search_path(folder)
   for file in files:

@@ -22,6 +22,8 @@ _REMOTE = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*://')
 # etils takes these folders of the root for buckets.
 _BUCKETS = re.compile(r'/+(gs|s3|az|hf)(/|$)')
 
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
 # {link: the folder it stands for}.
 _folder_of: dict[str, str] = {}
 
@@ -108,6 +110,18 @@ def find(pattern: str) -> list[str]:
     return [there]
   below = glob.glob(''.join(parts), root_dir=there or None, recursive=True)
   return sorted(there + name for name in below)
+
+
+def gin_folders() -> list[str]:
+  """Returns the folders that hold gin/ and configs/ of gkd_jax.
+
+  In a clone that is its root; a wheel installs them in the package.
+  """
+  return [
+    str(folder)
+    for folder in (_PACKAGE.parent, _PACKAGE / '_assets')
+    if (folder / 'gin' / 'runs').is_dir()
+  ]
 
 
 def for_libraries(path: str | os.PathLike) -> str:

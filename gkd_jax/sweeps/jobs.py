@@ -18,12 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from gkd_jax.runtime import console, files
+from gkd_jax.runtime import console, files, paths
 from gkd_jax.runtime import signals as signals_lib
 from gkd_jax.sweeps import progress, worker
 
 _POLL_SECONDS = 0.1
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +149,12 @@ def _digest(job: Job, needs: Sequence[Sequence[str]]) -> str:
 
 
 def _find(file: str) -> pathlib.Path:
-  path = pathlib.Path(file)
-  return path if path.is_file() else _ROOT / file
+  path = pathlib.Path(os.path.expanduser(file))
+  candidates = [
+    path,
+    *(f / path for f in map(pathlib.Path, paths.gin_folders())),
+  ]
+  return next((c for c in candidates if c.is_file()), path)
 
 
 class Worker:

@@ -106,6 +106,22 @@ def test_a_pattern_may_begin_at_home(odd, monkeypatch):
   assert paths.find('~/a?') == [f'{odd}/a1']
 
 
+# --- Files of gkd_jax ---------------------------------------------------------
+
+
+@pytest.mark.parametrize('where', ['.', 'gkd_jax/_assets'])
+def test_gin_files_are_in_the_clone_or_in_the_package(
+  tmp_path, monkeypatch, where
+):
+  monkeypatch.setattr(paths, '_PACKAGE', tmp_path / 'gkd_jax')
+  (tmp_path / 'gin').mkdir()  # gin-config's, beside an installed package
+  (tmp_path / where / 'gin' / 'runs').mkdir(parents=True)
+
+  (found,) = paths.gin_folders()
+
+  assert pathlib.Path(found) == tmp_path / where
+
+
 # --- Links for libraries ------------------------------------------------------
 
 

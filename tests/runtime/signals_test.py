@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gkd_jax.runtime import run_folder
+from gkd_jax.runtime import paths, run_folder
 from gkd_jax.runtime import signals as signals_lib
 
 
@@ -206,6 +206,22 @@ def test_other_errors_are_left_as_they_are(file):
       raise error
 
   assert told.value is error
+
+
+def test_a_folder_through_a_broken_link_is_refused(tmp_path):
+  (tmp_path / 'link').symlink_to('nowhere')
+
+  with pytest.raises(ValueError, match='link is a symbolic link to nowhere'):
+    run_folder.check_folder(str(tmp_path / 'link' / 'run'), 'MODEL_DIR')
+
+
+def test_a_full_disk_is_named_also_behind_a_link_for_libraries(tmp_path):
+  folder = str(tmp_path / 'a[1]')
+  file = f'{paths.for_libraries(folder)}/checkpoint_1'
+
+  with pytest.raises(OSError, match='^MODEL_DIR .*a.1.: the disk is full'):
+    with run_folder.explained_write_errors(folder, 'MODEL_DIR'):
+      raise full(file)
 
 
 # --- A run that has no checkpoint ---------------------------------------------
