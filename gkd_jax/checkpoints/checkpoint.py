@@ -160,6 +160,7 @@ class Checkpoints:
           keep_checkpoints_without_metrics=False,
         )
       )
+    self._folder.mkdir(parents=True, exist_ok=True)
     self._manager = _Manager(
       paths.for_libraries(self._folder),
       options=ocp.CheckpointManagerOptions(

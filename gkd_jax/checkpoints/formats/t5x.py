@@ -36,6 +36,7 @@ from gkd_jax.checkpoints.formats.tensors import Tensor
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import param_shapes
+from gkd_jax.runtime import paths
 
 FORMAT = 'T5X'
 PREFIX = 'checkpoint'
@@ -273,7 +274,8 @@ def _files(base: epath.Path, path: str) -> dict[str, Any]:
       'bucket': bucket,
       'path': f'{folder}/{path}'.lstrip('/'),
     }
-  return {'driver': 'file', 'path': os.path.abspath(folder) + f'/{path}'}
+  folder = paths.for_libraries(os.path.abspath(folder))
+  return {'driver': 'file', 'path': f'{folder}/{path}'}
 
 
 # --- Names and shapes ---------------------------------------------------------
