@@ -236,7 +236,11 @@ def _keywords(mode: str, bindings: Sequence[str]) -> dict[str, Any]:
       import_seconds=time.monotonic() - _START,
     )
   elif mode == 'precompile':
-    keywords |= {'topology': _TOPOLOGY.value, 'output': _OUTPUT.value}
+    keywords |= {
+      'topology': _TOPOLOGY.value,
+      'output': _OUTPUT.value,
+      'overwrite': bool(gin_config.macro('OVERWRITE')),
+    }
   elif mode == 'sweep':
     keywords['check'] = _check_arguments
     if _TFDS_DATA_DIR.value:

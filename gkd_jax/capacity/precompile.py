@@ -43,7 +43,10 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def precompile(
-  experiment: Experiment, topology: str, output: str | None = None
+  experiment: Experiment,
+  topology: str,
+  output: str | None = None,
+  overwrite: bool = False,
 ) -> dict[str, Any]:
   """Compiles the train step; prints and returns memory and time per device.
 
@@ -52,6 +55,7 @@ def precompile(
       of the reward model is not set, it is read from the checkpoint's config.
     topology: see `find_devices`.
     output: JSON file for the returned report; None: no file.
+    overwrite: replace the file if it exists.
 
   Returns:
     A description of the program; bytes on each device (see `_memory`); and the
@@ -67,6 +71,7 @@ def precompile(
   check(experiment, with_checkpoints=False)
   if output is not None:
     output = paths.resolve(output, '--output')
+    files.check_free([output], '--output', overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
   planned = _plan(experiment, experiment.mesh.make(devices))
   console.log(

@@ -100,7 +100,11 @@ class Writer:
   def _check_is_side_file(self):
     """Raises ValueError if another file has the name of the side file."""
     side_file = _side_file(self._path)
-    if side_file.exists() and 'vocabulary' not in _read_json(side_file):
+    try:
+      is_ours = not side_file.exists() or 'vocabulary' in _read_json(side_file)
+    except ValueError:
+      is_ours = False
+    if not is_ours:
       files.check_free([side_file], OUTPUT_SETTING, overwrite=False)
 
   def _differences(self):
