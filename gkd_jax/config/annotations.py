@@ -64,8 +64,11 @@ def check(setting: str, value: Any, annotation: Any) -> None:
   expected = dict.fromkeys(_DESCRIPTIONS[kind] for kind in kinds)
   if 'int' in kinds and type(value) is int:
     expected = [f'from {-_MAX_INT} to {_MAX_INT}']
+  hint = ''
+  if 'str' in kinds and isinstance(value, int | float | list | tuple | dict):
+    hint = f' For a text put it in quotes: --gin.{setting}="\'{value}\'".'
   raise ValueError(
-    f'{setting} must be {" or ".join(expected)}, got {_shortened(value)}.'
+    f'{setting} must be {" or ".join(expected)}, got {_shortened(value)}.{hint}'
   )
 
 

@@ -106,6 +106,9 @@ def find(
   """
   if isinstance(patterns, str):
     patterns = (patterns,)
+  for pattern in patterns:
+    if not isinstance(pattern, str) or not pattern:
+      raise ValueError(f'RUNS must be paths or globs, not {pattern!r}.')
   folders = sorted({f for pattern in patterns for f in _matched(pattern)})
   if not folders:
     raise ValueError(
