@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One device mesh for student and teacher, and the sharding of their arrays.
 
-A model names the axes of its parameters and activations; the rules of its
-`Placement` map these logical axes to mesh axes; XLA inserts the communication.
-Teacher and student share the mesh; each has its own rules.
+A model names the axes of its parameters and activations. The rules of its
+`Placement` map these logical axes to mesh axes, and XLA inserts the
+communication. Teacher and student share the mesh, but have different rules.
 
 Source: T5X, `t5x/partitioning.py`, standard_logical_axis_rules.
 """
