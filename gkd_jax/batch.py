@@ -64,6 +64,15 @@ class Batch(NamedTuple):
   encoder_input_tokens: jax.Array  # [B, S] int32, pad after the end
   decoder_target_tokens: jax.Array  # [B, T] int32
   decoder_loss_weights: jax.Array  # [B, T] float32
+  # [B, S'] int32 inputs of the teacher; None: those of the student
+  teacher_input_tokens: jax.Array | None = None
+
+  @property
+  def teacher_inputs(self) -> jax.Array:
+    """[B, S'] int32, what the teacher's encoder reads."""
+    if self.teacher_input_tokens is None:
+      return self.encoder_input_tokens
+    return self.teacher_input_tokens
 
   @property
   def outputs(self) -> Outputs:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gkd_jax.batch import Batch, SpecialIds
 from gkd_jax.checkpoints import checkpoint, pretrained
-from gkd_jax.data import datasets, predictions, vocabularies
+from gkd_jax.data import datasets, predictions, seqio_tasks, vocabularies
 from gkd_jax.distill import rewards
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
@@ -493,13 +493,18 @@ def abstract_batch(dataset: datasets.DatasetConfig, mesh: Mesh) -> Batch:
   sharding = partitioning.batch_sharding(mesh)
 
   def rows(feature, dtype):
-    shape = (dataset.batch_size, dataset.task_feature_lengths[feature])
+    shape = (dataset.batch_size, dataset.lengths[feature])
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   return Batch(
     encoder_input_tokens=rows('inputs', jnp.int32),
     decoder_target_tokens=rows('targets', jnp.int32),
     decoder_loss_weights=rows('targets', jnp.float32),
+    teacher_input_tokens=(
+      rows(seqio_tasks.TEACHER_INPUTS, jnp.int32)
+      if dataset.has_teacher_inputs
+      else None
+    ),
   )
 
 

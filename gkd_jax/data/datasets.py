@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,72 @@ from gkd_jax.data import seqio_tasks, vocabularies
 
 with epy.lazy_imports():
   import seqio
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherInputs:
+  """What the teacher reads in place of the student's inputs.
+
+  Attributes:
+    length: in tokens, EOS included; longer inputs are truncated.
+    template: text with the names of an example's texts in braces, e.g.
+      '{inputs} An answer: {targets}'. '{exemplars}' is replaced by examples of
+      the train split. None: the task has a feature `teacher_inputs`.
+    num_exemplars: number of examples in '{exemplars}'.
+    exemplar: template of each of them.
+    seed: draws them; they are the same for all rows.
+  """
+
+  length: int
+  template: str | None = '{inputs}'
+  num_exemplars: int = 0
+  exemplar: str = '{inputs}\n{targets}\n\n'
+  seed: int = 0
+
+  def __post_init__(self):
+    prefix = 'datasets.TeacherInputs.'
+    if not isinstance(self.length, int) or self.length < 1:
+      raise ValueError(
+        f'{prefix}length must be a positive whole number, got {self.length!r}.'
+      )
+    if not isinstance(self.num_exemplars, int) or self.num_exemplars < 0:
+      raise ValueError(
+        f'{prefix}num_exemplars must be a whole number, 0 or more, got '
+        f'{self.num_exemplars!r}.'
+      )
+    has_place = self.template is not None and (
+      'exemplars' in names_in(self.template, f'{prefix}template')
+    )
+    names_in(self.exemplar, f'{prefix}exemplar')
+    if has_place != (self.num_exemplars > 0):
+      raise ValueError(
+        f'{prefix}template is {self.template!r} and {prefix}num_exemplars is '
+        f'{self.num_exemplars}: set both {{exemplars}} and their number, or '
+        'neither.'
+      )
+
+
+def names_in(template: str, setting: str) -> list[str]:
+  """Returns the names in braces of a template.
+
+  Raises:
+    ValueError: the braces do not match, or enclose more than a name.
+  """
+  try:
+    parts = list(string.Formatter().parse(template))
+  except (ValueError, TypeError) as e:
+    raise ValueError(
+      f'{setting} is {template!r}: {e}. Write {{{{ and }}}} for braces in the '
+      'text.'
+    ) from e
+  names = [name for _, name, *_ in parts if name is not None]
+  for _, name, form, conversion in parts:
+    if name is not None and (not name.isidentifier() or form or conversion):
+      raise ValueError(
+        f'{setting} is {template!r}: only names may stand in braces, such as '
+        '{inputs}. Write {{ and }} for braces in the text.'
+      )
+  return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +111,7 @@ class DatasetConfig:
       paths of its files.
     predictions: path or glob of files with outputs of a model (see
       `predictions`); they and their inputs replace the examples of the split.
+    teacher_inputs: what the teacher reads; None: the inputs.
   """
 
   mixture_or_task_name: str
@@ -57,8 +125,15 @@ class DatasetConfig:
   vocabulary: seqio.Vocabulary | None = None
   task_arguments: Mapping[str, Any] | None = None
   predictions: str | None = None
+  teacher_inputs: TeacherInputs | None = None
 
   def __post_init__(self):
+    if self.teacher_inputs is not None and self.predictions is not None:
+      raise ValueError(
+        'datasets.DatasetConfig.teacher_inputs is set together with '
+        'TRAIN_ON_PREDICTIONS, whose rows are token ids without texts for the '
+        'template. Unset one of them.'
+      )
     lengths = dict(self.task_feature_lengths)
     if sorted(lengths) != sorted(seqio_tasks.FEATURES) or not all(
       isinstance(n, int) and n > 0 for n in lengths.values()
@@ -83,6 +158,18 @@ class DatasetConfig:
         f'{self.split}: the number of examples must be a positive whole '
         f'number, or None for all of them; got {n!r}.'
       )
+
+  @property
+  def has_teacher_inputs(self) -> bool:
+    return self.teacher_inputs is not None
+
+  @property
+  def lengths(self) -> dict[str, int]:
+    """{feature: tokens}, with the teacher's inputs if there are any."""
+    lengths = dict(self.task_feature_lengths)
+    if self.teacher_inputs is not None:
+      lengths[seqio_tasks.TEACHER_INPUTS] = self.teacher_inputs.length
+    return lengths
 
 
 def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
@@ -121,7 +208,29 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       split=config.split,
       lengths=dict(config.task_feature_lengths),
     )
+  if config.teacher_inputs is not None:
+    task = _with_teacher_inputs(task, config.teacher_inputs)
   return task
+
+
+def _with_teacher_inputs(task, config: TeacherInputs):
+  """Returns the task with the feature `teacher_inputs`."""
+  if config.template is None:
+    if seqio_tasks.TEACHER_INPUTS not in task.output_features:
+      raise ValueError(
+        f'datasets.TeacherInputs.template is None, but task {task.name!r} has '
+        f'no output feature {seqio_tasks.TEACHER_INPUTS!r}.'
+      )
+    return task
+  template = config.template
+  if config.num_exemplars:
+    texts = seqio_tasks.exemplars(
+      task, config.exemplar, config.num_exemplars, config.seed
+    )
+    # Braces in the examples are text.
+    texts = texts.replace('{', '{{').replace('}', '}}')
+    template = template.replace('{exemplars}', texts)
+  return seqio_tasks.with_teacher_inputs(task, template)
 
 
 def check_not_empty(config: DatasetConfig) -> None:
@@ -129,7 +238,7 @@ def check_not_empty(config: DatasetConfig) -> None:
   if _is_empty(
     get_task(config).name,
     config.split,
-    tuple(config.task_feature_lengths.items()),
+    tuple(config.lengths.items()),
     config.use_cached,
   ):
     raise ValueError(

@@ -61,8 +61,8 @@ class TrainIterator(Iterator[Batch]):
     def open_shard(shard):
       ds = seqio.get_dataset(
         task,
-        task_feature_lengths=dict(config.task_feature_lengths),
-        feature_converter=_feature_converter(),
+        task_feature_lengths=config.lengths,
+        feature_converter=_feature_converter(config.has_teacher_inputs),
         dataset_split=config.split,
         use_cached=config.use_cached,
         shuffle=config.shuffle,
@@ -167,7 +167,7 @@ def _reading_options() -> tf.data.Options:
   return options
 
 
-def _feature_converter() -> seqio.FeatureConverter:
+def _feature_converter(teacher_inputs: bool) -> seqio.FeatureConverter:
   """Returns seqio's feature converter, for vocabularies with any pad id.
 
   seqio pads with 0 and treats every 0 as padding, but 0 is a token in some
@@ -175,13 +175,41 @@ def _feature_converter() -> seqio.FeatureConverter:
   and decremented by `_to_batch`.
   """
 
+  encoder_feature = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+  names = seqio_tasks.FEATURES
+  if teacher_inputs:
+    names += (seqio_tasks.TEACHER_INPUTS,)
+
   class FeatureConverter(seqio.EncDecFeatureConverter):
+    if teacher_inputs:
+      TASK_FEATURES = {
+        **seqio.EncDecFeatureConverter.TASK_FEATURES,
+        seqio_tasks.TEACHER_INPUTS: encoder_feature,
+      }
+      MODEL_FEATURES = {
+        **seqio.EncDecFeatureConverter.MODEL_FEATURES,
+        'teacher_input_tokens': encoder_feature,
+      }
+
+    def _convert_example(self, features):
+      converted = super()._convert_example(features)
+      if teacher_inputs:
+        of_teacher = features[seqio_tasks.TEACHER_INPUTS]
+        converted['teacher_input_tokens'] = of_teacher
+      return converted
+
     def _convert_features(self, ds, task_feature_lengths):
       def shift(features):
-        ids = {name: features[name] + 1 for name in seqio_tasks.FEATURES}
-        return {**features, **ids}
+        return {**features, **{name: features[name] + 1 for name in names}}
 
       return super()._convert_features(ds.map(shift), task_feature_lengths)
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+      lengths = super().get_model_feature_lengths(task_feature_lengths)
+      if teacher_inputs:
+        length = task_feature_lengths[seqio_tasks.TEACHER_INPUTS]
+        lengths['teacher_input_tokens'] = length
+      return lengths
 
   return FeatureConverter(pack=False)
 
@@ -204,7 +232,10 @@ def _to_batch(
   inputs, targets = ids('encoder_input_tokens'), ids('decoder_target_tokens')
   # The task's own rows may end with padding.
   weights = features['decoder_loss_weights'] * (targets != pad_id)
-  return Batch(inputs, targets, weights.astype(np.float32))
+  teacher_inputs = None
+  if 'teacher_input_tokens' in features:
+    teacher_inputs = ids('teacher_input_tokens')
+  return Batch(inputs, targets, weights.astype(np.float32), teacher_inputs)
 
 
 def _check_padding(tokens: np.ndarray, pad_id: int, task_name: str) -> None:
@@ -247,7 +278,7 @@ class EvalDataset:
       task.name,
       self._name,
       config.split,
-      tuple(config.task_feature_lengths.items()),
+      tuple(config.lengths.items()),
       config.num_examples,
       config.use_cached,
       pad_id,
@@ -267,19 +298,28 @@ class EvalDataset:
     """
     for start in range(0, len(self), self.batch_size):
       self._before_batch()
-      part = Batch(*(x[start : start + self.batch_size] for x in self._rows))
-      fill = self.batch_size - len(part.encoder_input_tokens)
       yield (
         np.arange(start, start + self.batch_size, dtype=np.int32),
-        Batch(
-          *(
-            np.pad(x, ((0, fill), (0, 0)), constant_values=value)
-            for x, value in zip(
-              part, (self._pad_id, self._pad_id, 0.0), strict=True
-            )
-          )
-        ),
+        self._filled_up(start),
       )
+
+  def _filled_up(self, start: int) -> Batch:
+    """Returns the batch whose first row is `start`."""
+
+    def cut(x, fill):
+      if x is None:
+        return None
+      x = x[start : start + self.batch_size]
+      missing = self.batch_size - len(x)
+      return np.pad(x, ((0, missing), (0, 0)), constant_values=fill)
+
+    rows, pad = self._rows, self._pad_id
+    return Batch(
+      cut(rows.encoder_input_tokens, pad),
+      cut(rows.decoder_target_tokens, pad),
+      cut(rows.decoder_loss_weights, 0.0),
+      cut(rows.teacher_input_tokens, pad),
+    )
 
   def predict(
     self, write: Callable[[np.ndarray, Batch], np.ndarray]
@@ -385,7 +425,9 @@ def _read_split(
   """
   evaluator = seqio.Evaluator(
     registered_name,
-    feature_converter=_feature_converter(),
+    feature_converter=_feature_converter(
+      seqio_tasks.TEACHER_INPUTS in dict(lengths)
+    ),
     eval_split=split,
     use_cached=use_cached,
     sequence_length=dict(lengths),
@@ -461,7 +503,7 @@ class InferenceDataset:
     """
     config = self._config
     ds = self._task.get_dataset(
-      dict(config.task_feature_lengths),
+      config.lengths,
       split=config.split,
       shuffle=False,
       use_cached=config.use_cached,

@@ -17,6 +17,7 @@ import importlib
 import inspect
 import json
 import os
+import string
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ with epy.lazy_imports():
   import tensorflow as tf
 
 FEATURES = ('inputs', 'targets')
+TEACHER_INPUTS = 'teacher_inputs'  # the feature that only a teacher reads
 
 
 def set_tfds_data_dir(folder: str) -> None:
@@ -136,21 +138,32 @@ def with_vocabulary(
   if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
     return seqio.get_mixture_or_task(name)
   if isinstance(task, seqio.Mixture):
-    parts = {part.name: part for part in task.tasks}
-    changed = []
-    for part_name, rate in task.rate_per_task_name.items():
-      part = parts.get(part_name) or seqio.MixtureRegistry.get(part_name)
-      # A rate may be a function of the task: call it with the original task.
-      if callable(rate):
-        rate = functools.partial(_rate_of, rate, part)
-      changed.append((with_vocabulary(part, vocabulary), rate))
-    # seqio has no public accessor for the sampling function.
-    return _register(seqio.Mixture(name, changed, sample_fn=task._sample_fn))
+    return _register(
+      _changed_mixture(
+        task, name, lambda part: with_vocabulary(part, vocabulary)
+      )
+    )
   features = {
     feature: dataclasses.replace(value, vocabulary=vocabulary)
     for feature, value in task.output_features.items()
   }
   return _register(task.replace(name=name, output_features=features))
+
+
+def _changed_mixture(
+  mixture: seqio.Mixture, name: str, change: Callable[[seqio.Task], seqio.Task]
+) -> seqio.Mixture:
+  """Returns a mixture of changed parts with the same rates."""
+  parts = {part.name: part for part in mixture.tasks}
+  changed = []
+  for part_name, rate in mixture.rate_per_task_name.items():
+    part = parts.get(part_name) or seqio.MixtureRegistry.get(part_name)
+    # A rate may be a function of the task: call it with the original task.
+    if callable(rate):
+      rate = functools.partial(_rate_of, rate, part)
+    changed.append((change(part), rate))
+  # seqio has no public accessor for the sampling function.
+  return seqio.Mixture(name, changed, sample_fn=mixture._sample_fn)
 
 
 def _rate_of(rate: Callable, original: seqio.Task, changed: seqio.Task):
@@ -225,6 +238,135 @@ def with_predictions(
     output_features=features,
   )
   return seqio.TaskRegistry.get(name)
+
+
+def with_teacher_inputs(
+  task: seqio.Task | seqio.Mixture, template: str
+) -> seqio.Task | seqio.Mixture:
+  """Returns the task with a feature `teacher_inputs`, under a new name.
+
+  Args:
+    task: tokenizes with `seqio.preprocessors.tokenize`.
+    template: text with the names of an example's texts in braces, such as
+      '{inputs} Answer: {targets}'. They are filled in before tokenization.
+
+  Raises:
+    ValueError: the task does not tokenize in this way; or, when its data is
+      read, the template has a name that the examples do not have.
+  """
+  name = f'{task.name}__teacher_inputs_{_digest(template)}'
+  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+    return seqio.get_mixture_or_task(name)
+  if isinstance(task, seqio.Mixture):
+    return _register(
+      _changed_mixture(
+        task, name, lambda part: with_teacher_inputs(part, template)
+      )
+    )
+  before, after = split_at_tokenization(task)
+
+  def fill_in(ds):
+    parts = []
+    for text, field, *_ in string.Formatter().parse(template):
+      parts.append(text)
+      if field is not None:
+        spec = ds.element_spec.get(field)
+        if spec is None or spec.dtype != tf.string:
+          texts = (
+            k for k, v in ds.element_spec.items() if v.dtype == tf.string
+          )
+          raise ValueError(
+            f'datasets.TeacherInputs.template has {{{field}}}, but the '
+            f'examples of task {task.name!r} have the texts '
+            f'{", ".join(sorted(texts))}.'
+          )
+        parts.append(field)
+    literal = [i % 2 == 0 for i in range(len(parts))]
+
+    def add(features):
+      texts = [
+        part if is_literal else features[part]
+        for part, is_literal in zip(parts, literal, strict=True)
+      ]
+      return {**features, TEACHER_INPUTS: tf.strings.join(texts)}
+
+    return ds.map(add)
+
+  features = {**task.output_features}
+  features[TEACHER_INPUTS] = features['inputs']
+  return _register(
+    task.replace(
+      name=name,
+      preprocessors=[*before, fill_in, *after],
+      output_features=features,
+    )
+  )
+
+
+def exemplars(
+  task: seqio.Task | seqio.Mixture, template: str, number: int, seed: int
+) -> str:
+  """Returns examples of the train split, each filled into a template.
+
+  They are drawn from the first 1,000 examples. Training reads them, too: an
+  example may be its own exemplar.
+
+  Raises:
+    ValueError: the task is a mixture, has too few examples, or its examples
+      lack a name of the template.
+  """
+  if isinstance(task, seqio.Mixture):
+    raise ValueError(
+      'datasets.TeacherInputs.num_exemplars: the examples of '
+      f'{task.name!r} are mixed from several tasks. Write the exemplars into '
+      'datasets.TeacherInputs.template.'
+    )
+  before, _ = split_at_tokenization(task)
+  ds = task.source.get_dataset('train', shuffle=False).take(1000)
+  # seqio has no public function for this.
+  rows = [*task._preprocess_dataset(ds, before).as_numpy_iterator()]
+  if len(rows) < number:
+    raise ValueError(
+      f'datasets.TeacherInputs.num_exemplars is {number}, but the train split '
+      f'of {task.name!r} has {len(rows)} examples.'
+    )
+  chosen = np.random.default_rng(seed).choice(len(rows), number, replace=False)
+  texts = []
+  for i in chosen:
+    fields = {
+      name: value.decode(errors='replace')
+      for name, value in rows[i].items()
+      if isinstance(value, bytes)
+    }
+    try:
+      texts.append(template.format_map(fields))
+    except KeyError as e:
+      raise ValueError(
+        f'datasets.TeacherInputs.exemplar has {{{e.args[0]}}}, but the '
+        f'examples of task {task.name!r} have the texts '
+        f'{", ".join(sorted(fields))}.'
+      ) from e
+  return ''.join(texts)
+
+
+def split_at_tokenization(task: seqio.Task) -> tuple[list, list]:
+  """Returns the preprocessors before `seqio.preprocessors.tokenize`, the rest.
+
+  Raises:
+    ValueError: it is not among them.
+  """
+  steps = [*task.preprocessors]
+  for i, step in enumerate(steps):
+    while isinstance(step, functools.partial):
+      step = step.func
+    if step is seqio.preprocessors.tokenize:
+      return steps[:i], steps[i:]
+  raise ValueError(
+    f'datasets.DatasetConfig.teacher_inputs: task {task.name!r} does not '
+    'tokenize its texts with seqio.preprocessors.tokenize, before which the '
+    'template is filled in. Give the task an output feature '
+    f'{TEACHER_INPUTS!r} of its own, and set template = None.'
+  )
 
 
 def first_examples(

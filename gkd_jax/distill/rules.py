@@ -112,6 +112,18 @@ def training_outputs_are_drawn_from_a_model(setup: Setup) -> None:
       )
 
 
+def a_live_teacher_has_no_dropout(setup: Setup) -> None:
+  """Student and live teacher are equal if they read the same."""
+  if setup.method.teacher.is_live and setup.dropout_rate > 0.0:
+    raise ValueError(
+      f'DROPOUT_RATE is {setup.dropout_rate} and the teacher is the live '
+      'student, which runs without dropout: loss and gradient would not be 0 '
+      'where the two agree, and the student would be trained towards its own '
+      'outputs without dropout. Set DROPOUT_RATE = 0.0, or '
+      'methods.Method.teacher = @teachers.ema().'
+    )
+
+
 def compared_outputs_are_in_one_microbatch(setup: Setup) -> None:
   """A microbatch has at least as many rows as the credit compares."""
   credit, batch_size = setup.method.credit, setup.batch_size
@@ -135,6 +147,7 @@ RULES = (
   reinforce_draws_ancestrally,
   reinforce_trains_without_dropout,
   training_outputs_are_drawn_from_a_model,
+  a_live_teacher_has_no_dropout,
   compared_outputs_are_in_one_microbatch,
 )
 

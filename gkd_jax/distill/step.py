@@ -343,7 +343,7 @@ def _write_and_grade(
       teacher_hidden = hidden_states(
         teacher,
         teacher_params,
-        batch.encoder_input_tokens,
+        batch.teacher_inputs,
         rollouts.outputs.tokens,
         num_microbatches=num_microbatches,
       )
@@ -369,9 +369,8 @@ def _draw(
   num_microbatches,
 ) -> Draw:
   """Returns the inputs of the policy; see `policies.Draw`."""
-  inputs = batch.encoder_input_tokens
 
-  def sample(model, params, config, encoded, encoder_scope):
+  def sample(model, params, config, inputs, encoded, encoder_scope):
     if encoded is None:
       with jax.named_scope(encoder_scope):
         encoded = model.apply(
@@ -393,8 +392,20 @@ def _draw(
     )
 
   method = models.method
-  of_student = (models.student, params, method.student_sampler, encoded)
-  of_teacher = (models.teacher, teacher_params, method.teacher_sampler, None)
+  of_student = (
+    models.student,
+    params,
+    method.student_sampler,
+    batch.encoder_input_tokens,
+    encoded,
+  )
+  of_teacher = (
+    models.teacher,
+    teacher_params,
+    method.teacher_sampler,
+    batch.teacher_inputs,
+    None,
+  )
   return Draw(
     rngs.policy,
     batch,

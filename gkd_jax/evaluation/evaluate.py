@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -140,7 +141,7 @@ class Evaluation:
 
     self._num_outputs = _num_outputs(decodings, num_samples)
 
-    def make(model, name):
+    def make(model, name, inputs_of):
       write = programs.make_write(
         model,
         decodings[name],
@@ -150,20 +151,24 @@ class Evaluation:
         **shape,
       )
       return lambda params, row_ids_B, batch: write(
-        params, row_ids_B, batch.encoder_input_tokens
+        params, row_ids_B, inputs_of(batch)
       )
 
-    def writes(model):
-      return {name: make(model, name) for name in decodings}
+    def writes(model, inputs_of):
+      return {name: make(model, name, inputs_of) for name in decodings}
 
-    self._student_writes = writes(student)
+    self._student_writes = writes(
+      student, lambda batch: batch.encoder_input_tokens
+    )
     self._divergences = self._of_teacher = None
     self._divergence_names = programs.divergence_names(divergence)
     if teacher.module is not None:
       self._divergences = programs.make_divergences(
         student, teacher.module, own=divergence, **shape
       )
-      self._teacher_writes = writes(teacher.module)
+      self._teacher_writes = writes(
+        teacher.module, lambda batch: batch.teacher_inputs
+      )
       self._disagreement = programs.make_disagreement(
         student, teacher.module, ids=self._ids, mesh=mesh
       )
@@ -245,7 +250,7 @@ class Evaluation:
       texts = self._dataset.decode(tokens)
       new = [{'student': text} for text in texts]
       if self._divergences is not None:
-        few = Batch(*(x[: self._few] for x in batch))
+        few = jax.tree.map(lambda x: x[: self._few], batch)
         by_teacher = self._teacher_texts(decoding, row_ids_B[: self._few], few)
         values = self._disagreement(params, self._teacher_params, few, tokens)
         for i, text in enumerate(by_teacher):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkd_jax.batch import Batch, Outputs, SpecialIds
+from gkd_jax.batch import Outputs, SpecialIds
 from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, generation, sampler
 from gkd_jax.decoding import rollout as rollout_lib
@@ -187,7 +187,8 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
       },
     }
 
-  def sums_on(student_params, teacher_params, inputs, outputs):
+  def sums_on(student_params, teacher_params, batch, outputs):
+    inputs = batch.encoder_input_tokens
     weights_BT, count = objectives.coefficients(outputs.weights, 'sequence')
     sums = chunked_sums.weighted_sums(
       terms,
@@ -197,7 +198,9 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
       student.head_params(student_params),
       step_lib.hidden_states(student, student_params, inputs, outputs.tokens),
       teacher.head_params(teacher_params),
-      step_lib.hidden_states(teacher, teacher_params, inputs, outputs.tokens),
+      step_lib.hidden_states(
+        teacher, teacher_params, batch.teacher_inputs, outputs.tokens
+      ),
       outputs.tokens,
       weights_BT,
     )
@@ -220,7 +223,7 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
     is_example_B = batch.decoder_loss_weights.any(axis=1, keepdims=True)
     drawn = Outputs(drawn.tokens, drawn.weights * is_example_B)
     return {
-      on: sums_on(student_params, teacher_params, inputs, outputs)
+      on: sums_on(student_params, teacher_params, batch, outputs)
       for on, outputs in zip(_MEASURED_ON, (batch.outputs, drawn), strict=True)
     }
 
@@ -256,7 +259,9 @@ def make_disagreement(
   teacher_unembed = step_lib.unembed(teacher)
 
   @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
-  def disagreement(student_params, teacher_params, inputs, tokens):
+  def disagreement(
+    student_params, teacher_params, inputs, teacher_inputs, tokens
+  ):
     def at_place(place):
       student_hidden_BD, teacher_hidden_BD, tokens_B = place
       student_logits, teacher_logits = objectives.comparable_logits(
@@ -283,7 +288,7 @@ def make_disagreement(
       lambda x: x.swapaxes(0, 1),
       (
         step_lib.hidden_states(student, student_params, inputs, tokens),
-        step_lib.hidden_states(teacher, teacher_params, inputs, tokens),
+        step_lib.hidden_states(teacher, teacher_params, teacher_inputs, tokens),
         tokens,
       ),
     )
@@ -293,10 +298,10 @@ def make_disagreement(
     )
 
   def place_and_compare(student_params, teacher_params, batch, tokens):
-    inputs, tokens = partitioning.put_global_batch(
-      (batch.encoder_input_tokens, tokens), mesh
+    placed = partitioning.put_global_batch(
+      (batch.encoder_input_tokens, batch.teacher_inputs, tokens), mesh
     )
-    values = disagreement(student_params, teacher_params, inputs, tokens)
+    values = disagreement(student_params, teacher_params, *placed)
     return jax.tree.map(np.asarray, values)
 
   return place_and_compare
@@ -334,7 +339,8 @@ def make_mean_reward(
     for row_ids_B, batch in dataset.batches():
       # Padding rows repeat the last example: a reward may reject empty ones.
       existing_B = np.minimum(row_ids_B, len(dataset) - 1)
-      batch = Batch(*(x[existing_B - row_ids_B[0]] for x in batch))
+      rows_B = existing_B - row_ids_B[0]
+      batch = jax.tree.map(lambda x, rows_B=rows_B: x[rows_B], batch)
       placed = partitioning.put_global_batch(
         (batch, tokens[existing_B], row_ids_B < len(dataset)), mesh
       )

@@ -390,8 +390,8 @@ def divergence(settings: Mapping[str, Any]) -> str | None:
   name = reference.strip('@()').rpartition('.')[2]
   if name == 'generalized_jsd':
     return f'JSD({settings.get("BETA")})'
-  words = name.split('_')
-  return ' '.join('KL' if word == 'kl' else word for word in words)
+  words = {'kl': 'KL', 'taid': 'TAID', 'todi': 'ToDi'}
+  return ' '.join(words.get(word, word) for word in name.split('_'))
 
 
 def alpha(settings: Mapping[str, Any]) -> float | None:

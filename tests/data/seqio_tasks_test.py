@@ -354,7 +354,7 @@ def pairs(batches):
   return [
     (x[x > 0].tolist(), y[w > 0].tolist())
     for batch in batches
-    for x, y, w in zip(*batch, strict=True)
+    for x, y, w in zip(*batch[:3], strict=True)
   ]
 
 

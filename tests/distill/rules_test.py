@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from gkd_jax.decoding.sampler import SamplerConfig
-from gkd_jax.distill import credit, divergences, policies, rewards, rules
+from gkd_jax.distill import (
+  credit,
+  divergences,
+  policies,
+  rewards,
+  rules,
+  teachers,
+)
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.objectives import Objective
 
@@ -67,6 +74,13 @@ BROKEN = {
     ({name: SamplerConfig(calculator=True)}, {}, f'{name}.calculator is set')
     for name in ('student_sampler', 'teacher_sampler')
   ],
+  'a_live_teacher_has_no_dropout': [
+    (
+      {'teacher': teachers.live()},
+      {'dropout_rate': 0.1},
+      'Set DROPOUT_RATE = 0.0',
+    )
+  ],
   'compared_outputs_are_in_one_microbatch': [
     (
       {'credit': REINFORCE},
@@ -104,6 +118,8 @@ def test_a_broken_rule_is_refused(rule, changes, settings, text):
   ('changes', 'settings'),
   [
     ({}, {'dropout_rate': 0.1}),
+    ({'teacher': teachers.live()}, {}),
+    ({'teacher': teachers.ema()}, {'dropout_rate': 0.1}),
     ({'credit': REINFORCE}, {'batch_size': 4, 'num_microbatches': 2}),
     (
       {'credit': credit.reinforce(REWARD, 1.0, 'self_critical')},

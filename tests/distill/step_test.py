@@ -11,7 +11,7 @@ import pytest
 
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, policies, teachers
+from gkd_jax.distill import divergences, policies
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
@@ -549,18 +549,3 @@ def test_likelihood_of_the_dataset_needs_no_teacher():
 def test_a_method_that_needs_a_teacher_must_get_one(policy):
   with pytest.raises(ValueError, match='needs a teacher, and `teacher` is No'):
     make_step(policy, teacher=None)
-
-
-def test_the_live_student_may_be_the_teacher():
-  live = teachers.Teacher(
-    params=lambda frozen, student, carried: student, needs_checkpoint=False
-  )
-  method = Method(policy=student(), objective=Objective(JSD), teacher=live)
-
-  step = jax.jit(make_step(None, method=method, teacher=None))
-  _, metrics = step(start(), Frozen(), tiny.batch())
-
-  # Rounding: the two run through the same operations.
-  assert metrics['loss'] == pytest.approx(0.0, abs=1e-6)
-  assert metrics['grad_norm'] == pytest.approx(0.0, abs=1e-5)
-  assert metrics['on_policy'] == 1.0

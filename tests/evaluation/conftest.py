@@ -36,5 +36,5 @@ def dataset(config):
 @pytest.fixture(scope='module')
 def examples(dataset):
   """All examples in one batch, as arrays."""
-  columns = zip(*(batch for _, batch in dataset.batches()), strict=True)
+  columns = zip(*(batch[:3] for _, batch in dataset.batches()), strict=True)
   return Batch(*(np.concatenate(c)[: len(dataset)] for c in columns))

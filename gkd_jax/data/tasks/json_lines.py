@@ -9,28 +9,31 @@ Importing this module imports TensorFlow; data is read when the first dataset
 is built.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import seqio
 
 from gkd_jax.data.tasks import _common
 
 
-def make_task(name: str, files: Mapping[str, str]) -> seqio.Task:
+def make_task(
+  name: str, files: Mapping[str, str], other_fields: Sequence[str] = ()
+) -> seqio.Task:
   """Returns the task.
 
   Args:
     name: of the task.
     files: {split: file} of train, validation and test; any may be left out. The
-      files are read into memory; fields other than inputs and targets are
-      ignored.
+      files are read into memory.
+    other_fields: names of texts that each line also has, for a template of
+      `datasets.TeacherInputs`. Further fields are ignored.
   """
   _common.check_splits('JSON_LINES_FILES', files)
   _common.check_files('JSON_LINES_FILES', files)
 
   def columns(split):
     return _common.read_json_lines(
-      f'JSON_LINES_FILES[{split!r}]', files[split], ('inputs', 'targets')
+      f'JSON_LINES_FILES[{split!r}]', files[split], ('inputs', 'targets', *other_fields)
     )
 
   return seqio.Task(
