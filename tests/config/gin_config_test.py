@@ -157,6 +157,7 @@ def test_the_experiments_are_found_from_anywhere(
     ([METHODS, '--gin_file=gin/grids/lambda.gin'], 'BEFORE = '),
     ([METHODS, '--gin_file=gin/grids/lambda_by_divergence.gin'], 'BEFORE = '),
     ([METHODS, '--gin_file=gin/grids/student_size.gin'], 'BEFORE = '),
+    ([METHODS, '--gin_file=gin/grids/field_methods.gin'], 'BEFORE = '),
   ],
 )
 def test_a_fragment_behind_a_config_replaces_a_part(run_main, arguments, line):
