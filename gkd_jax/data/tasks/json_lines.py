@@ -33,7 +33,9 @@ def make_task(
 
   def columns(split):
     return _common.read_json_lines(
-      f'JSON_LINES_FILES[{split!r}]', files[split], ('inputs', 'targets', *other_fields)
+      f'JSON_LINES_FILES[{split!r}]',
+      files[split],
+      ('inputs', 'targets', *other_fields),
     )
 
   return seqio.Task(
