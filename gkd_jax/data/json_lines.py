@@ -44,8 +44,8 @@ def read(
     setting: name of the path in gin, for errors.
 
   Raises:
-    ValueError: a line is not a JSON object, lacks a field, or has a field of
-      another type.
+    ValueError: a line is not a JSON object, has a name twice, lacks a field, or
+      has a field of another type.
   """
   # Binary, because text mode also splits lines at \r.
   with open(path, 'rb') as file:
@@ -53,7 +53,7 @@ def read(
       if not line.strip():
         continue
       try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_unique)
       except ValueError as e:
         raise ValueError(
           f'{setting}: line {number} of {path} is not JSON: {e}'
@@ -74,3 +74,13 @@ def read(
             f'{type(values[name]).__name__}, not {kind.__name__}.'
           )
       yield values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object; raises ValueError if a name occurs twice."""
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f'an object has "{twice}" twice')
+  return values

@@ -35,6 +35,10 @@ def test_other_ends_of_lines_within_a_text_do_not_end_the_line(tmp_path):
   [
     ('{"inputs": "a"}', 'has no "targets". It has: inputs'),
     ('{"inputs": "a", "targets": 3}', '"targets" in line 2 .* is int, not str'),
+    (
+      '{"inputs": "a", "inputs": "b", "targets": ""}',
+      'line 2 of .* an object has "inputs" twice',
+    ),
     ('["a", "b"]', 'line 2 of .* is not a JSON object'),
     ('{"inputs": "a", "tar', 'line 2 of .* is not JSON'),
     (b'{"inputs": "\xff", "targets": ""}', 'line 2 of .* is not JSON'),
