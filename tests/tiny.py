@@ -83,6 +83,27 @@ def model_and_params(seed: int, version='1.1', **changes):
   return model, params(model, seed)
 
 
+# Programs that compute the same in another order, or on a CPU that multiplies
+# in another order, differ by rounding: a sum of 24 products by about
+# sqrt(24) * 2**-24 of its largest value, 5 layers and their gradients by 10
+# times that: 3e-6. The rest is room for sums that cancel.
+ROUNDING = 2e-5
+
+
+def assert_equal_but_for_rounding(got, want) -> None:
+  """Compares trees of arrays that two float32 programs of tiny models return.
+
+  Each array may be off by ROUNDING of its largest value. The bound has a floor,
+  because gradients are read as differences of parameters near 1.
+  """
+
+  def check(a, b):
+    scale = max(float(np.max(np.abs(b), initial=0.0)), 0.05)
+    np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * scale)
+
+  jax.tree.map(check, got, want)
+
+
 # For what a test reads from the optimised program; see conftest.
 jit_as_users_do = functools.partial(
   jax.jit,

@@ -113,14 +113,6 @@ def recorder(policy, **changes) -> Recorder:
   return Recorder(policy(), **changes)
 
 
-def assert_trees_close(got, want, *, atol, rtol=0.0):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
-    got,
-    want,
-  )
-
-
 def softmax(logits):
   weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
   return weights / weights.sum(axis=-1, keepdims=True)
@@ -250,9 +242,9 @@ def test_microbatches_change_nothing():
     state, metrics = step(start(), FROZEN, tiny.batch())
 
     gradient = jax.tree.map(jnp.subtract, STUDENT_PARAMS, state.params)
-    # The same numbers are added in another order.
-    assert_trees_close(gradient, whole.gradient, atol=1e-6)
-    assert_trees_close(metrics, whole.metrics, atol=1e-5, rtol=1e-5)
+    tiny.assert_equal_but_for_rounding(
+      (gradient, metrics), (whole.gradient, whole.metrics)
+    )
 
 
 def test_outputs_are_written_once_for_all_microbatches():
@@ -285,9 +277,9 @@ def test_microbatches_of_a_mixture_agree_on_who_writes():
     want_state, want_metrics = whole(*arguments)
 
     shares.add(float(metrics['on_policy']))
-    # The same numbers are added in another order.
-    assert_trees_close(state.params, want_state.params, atol=1e-6)
-    assert_trees_close(metrics, want_metrics, atol=1e-5, rtol=1e-5)
+    tiny.assert_equal_but_for_rounding(
+      (state.params, metrics), (want_state.params, want_metrics)
+    )
   assert shares == {0.0, 1.0}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gkd_jax.models import layers
-from tests import t5_reference
+from tests import t5_reference, tiny
 
 
 def softmax(logits):
@@ -65,8 +65,7 @@ def test_contract_has_the_gradients_of_einsum(equation):
   want = product_and_gradients(
     lambda *xy: jnp.einsum(equation, *xy), x, y, d_out
   )
-  for a, b in zip(got, want, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # float32 rounding
+  tiny.assert_equal_but_for_rounding(got, want)
 
 
 @pytest.mark.parametrize('bidirectional', [True, False])
