@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import Outputs
-from gkd_jax.distill.policies import Rollouts
+from gkd_jax.distill.policies import DATASET, Rollouts
 from gkd_jax.distill.rewards import Reward
 
 BASELINES = ('self_critical', 'batch_mean', 'none')
@@ -47,6 +47,8 @@ class Evidence(NamedTuple):
     compute_rewards: outputs -> [B] float32 rewards. Requires `Credit.reward`.
     sample_greedy: () -> the student's greedy outputs.
     all_by_student: whether the student writes every output under this policy.
+    coefficients_BT: [B, T] weight of each token in the objective, before the
+      division by the number of outputs or tokens.
   """
 
   rollouts: Rollouts
@@ -55,6 +57,7 @@ class Evidence(NamedTuple):
   compute_rewards: Callable[[Outputs], jax.Array]
   sample_greedy: Callable[[], Outputs]
   all_by_student: bool
+  coefficients_BT: jax.Array
 
 
 class Worth(NamedTuple):
@@ -84,6 +87,7 @@ class Credit:
     is_policy_gradient: whether its gradient is that of an expectation over
       outputs, so that outputs must be drawn from the student's distribution.
     min_rows: the least number of rows in a microbatch, which it compares.
+    needs_teacher: whether `assign` reads the teacher's log-probabilities.
   """
 
   assign: Callable[[Evidence], Worth]
@@ -92,6 +96,7 @@ class Credit:
   learns: bool = True
   is_policy_gradient: bool = False
   min_rows: int = 1
+  needs_teacher: bool = False
 
 
 def reinforce(
@@ -168,6 +173,79 @@ def reinforce(
     learns=learns,
     is_policy_gradient=learns,
     min_rows=2 if learns and baseline == 'batch_mean' else 1,
+  )
+
+
+def minillm_long_term(weight: float = 1.0) -> Credit:
+  """The part of MiniLLM's gradient that looks beyond the next token.
+
+      R_t  = mean over t' > t of ln P(y_t') - ln Q(y_t')
+      loss gradient = -w_t R_t grad ln Q(y_t)
+
+  It complements an objective with `divergences.reverse_kl`, whose gradient is
+  MiniLLM's exact one-token part. w_t = Q(y_t) / (probability at which y_t was
+  drawn) is the importance weight: 1 for tokens that the student drew. Tokens of
+  the dataset have no gradient.
+
+  Args:
+    weight: of this part; 0 measures it only.
+
+  Raises:
+    ValueError: weight is negative.
+
+  Source: Gu et al. (2024), arXiv:2306.08543, Eq. 3 to 7, with its length
+  normalization; the reward is not clipped. The paper's code sums from t' = t,
+  which counts the current token twice.
+  """
+  if weight < 0.0:
+    raise ValueError(
+      f'credit.minillm_long_term.weight must not be negative: {weight}.'
+    )
+
+  def assign(evidence: Evidence) -> Worth:
+    log_probs = evidence.log_probs()
+    rollouts = evidence.rollouts
+    is_token_BT = rollouts.outputs.weights > 0.0
+    reward_BT = jnp.where(
+      is_token_BT, log_probs.teacher - log_probs.student, 0.0
+    )
+    later_BT = mean_of_later(reward_BT, is_token_BT)
+    is_drawn_BT = is_token_BT & (rollouts.author != DATASET)
+    importance_BT = jnp.exp(log_probs.student - rollouts.log_probs)
+    worth_BT = jnp.where(
+      is_drawn_BT, importance_BT * later_BT * evidence.coefficients_BT, 0.0
+    )
+    length_B = jnp.maximum(is_token_BT.sum(axis=1), 1)
+    sums = {'log_ratio': jnp.sum(reward_BT.sum(axis=1) / length_B)}
+    per_token = weight * worth_BT if weight > 0.0 else None
+    return Worth(per_token, jnp.float32(0.0), sums)
+
+  return Credit(
+    assign,
+    learns=weight > 0.0,
+    is_policy_gradient=weight > 0.0,
+    needs_teacher=True,
+  )
+
+
+def mean_of_later(values_BT: jax.Array, counts_BT: jax.Array) -> jax.Array:
+  """Returns, for each token, the mean over the later tokens of its row.
+
+  Args:
+    values_BT: [B, T].
+    counts_BT: [B, T] bool, the tokens to average.
+
+  Returns:
+    [B, T]; 0 where there is no later token.
+  """
+
+  def later(x):
+    return jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1] - x
+
+  values_BT = jnp.where(counts_BT, values_BT, 0.0)
+  number_BT = later(counts_BT.astype(values_BT.dtype))
+  return jnp.where(
+    number_BT > 0.0, later(values_BT) / jnp.maximum(number_BT, 1.0), 0.0
   )
 
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import MASKED_LOGIT
-from gkd_jax.distill.policies import STUDENT
+from gkd_jax.distill.policies import DATASET, STUDENT
 
 # Per-token arrays that a divergence may read; see `chunked_sums`.
 PER_TOKEN = ('tokens', 'author', 'log_probs')
@@ -584,6 +584,41 @@ def by_author(
 
   name = f'by_author_{name_of(student_wrote)}_{name_of(teacher_wrote)}'
   return Divergence(function, name, reads=('author',))
+
+
+def importance_weighted(
+  divergence: Callable[..., jax.Array] = reverse_kl,
+) -> Divergence:
+  """A divergence on tokens that a mixture of both models drew.
+
+      D(P, Q) Q(y_t) / (probability at which y_t was drawn)
+
+  The weight is constant in the gradient, and 1 for tokens of the dataset.
+
+  Args:
+    divergence: a function of logits.
+
+  Returns:
+    A divergence that reads the tokens, their authors and log-probabilities.
+
+  Source: MiniLLM, Gu et al. (2024), arXiv:2306.08543, Eq. 7.
+  """
+
+  def function(*, teacher_logits, student_logits, tokens, author, log_probs):
+    value = divergence(
+      teacher_logits=teacher_logits, student_logits=student_logits
+    )
+    log_q = jnp.take_along_axis(
+      _log_probs(student_logits), tokens[..., None], axis=-1
+    )[..., 0]
+    weight = jnp.exp(jax.lax.stop_gradient(log_q) - log_probs)
+    return jnp.where(author == DATASET, 1.0, weight) * value
+
+  return Divergence(
+    function,
+    f'importance_weighted_{name_of(divergence)}',
+    reads=('tokens', 'author', 'log_probs'),
+  )
 
 
 class TaidState(NamedTuple):

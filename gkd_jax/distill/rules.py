@@ -124,6 +124,18 @@ def a_live_teacher_has_no_dropout(setup: Setup) -> None:
     )
 
 
+def credit_of_the_teacher_has_a_divergence(setup: Setup) -> None:
+  """A credit that reads the teacher's log-probabilities needs its logits."""
+  credit, objective = setup.method.credit, setup.method.objective
+  if credit is not None and credit.needs_teacher:
+    if not objective.needs_teacher:
+      raise ValueError(
+        "The credit reads the teacher's log-probabilities, but "
+        'DIVERGENCE_WEIGHT is 0: no teacher grades the outputs. Set '
+        'DIVERGENCE_WEIGHT above 0.'
+      )
+
+
 def compared_outputs_are_in_one_microbatch(setup: Setup) -> None:
   """A microbatch has at least as many rows as the credit compares."""
   credit, batch_size = setup.method.credit, setup.batch_size
@@ -148,6 +160,7 @@ RULES = (
   reinforce_trains_without_dropout,
   training_outputs_are_drawn_from_a_model,
   a_live_teacher_has_no_dropout,
+  credit_of_the_teacher_has_a_divergence,
   compared_outputs_are_in_one_microbatch,
 )
 

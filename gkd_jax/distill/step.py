@@ -459,7 +459,9 @@ def _make_loss_sums(models: Models):
       )
       worth = jax.lax.stop_gradient(
         credit.assign(
-          _evidence(models, log_probs, params, encoded, rows, shared)
+          _evidence(
+            models, log_probs, params, encoded, rows, shared, coefficients_BT
+          )
         )
       )
     with jax.named_scope('student'):
@@ -503,7 +505,7 @@ def _extras(objective, heads, carried, rollouts) -> chunked_sums.Extras | None:
 
 
 def _evidence(
-  models, log_probs, params, encoded, rows, shared
+  models, log_probs, params, encoded, rows, shared, coefficients_BT
 ) -> credit_lib.Evidence:
   """Returns the inputs of the credit; see `credit.Evidence`."""
   method, rollouts = models.method, rows.rollouts
@@ -534,6 +536,7 @@ def _evidence(
     compute_rewards,
     sample_greedy,
     method.policy.student_data_fraction == 1.0,
+    coefficients_BT,
   )
 
 

@@ -387,6 +387,38 @@ def test_each_author_has_a_divergence():
   assert own.reported_name == 'by_author_reverse_kl_forward_kl'
 
 
+# ----------------------------------------------------------- importance weights
+
+
+def test_tokens_that_a_mixture_drew_are_weighted():
+  own = divergences.importance_weighted(reverse_kl)
+  log_p, log_q = (
+    jax.nn.log_softmax(x) for x in (TEACHER_LOGITS, STUDENT_LOGITS)
+  )
+  token, share = 1, 0.2
+  drawn_at = jnp.logaddexp(
+    jnp.log(share) + log_p[token], jnp.log1p(-share) + log_q[token]
+  )
+
+  value, gradient = value_and_grad(
+    partial(
+      own.function,
+      tokens=jnp.int32([token, token]),
+      author=jnp.int8([STUDENT, DATASET]),
+      log_probs=jnp.float32([drawn_at, 0.0]),
+    ),
+    np.stack([TEACHER_LOGITS] * 2),
+    np.stack([STUDENT_LOGITS] * 2),
+  )
+
+  want, want_gradient = value_and_grad(
+    reverse_kl, TEACHER_LOGITS, STUDENT_LOGITS
+  )
+  weight = 0.4386685907 / (0.2 * 0.2174986486 + 0.8 * 0.4386685907)
+  np.testing.assert_allclose(value, [weight * want, want], rtol=1e-5)
+  np.testing.assert_allclose(gradient[0], weight * want_gradient, atol=1e-6)
+
+
 # ------------------------------------------------------------------------ TAID
 
 

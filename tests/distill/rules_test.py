@@ -81,6 +81,16 @@ BROKEN = {
       'Set DROPOUT_RATE = 0.0',
     )
   ],
+  'credit_of_the_teacher_has_a_divergence': [
+    (
+      {
+        'credit': credit.minillm_long_term(),
+        'objective': Objective(divergence_weight=0.0),
+      },
+      {},
+      'no teacher grades the outputs',
+    )
+  ],
   'compared_outputs_are_in_one_microbatch': [
     (
       {'credit': REINFORCE},
