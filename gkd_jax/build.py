@@ -32,9 +32,13 @@ from gkd_jax.models.params import (
   init_params,
 )
 from gkd_jax.parallel import partitioning
-from gkd_jax.runtime import console
+from gkd_jax.runtime import console, pins
 
 Params = Any
+
+_TEACHER = 'TEACHER_CHECKPOINT_PATH'
+_INITIAL = 'INITIAL_CHECKPOINT_PATH'
+_REWARD = 'REWARD_CHECKPOINT_PATH'
 
 
 class Task(NamedTuple):
@@ -182,7 +186,7 @@ def open_sources(experiment: Experiment, task: Task) -> Sources:
   # The teacher first, because errors in its settings are the most likely.
   opened = source(
     teacher.checkpoint_path,
-    'TEACHER_CHECKPOINT_PATH',
+    _TEACHER,
     teacher.config,
     'experiment.Teacher.config (None takes any)',
   )
@@ -190,17 +194,94 @@ def open_sources(experiment: Experiment, task: Task) -> Sources:
     teacher=opened,
     student=source(
       student.initial_checkpoint_path,
-      'INITIAL_CHECKPOINT_PATH',
+      _INITIAL,
       student.config,
       'STUDENT',
     ),
     reward=source(
       reward.checkpoint_path,
-      'REWARD_CHECKPOINT_PATH',
+      _REWARD,
       reward.config,
       'experiment.RewardModel.config (None takes any)',
     ),
   )
+
+
+def with_pinned_steps(
+  experiment: Experiment, pinned: pins.Pins | None
+) -> Experiment:
+  """Returns an experiment with the checkpoints that its run started with.
+
+  A teacher may be a run that is trained on meanwhile.
+
+  Args:
+    experiment: of the run.
+    pinned: see `pins.read`; None: the run starts now.
+
+  Raises:
+    ValueError: such a checkpoint has been removed.
+  """
+
+  def at(setting, path):
+    return pins.pinned_path(pinned, setting, path)
+
+  student, teacher = experiment.student, experiment.teacher
+  reward = experiment.reward_model
+  return dataclasses.replace(
+    experiment,
+    student=dataclasses.replace(
+      student,
+      initial_checkpoint_path=at(_INITIAL, student.initial_checkpoint_path),
+    ),
+    teacher=dataclasses.replace(
+      teacher, checkpoint_path=at(_TEACHER, teacher.checkpoint_path)
+    ),
+    reward_model=dataclasses.replace(
+      reward, checkpoint_path=at(_REWARD, reward.checkpoint_path)
+    ),
+  )
+
+
+def pin(
+  experiment: Experiment, task: Task, sources: Sources
+) -> dict[str, pins.Pin]:
+  """Pins the files that an experiment depends on; see `runtime.pins`.
+
+  Args:
+    experiment: with the paths that its settings have.
+    task: of the experiment.
+    sources: of the experiment.
+  """
+  train = experiment.data.train
+  checkpoints = (
+    (_TEACHER, sources.teacher, experiment.teacher.checkpoint_path),
+    (_INITIAL, sources.student, experiment.student.initial_checkpoint_path),
+    (_REWARD, sources.reward, experiment.reward_model.checkpoint_path),
+  )
+  pinned = pin_data(task, train, *experiment.evaluation.all_datasets)
+  return pinned | {
+    setting: pretrained.pin(source, path)
+    for setting, source, path in checkpoints
+    if source is not None
+  }
+
+
+def pin_data(
+  task: Task, *all_datasets: datasets.DatasetConfig
+) -> dict[str, pins.Pin]:
+  """Pins the files of datasets of a task, and its vocabulary."""
+  pinned = {}
+  if (file := vocabularies.file_of(task.vocabulary)) is not None:
+    pinned['VOCABULARY_PATH'] = pins.of_file(file)
+  data = {path for one in all_datasets for path in datasets.files_of(one)}
+  if data:
+    name = all_datasets[0].mixture_or_task_name
+    pinned[f'data of task {name}'] = pins.of_files(sorted(data))
+  for dataset in all_datasets:
+    if dataset.predictions is not None:
+      paths = predictions.files_of(dataset.predictions)
+      pinned['TRAIN_ON_PREDICTIONS'] = pins.of_files(paths)
+  return pinned
 
 
 def open_source(
@@ -576,5 +657,5 @@ def open_checkpoints(
     checkpoint.ModelDescription(experiment.student.config, task.description),
     keep=keep.last,
     best_metric=keep.best_metric,
-    best_mode=keep.best_mode,
+    best_mode=keep.mode,
   )

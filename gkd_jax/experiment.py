@@ -8,6 +8,7 @@ opened.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from gkd_jax.distill import rewards, rules
 from gkd_jax.distill.methods import Method
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.parallel import partitioning
+from gkd_jax.runtime import metrics as metrics_lib
 
 Decoding = sampler.SamplerConfig | beam_search.BeamConfig
 DECODINGS: Mapping[str, Decoding] = {
@@ -310,19 +312,33 @@ class Keep:
     last: number of most recent checkpoints.
     best_metric: a validation metric; the best checkpoint by this metric is
       also kept. None: no best checkpoint.
-    best_mode: 'min' or 'max'.
+    best_mode: 'min' or 'max', which is better; None: that of the metric, see
+      `metrics.better`. Needed only for metrics unknown there.
   """
 
   last: int = 2
   best_metric: str | None = None
-  best_mode: str = 'min'
+  best_mode: str | None = None
 
   def __post_init__(self):
     _check_int('experiment.Keep.last', self.last, 1)
-    if self.best_mode not in ('min', 'max'):
+    if self.best_mode not in (None, 'min', 'max'):
       raise ValueError(
-        f"BEST_MODE must be 'min' or 'max', got {self.best_mode!r}."
+        f"BEST_MODE must be 'min', 'max' or None, got {self.best_mode!r}."
       )
+    known = self.best_metric and metrics_lib.better(self.best_metric)
+    if known and self.best_mode not in (None, known):
+      raise ValueError(
+        f'BEST_MODE is {self.best_mode!r}, but of BEST_METRIC '
+        f'{self.best_metric!r} a {"low" if known == "min" else "high"} value '
+        'is better. Leave BEST_MODE = None, or give a metric of your own '
+        'another name.'
+      )
+
+  @property
+  def mode(self) -> str | None:
+    """'min' or 'max', which is better of `best_metric`; None: unknown."""
+    return self.best_mode or metrics_lib.better(self.best_metric or '')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -521,6 +537,32 @@ def check_decodings(decodings: Mapping[str, Any]) -> None:
         f'DECODINGS: {name!r} must be @sampler.SamplerConfig() or '
         f'@beam_search.BeamConfig(), got {decoding!r}.'
       )
+
+
+def check_best_metric(keep: Keep, names: Sequence[str]) -> None:
+  """Checks which checkpoint is the best one.
+
+  Args:
+    keep: its best_metric is set.
+    names: of the validation metrics.
+
+  Raises:
+    ValueError: best_metric is none of these, or its best_mode is missing.
+  """
+  name = keep.best_metric
+  if name not in names:
+    near = difflib.get_close_matches(name, names, n=1)
+    raise ValueError(
+      f'BEST_METRIC {name!r} is not a validation metric.'
+      + (f' Did you mean {near[0]!r}?' if near else '')
+      + f' Validation metrics: {", ".join(names)}.'
+    )
+  if keep.mode is None:
+    raise ValueError(
+      f'BEST_METRIC is {name!r}: whether high or low values of this metric are '
+      "better is unknown. Set BEST_MODE to 'max' or 'min' (its full name is "
+      'experiment.Keep.best_mode).'
+    )
 
 
 def rate_at(schedule: optax.Schedule, step: int) -> float:

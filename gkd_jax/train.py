@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a student: checks settings, builds the run, and runs the loop."""
 
-import difflib
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,9 +18,16 @@ from gkd_jax.distill import rewards
 from gkd_jax.distill.state import Frozen, TrainState
 from gkd_jax.distill.step import TrainStep
 from gkd_jax.evaluation import evaluate, programs
-from gkd_jax.experiment import Due, Experiment, Schedule, check, rate_at
+from gkd_jax.experiment import (
+  Due,
+  Experiment,
+  Schedule,
+  check,
+  check_best_metric,
+  rate_at,
+)
 from gkd_jax.parallel import hosts, partitioning
-from gkd_jax.runtime import console, metrics, run_folder, train_log
+from gkd_jax.runtime import console, metrics, pins, run_folder, train_log
 from gkd_jax.runtime.signals import Interrupted, Signals
 
 
@@ -52,7 +58,13 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
     run_folder.check_results(
       run.folder, functools.partial(_is_past_first_checkpoint, experiment)
     )
-  sources = build.open_sources(experiment, task)
+  starts_anew = run.overwrite and not has_checkpoint
+  started_with = None if starts_anew else pins.read(run.folder)
+  sources = build.open_sources(
+    build.with_pinned_steps(experiment, started_with), task
+  )
+  pinned = build.pin(experiment, task, sources)
+  pins.check_same(run.folder, started_with, pinned)
   reward_fn = build.plan_reward_fn(experiment, task, sources, mesh)
 
   # From here on parameters are loaded and the run's folder is written.
@@ -79,11 +91,13 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   run.folder.mkdir(parents=True, exist_ok=True)
   with run_folder.locked(run.folder, 'MODEL_DIR'):
     resumes = run_folder.has_run(run.folder)
-    if run.overwrite and not has_checkpoint:
+    if starts_anew:
       run_folder.remove_results(run.folder)
     run_folder.save_manifest(
       run.folder, run.config_text(), checkpoint.versions()
     )
+    if started_with is None:
+      pins.save(run.folder, pinned)
     pretrained.keep_side_files(side_files, run.folder)
     checkpoints = build.open_checkpoints(experiment, task, run.folder)
     initial = build.initial_state(experiment, plan, models.student_params, mesh)
@@ -167,7 +181,7 @@ def _loop(
   Dispatch is asynchronous: the host reads the metrics of a step while the
   device computes the next step. The seconds exclude compilation and evaluation.
   """
-  state, train_seconds, to_evaluate = saved
+  state, train_seconds, to_evaluate, saved_log = saved
   first_step, total_steps = int(state.step), training.schedule.total_steps
   if first_step == total_steps and not to_evaluate:
     return state, train_seconds
@@ -181,7 +195,9 @@ def _loop(
 
   batch = training.put_batch(next(training.iterator))
   compiled = _compile(training, state, batch)
-  log = train_log.TrainLog(training.log, writer, training.run_dir, first_step)
+  log = train_log.TrainLog(
+    training.log, writer, training.run_dir, first_step, saved_log
+  )
   clock = time.monotonic()
   with training.signals.recorded():
     for step in range(first_step + 1, total_steps + 1):
@@ -195,6 +211,7 @@ def _loop(
       if not (stops or due.checkpoint or _is_evaluation_due(training, due)):
         continue
       log.flush()
+      log.stop_clock()
       train_seconds += time.monotonic() - clock
       stops = _evaluate_and_save(
         training, due, state, train_seconds, log, writer, stops
@@ -202,7 +219,7 @@ def _loop(
       if stops:
         _stop(training, log, step)
       clock = time.monotonic()
-      log.restart_clock()
+      log.start_clock()
   log.close()
   return state, train_seconds
 
@@ -267,6 +284,7 @@ def _evaluate_and_save(
       train_seconds=train_seconds,
       metrics=values,
       to_evaluate=to_evaluate,
+      log=log.state(),
     )
   return stops or training.signals.received is not None
 
@@ -305,7 +323,7 @@ def _restore(
     return saved
   if resumes:
     console.log('The run was interrupted before its first checkpoint.')
-  return checkpoint.Saved(initial, 0.0, False)
+  return checkpoint.Saved(initial, 0.0, False, None)
 
 
 def _evaluations(
@@ -320,7 +338,7 @@ def _evaluations(
   """Makes the evaluations of the validation and the test split.
 
   Raises:
-    ValueError: BEST_METRIC is not a validation metric.
+    ValueError: BEST_METRIC is not a validation metric, or BEST_MODE is missing.
   """
   mean_reward = None
   if reward_fn is not None:
@@ -348,7 +366,7 @@ def _evaluations(
   validation = make(experiment.evaluation.validation)
   test = make(experiment.evaluation.test)
   if experiment.keep.best_metric is not None:
-    _check_best_metric(experiment.keep.best_metric, validation.names())
+    check_best_metric(experiment.keep, validation.names())
   return validation, test
 
 
@@ -400,13 +418,3 @@ def _log_settings(
     raise_failure=reward.raise_failure if reward else lambda: None,
     after_first_step=log_first_step,
   )
-
-
-def _check_best_metric(name: str, names: Sequence[str]) -> None:
-  if name not in names:
-    near = difflib.get_close_matches(name, names, n=1)
-    raise ValueError(
-      f'BEST_METRIC {name!r} is not a validation metric.'
-      + (f' Did you mean {near[0]!r}?' if near else '')
-      + f' Validation metrics: {", ".join(names)}.'
-    )

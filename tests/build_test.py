@@ -3,12 +3,17 @@
 
 import dataclasses
 import re
+import shutil
 import types
 
 import pytest
 
-from gkd_jax.distill import rewards
+from gkd_jax import build
+from gkd_jax.checkpoints import pretrained
+from gkd_jax.data import datasets
+from gkd_jax.distill import divergences, objectives, policies, rewards
 from gkd_jax.models.t5 import T5Config
+from gkd_jax.runtime import pins
 from tests import conftest, experiments
 
 
@@ -200,6 +205,71 @@ def test_a_long_path_to_the_run_is_no_difference(refused, tmp_path):
 
   assert '  -SEED = 0\n  +SEED = 1\n' in message
   assert 'of/runs' not in message
+
+
+_MODEL = 'description/metadata'
+
+
+def pinned(folder, teacher, step, files):
+  """Writes a run that was started with a checkpoint of a teacher's run."""
+  folder.mkdir()
+  (folder / 'config.gin').touch()
+  pin = pins.Pin(files, str(teacher), step)
+  pins.save(folder, {'TEACHER_CHECKPOINT_PATH': pin})
+
+
+def test_a_teacher_that_changed_since_the_run_started_is_refused(
+  refused, teacher_run, tmp_path
+):
+  pinned(tmp_path / 'run', teacher_run, 'checkpoint_0', {_MODEL: 'old'})
+
+  message = refused(teacher_checkpoint_path=str(teacher_run))
+
+  assert f'MODEL_DIR {tmp_path}/run was started with other files' in message
+  file = f'{teacher_run}/checkpoint_0/{_MODEL}'
+  assert f'TEACHER_CHECKPOINT_PATH: {file} was old, is ' in message
+
+
+def test_a_teachers_checkpoint_that_was_removed_is_refused(
+  refused, teacher_run, tmp_path
+):
+  pinned(tmp_path / 'run', teacher_run, 'checkpoint_7', {})
+
+  message = refused(teacher_checkpoint_path=str(teacher_run))
+
+  assert f'started with checkpoint_7 of {teacher_run}, which does' in message
+
+
+def test_a_run_keeps_the_checkpoint_of_a_teacher_that_is_trained_on(
+  teacher_run, tmp_path
+):
+  run = shutil.copytree(teacher_run, tmp_path / 'teacher')
+  shutil.copytree(run / 'checkpoint_0', run / 'checkpoint_9')
+  experiment = experiments.experiment(
+    student=experiments.STUDENT,
+    train_dataset=datasets.DatasetConfig('letters', conftest.LENGTHS, 8),
+    policy=policies.dataset(),
+    objective=objectives.Objective(divergences.forward_kl),
+    learning_rate=1e-3,
+    total_steps=2,
+    teacher_checkpoint_path=str(run),
+  )
+  at_start = {'TEACHER_CHECKPOINT_PATH': pins.Pin({}, str(run), 'checkpoint_0')}
+
+  resumed = build.with_pinned_steps(experiment, at_start)
+
+  assert resumed.teacher.checkpoint_path == f'{run}/checkpoint_0'
+  assert build.with_pinned_steps(experiment, None) == experiment
+
+
+def test_a_pin_of_our_checkpoint_is_of_what_a_model_is_read_from(teacher_run):
+  source = pretrained.open_checkpoint(str(teacher_run))
+
+  pin = pretrained.pin(source, str(teacher_run))
+
+  assert pin.step == 'checkpoint_0'
+  assert 'description/metadata' in pin.files
+  assert {name.split('/')[0] for name in pin.files} == {'description', 'params'}
 
 
 def test_a_folder_of_checkpoints_of_nobody_knows_what(refused, tmp_path):

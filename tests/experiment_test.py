@@ -180,7 +180,15 @@ def test_planning_needs_no_checkpoint():
     ({'num_data_shards': 2.0}, 'experiment.Data.num_shards must be'),
     ({'num_microbatches': 0}, 'experiment.Optimization.num_microbatches must'),
     ({'max_grad_norm': 0.0}, 'experiment.Optimization.max_grad_norm must be'),
-    ({'best_mode': 'least'}, "BEST_MODE must be 'min' or 'max'"),
+    ({'best_mode': 'least'}, "BEST_MODE must be 'min', 'max' or None"),
+    (
+      {'best_metric': 'greedy/wer', 'best_mode': 'max'},
+      "BEST_MODE is 'max', but of BEST_METRIC 'greedy/wer' a low value is",
+    ),
+    (
+      {'best_metric': 'beam/rouge2', 'best_mode': 'min'},
+      "'beam/rouge2' a high value is better",
+    ),
     ({'policy': policies.student}, 'POLICY must be a policy'),
     ({'decodings': {'greedy': 1}}, "DECODINGS: 'greedy' must be @sampler"),
     ({'decodings': {}}, 'DECODINGS is empty'),
@@ -193,6 +201,29 @@ def test_a_part_refuses_what_it_cannot_be(changes, text):
     experiments.experiment(**(SETTINGS | changes))
 
   assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'metric, mode, want',
+  [
+    ('greedy/exact_match', None, 'max'),
+    ('greedy/error', 'min', 'min'),
+    ('greedy/mine', 'max', 'max'),
+    ('greedy/mine', None, None),
+    (None, None, None),
+  ],
+)
+def test_a_metric_determines_which_checkpoint_is_best(metric, mode, want):
+  keep = experiment_lib.Keep(best_metric=metric, best_mode=mode)
+
+  assert keep.mode == want
+
+
+def test_a_metric_of_unknown_direction_needs_a_mode():
+  keep = experiment_lib.Keep(best_metric='greedy/mine')
+
+  with pytest.raises(ValueError, match="Set BEST_MODE to 'max' or 'min'"):
+    experiment_lib.check_best_metric(keep, ['greedy/mine'])
 
 
 @pytest.mark.parametrize(

@@ -737,7 +737,7 @@ def test_a_command_line_that_makes_no_sense_is_refused(
     ),
     (
       [STUDENT, '--gin.BEST_MODE=least'],
-      ["BEST_MODE must be 'min' or 'max', got 'least'"],
+      ["BEST_MODE must be 'min', 'max' or None, got 'least'"],
     ),
   ],
 )

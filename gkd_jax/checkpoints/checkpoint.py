@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from gkd_jax.checkpoints import checksums
 from gkd_jax.distill.state import TrainState
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
@@ -31,6 +32,8 @@ from gkd_jax.runtime import console, files, paths
 
 _PREFIX = 'checkpoint'
 _METRICS = 'metrics/metrics'
+# Of a checkpoint: what another run reads.
+MODEL_FILES = ('description', 'params')
 _MAX_DIFFERENCES = 5
 
 
@@ -88,9 +91,51 @@ class Saved(NamedTuple):
   state: TrainState
   train_seconds: float
   to_evaluate: bool  # the run was interrupted while it evaluated this state
+  log: Mapping[str, Any] | None  # see `TrainLog.state`
 
 
-class _IteratorHandler(ocp.CheckpointHandler):
+class _Checksummed:
+  """Makes an Orbax handler write checksums before its files count."""
+
+  def finalize(self, directory):
+    # The first host calls it in the thread that saves, when all files exist.
+    super().finalize(directory)
+    checksums.write(directory)
+
+
+class _ArraysHandler(_Checksummed, ocp.StandardCheckpointHandler):
+  pass
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveArrays(ocp.args.StandardSave):
+  pass
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreArrays(ocp.args.StandardRestore):
+  pass
+
+
+class _DescriptionHandler(_Checksummed, ocp.JsonCheckpointHandler):
+  pass
+
+
+@ocp.args.register_with_handler(_DescriptionHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveDescription(ocp.args.JsonSave):
+  pass
+
+
+@ocp.args.register_with_handler(_DescriptionHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreDescription(ocp.args.JsonRestore):
+  pass
+
+
+class _IteratorHandler(_Checksummed, ocp.CheckpointHandler):
   """Adapts an object with save(folder) and restore(folder) to Orbax."""
 
   def save(self, directory, args):
@@ -133,7 +178,7 @@ class Checkpoints:
     *,
     keep: int = 1,
     best_metric: str | None = None,
-    best_mode: str = 'min',
+    best_mode: str | None = None,
   ):
     """Opens the folder; creates it if it does not exist.
 
@@ -142,7 +187,7 @@ class Checkpoints:
       model: saved with each checkpoint.
       keep: number of latest checkpoints to keep.
       best_metric: also keeps the checkpoint that is best by this metric.
-      best_mode: 'min' or 'max'.
+      best_mode: 'min' or 'max'; needed with best_metric.
     """
     self._model = model
     self._folder = epath.Path(run_dir).absolute()
@@ -185,24 +230,32 @@ class Checkpoints:
     train_seconds: float,
     metrics: dict[str, float] | None = None,
     to_evaluate: bool = False,
+    log: Mapping[str, Any] | None = None,
   ) -> None:
-    """Saves a state: copies the arrays, then writes in the background."""
+    """Saves a state: copies the arrays, then writes in the background.
+
+    Args:
+      state: to save.
+      data_iterator: with its position.
+      train_seconds: of the run so far.
+      metrics: of the state; None: not evaluated.
+      to_evaluate: whether its evaluation was interrupted.
+      log: see `TrainLog.state`.
+    """
     step = int(state.step)
     if step == self.latest_step():
       return
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        **{
-          name: ocp.args.StandardSave(part)
-          for name, part in _parts(state).items()
-        },
+        **{name: _SaveArrays(part) for name, part in _parts(state).items()},
         data=_SaveIterator(data_iterator),
-        description=ocp.args.JsonSave(
+        description=_SaveDescription(
           {
             'step': step,
             'train_seconds': train_seconds,
             'to_evaluate': to_evaluate,
+            'log': log,
             'model': self._model.to_json(),
           }
         ),
@@ -228,8 +281,8 @@ class Checkpoints:
       data_iterator: of this run's data.
 
     If the newest is damaged, the previous one is restored and the damaged one
-    is renamed. With several hosts, damaged arrays end the run, since other
-    hosts may have read theirs.
+    is renamed. With several hosts, arrays that cannot be read in spite of
+    their checksums end the run, since other hosts may have read theirs.
 
     Returns:
       The restored run; None if there is no checkpoint.
@@ -241,7 +294,7 @@ class Checkpoints:
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._folder / f'{_PREFIX}_{step}'
-      error = _error_of(lambda folder=folder: saved_shapes(folder))
+      error = _error_of(lambda folder=folder: _check_whole(folder))
       if hosts.any_host(error is not None):
         damaged.append((folder, error or _ELSEWHERE))
         continue
@@ -251,11 +304,11 @@ class Checkpoints:
           step,
           args=ocp.args.Composite(
             **{
-              name: ocp.args.StandardRestore(part)
+              name: _RestoreArrays(part)
               for name, part in _parts(abstract_state).items()
             },
             data=_RestoreIterator(data_iterator),
-            description=ocp.args.JsonRestore(),
+            description=_RestoreDescription(),
           ),
         )
       except Exception as e:
@@ -278,6 +331,7 @@ class Checkpoints:
         # Metrics may have been added since.
         restored.description.get('to_evaluate', False)
         and not (folder / _METRICS).exists(),
+        restored.description.get('log'),
       )
     _set_aside(self._folder, damaged)  # raises, if these are all
     return None
@@ -316,6 +370,14 @@ def _error_of(read: Callable[[], Any]) -> Exception | None:
       raise
     return e
   return None
+
+
+def _check_whole(folder: epath.Path) -> None:
+  """Raises an error if a checkpoint is damaged, as far as can be seen."""
+  saved_shapes(folder)
+  for item in folder.iterdir():
+    if item.is_dir():
+      checksums.check(item)
 
 
 def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
@@ -435,9 +497,11 @@ def load_params(
     dtype: wanted.
 
   Raises:
-    ValueError: they have other shapes; the first differences are listed.
+    ValueError: they have other shapes; the first differences are listed. Or a
+      file is damaged.
   """
   check_shapes(folder, saved_shapes(folder), shapes(abstract_params))
+  checksums.check(folder / 'params')
   wanted = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
     abstract_params,

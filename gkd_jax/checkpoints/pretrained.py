@@ -24,6 +24,7 @@ from gkd_jax.models.interface import EXECUTION_FIELDS, Model, ModelConfig
 from gkd_jax.models.params import abstract_params
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.parallel.partitioning import Placement
+from gkd_jax.runtime import pins
 
 Params = Any
 
@@ -83,6 +84,20 @@ def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
       return found.load(abstract_params, dtype)
 
   return found._replace(load=load)
+
+
+def pin(source: Pretrained, path: str) -> pins.Pin:
+  """Pins the files that a model is read from.
+
+  Args:
+    source: the open checkpoint.
+    path: that `open_checkpoint` was given.
+  """
+  names = {
+    'gkd_jax': checkpoint.MODEL_FILES,
+    huggingface.FORMAT: huggingface.model_files(source.folder),
+  }.get(source.format, [''])
+  return pins.of_checkpoint(path, source.folder, names)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ import io
 import os
 import pathlib
 import re
+import sys
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gin
 
@@ -57,7 +58,8 @@ def parse(
 
   Raises:
     ValueError: a file is missing; a name is unknown; no setting reads a macro;
-      or a value does not have the type of its parameter.
+      two bindings set one parameter; or a value does not have the type of its
+      parameter.
   """
   gin_errors.keep_exceptions()
   gin.clear_config()
@@ -73,8 +75,7 @@ def parse(
     gin.parse_config_files_and_bindings(files, [], finalize_config=False)
     # A flag may use the names of modules that the files import.
     imports = re.findall(r'^(?:from|import) .+', gin.config_str(), re.MULTILINE)
-    for binding in bindings:
-      _parse_binding(imports, binding)
+    _parse_overrides(imports, bindings)
     _check_types()
     if not needs_files:
       gin.parse_config(_without_files(gin.config_str()))
@@ -117,14 +118,90 @@ def _open_gin_file(path: str) -> io.TextIOBase:
   return file
 
 
+_Key = tuple[tuple[str, str], str]  # ((scope, configurable), parameter)
+
+
+class _Override(NamedTuple):
+  """A `--gin.NAME=VALUE` flag."""
+
+  flag: str
+  value: Any
+
+
+def _parse_overrides(imports: Sequence[str], bindings: Sequence[str]) -> None:
+  """Adds overrides to the configuration of the files.
+
+  If a name is repeated, as in a script's `--gin.X=1 "$@"`, the last value is
+  used, and this is printed.
+
+  Raises:
+    ValueError: a parameter and the macro that sets it are given different
+      values.
+  """
+  config = gin.config._CONFIG
+  of_files = {key: dict(values) for key, values in config.items()}
+  given: dict[_Key, _Override] = {}
+  try:
+    for binding in bindings:
+      # Alone, because a parameter may have several names: Schedule.seed and
+      # experiment.Schedule.seed.
+      config.clear()
+      _parse_binding(imports, binding)
+      for key, value in _flat(config).items():
+        override = _Override(_flag(binding), value)
+        before = given.get(key)
+        if before is not None and before.value != value:
+          print(f'{override.flag} replaces {before.flag}.', file=sys.stderr)
+        given[key] = override
+  finally:
+    config.clear()
+    config.update(of_files)
+  for key, override in given.items():
+    macro = _macro_of(of_files, key)
+    if macro in given and given[macro].value != override.value:
+      raise ValueError(
+        f'{given[macro].flag} and {override.flag} set the same parameter. '
+        'Remove one of them.'
+      )
+  for (key, name), override in given.items():
+    config.setdefault(key, {})[name] = override.value
+
+
+def _flat(
+  config: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> dict[_Key, Any]:
+  return {
+    (key, name): value
+    for key, values in config.items()
+    for name, value in values.items()
+  }
+
+
+def _macro_of(config: Mapping[tuple[str, str], Any], key: _Key) -> _Key | None:
+  """Returns the macro that sets a parameter; None if it has a value.
+
+  A macro that another one sets is a setting of its own, with a default.
+  """
+  configurable, name = key
+  value = config.get(configurable, {}).get(name)
+  is_reference = isinstance(value, gin.config.ConfigurableReference)
+  if configurable[1] == 'gin.macro' or not is_reference:
+    return None
+  return value.config_key, 'value'
+
+
 def _parse_binding(imports: Sequence[str], binding: str) -> None:
   try:
     gin.parse_config([*imports, binding])
   except (SyntaxError, tokenize.TokenError) as e:
     raise ValueError(
-      f'--gin.{binding.replace(" = ", "=", 1)} is not a gin value. Use a '
+      f'{_flag(binding)} is not a gin value. Use a '
       'number, string, True, False, None, list, {...}, @name or %MACRO.'
     ) from e
+
+
+def _flag(binding: str) -> str:
+  return f'--gin.{binding.replace(" = ", "=", 1)}'
 
 
 def _check_types() -> None:

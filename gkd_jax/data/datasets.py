@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -231,6 +232,33 @@ def _with_teacher_inputs(task, config: TeacherInputs):
     texts = texts.replace('{', '{{').replace('}', '}}')
     template = template.replace('{exemplars}', texts)
   return seqio_tasks.with_teacher_inputs(task, template)
+
+
+def files_of(config: DatasetConfig) -> list[str]:
+  """Returns the local files and folders that the examples are read from.
+
+  Those that the task's arguments name, and those of seqio's file sources; data
+  of TFDS and of other sources has a version of its own.
+  """
+  task = get_task(dataclasses.replace(config, predictions=None))
+  parts = task.tasks if isinstance(task, seqio.Mixture) else [task]
+  named = [path for path in _texts(config.task_arguments) if path]
+  for part in parts:
+    if isinstance(part.source, seqio.FileDataSource):
+      named += part.source.list_shards(config.split)
+  named = map(os.path.expanduser, named)
+  return sorted({path for path in named if os.path.exists(path)})
+
+
+def _texts(values: Any) -> Iterator[str]:
+  """Yields the texts in nested lists and dicts."""
+  if isinstance(values, str):
+    yield values
+  elif isinstance(values, Mapping):
+    yield from _texts([*values.values()])
+  elif isinstance(values, Sequence):
+    for value in values:
+      yield from _texts(value)
 
 
 def check_not_empty(config: DatasetConfig) -> None:

@@ -26,12 +26,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gkd_jax.data import json_lines
-from gkd_jax.runtime import files
+from gkd_jax.runtime import files, pins
 
 _SETTING = 'TRAIN_ON_PREDICTIONS'
 OUTPUT_SETTING = 'INFER_OUTPUT_DIR'
 # Fields of the provenance that may differ when an interrupted write resumes.
-_CHANGING = ('num_examples', 'num_predictions', 'versions')
+_CHANGING = ('num_examples', 'num_predictions', 'versions', 'pins')
+
+
+def pins_of_partial(path: pathlib.Path) -> dict[str, pins.Pin] | None:
+  """Returns the pins of an interrupted file; None if there is none."""
+  side_file = _side_file(path)
+  if not _partial(path).exists() or not side_file.exists():
+    return None
+  return pins.from_json(_read_json(side_file).get('pins', {}))
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f'{path.name}.partial')
 
 
 class Writer:
@@ -61,7 +73,7 @@ class Writer:
     """
     files.check_free([path], OUTPUT_SETTING, overwrite)
     self._path = path
-    self._partial = path.with_name(f'{path.name}.partial')
+    self._partial = _partial(path)
     # As JSON represents it: a tuple would not equal the list read back.
     self._provenance = json.loads(json.dumps(dict(provenance), default=str))
     self.num_examples = self.num_predictions = 0
@@ -110,16 +122,19 @@ class Writer:
   def _differences(self):
     side_file = _side_file(self._path)
     was = _read_json(side_file) if side_file.exists() else {}
-    return [
+    differences = [
       f'{name}: {was.get(name)!r} there, {self._provenance.get(name)!r} here'
       for name in {**was, **self._provenance}
       if name not in _CHANGING and was.get(name) != self._provenance.get(name)
     ]
+    return differences + pins.differences(
+      *(pins.from_json(of.get('pins', {})) for of in (was, self._provenance))
+    )
 
   def _check_same_provenance(self):
     if differences := self._differences():
       raise ValueError(
-        f'{self._partial} was started with other settings:\n  '
+        f'{self._partial} was started with other settings or files:\n  '
         + '\n  '.join(differences)
         + f'\nChoose another {OUTPUT_SETTING}, remove the file, or set '
         '--gin.OVERWRITE=True.'
@@ -145,6 +160,13 @@ class Writer:
 def find(pattern: str) -> list[str]:
   """Returns the files that a pattern matches; ValueError if none does."""
   return json_lines.find(pattern, _SETTING)
+
+
+def files_of(pattern: str) -> list[str]:
+  """Returns the files that a pattern matches, and those beside them."""
+  paths = [pathlib.Path(path) for path in find(pattern)]
+  side_files = [path for path in map(_side_file, paths) if path.exists()]
+  return [str(path) for path in (*paths, *side_files)]
 
 
 class Examples(NamedTuple):

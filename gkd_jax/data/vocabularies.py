@@ -71,6 +71,13 @@ def describe(vocabulary: seqio.Vocabulary) -> str:
   return f'{kind} {size} ids'
 
 
+def file_of(vocabulary: seqio.Vocabulary) -> str | None:
+  """Returns the file that a vocabulary is read from; None if there is none."""
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return str(vocabulary.sentencepiece_model_file)
+  return None
+
+
 def decode(vocabulary: seqio.Vocabulary, tokens: Iterable[int]) -> str:
   """Returns the text of a row of tokens, up to its EOS."""
   return str(vocabulary.decode([int(t) for t in tokens]))

@@ -9,12 +9,12 @@ import numpy as np
 
 from gkd_jax import build
 from gkd_jax.batch import SpecialIds
-from gkd_jax.checkpoints import checkpoint
+from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, iterators, predictions, vocabularies
 from gkd_jax.decoding import sampler
 from gkd_jax.evaluation import programs
 from gkd_jax.parallel import hosts, partitioning
-from gkd_jax.runtime import console, files, paths
+from gkd_jax.runtime import console, files, paths, pins
 
 _STATUS_SECONDS = 10.0
 
@@ -54,7 +54,10 @@ def infer(
   mesh = partitioning.make_mesh()
   partitioning.check_rows_divide('INFER_BATCH_SIZE', dataset.batch_size, mesh)
   lengths = dict(dataset.task_feature_lengths)
-  source, task = build.open_model_and_task(checkpoint_path, dataset)
+  started_with = None if overwrite else predictions.pins_of_partial(path)
+  source, task = build.open_model_and_task(
+    pins.pinned_path(started_with, 'CHECKPOINT_PATH', checkpoint_path), dataset
+  )
   inputs = iterators.InferenceDataset(dataset, task.ids.pad)
   module = build.make_model(source.config, mesh)
   write = programs.make_write(
@@ -82,6 +85,10 @@ def infer(
     'seed': seed,
     'batch_size': dataset.batch_size,
     'versions': checkpoint.versions(),
+    'pins': pins.to_json(
+      build.pin_data(task, dataset)
+      | {'CHECKPOINT_PATH': pretrained.pin(source, checkpoint_path)}
+    ),
   }
   # All hosts compute the outputs; the first one writes them.
   writer = None

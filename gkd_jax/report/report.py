@@ -28,6 +28,7 @@ from gkd_jax.report.runs import Run
 from gkd_jax.report.sections import Group, Section
 from gkd_jax.report.tables import Column
 from gkd_jax.runtime import files, paths
+from gkd_jax.runtime import metrics as metrics_lib
 
 _CONTENT = 'report.json'
 _MAX_METRICS = 4  # of a task in the table; report.json has all
@@ -191,7 +192,7 @@ def _columns(section: Section) -> list[Column]:
       metric = f'{decoding}/{name}'
       if metric not in measured:
         continue
-      better = section.mode if name == base else tables.better(name)
+      better = section.mode if name == base else metrics_lib.better(name)
       means = [g.means[metric] for g in section.groups if metric in g.means]
       small = all(abs(mean.value) < 2.0 for mean in means)
       form = '{:.4f}' if small else '{:.2f}'

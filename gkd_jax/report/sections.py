@@ -15,6 +15,7 @@ from typing import Any
 from gkd_jax.report import runs as runs_lib
 from gkd_jax.report import tables
 from gkd_jax.report.runs import Run
+from gkd_jax.runtime import metrics as metrics_lib
 
 ROLES = ('teacher', 'initial student', 'method')
 KL = 'on_student_outputs/reverse_kl'  # KL(student || teacher)
@@ -150,8 +151,8 @@ def make(
     all_runs: finished runs.
     metric: the main metric, e.g. 'greedy/wer' or 'wer'; None: BEST_METRIC of
       the runs, or their first metric.
-    mode: 'min' or 'max'; None: BEST_MODE of the runs, or the convention for a
-      metric of this name.
+    mode: 'min' or 'max'; None: BEST_MODE of the runs, or else
+      `metrics.better`.
     tuned: macros. Of groups that differ only in these, the best group on the
       validation split represents all.
 
@@ -273,7 +274,7 @@ def _main_metric(runs, where, metric, mode) -> tuple[str, str | None]:
   base = metric.rpartition('/')[2]
   if mode is None:
     is_best = best is not None and best.rpartition('/')[2] == base
-    mode = best_mode if is_best else tables.better(base)
+    mode = (best_mode if is_best else None) or metrics_lib.better(base)
   return metric, mode
 
 

@@ -8,10 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# Common names of metrics. The first two kinds are in percent.
-_ERRORS = ('wer', 'per', 'cer', 'error')
-_SHARES_RIGHT = ('accuracy', 'exact_match')
-_SCORES = ('bleu', 'chrf', 'f1', 'reward', 'entailment')
+from gkd_jax.runtime import metrics as metrics_lib
 
 
 class Mean(NamedTuple):
@@ -125,7 +122,8 @@ def metric_label(name: str) -> str:
   label = f'ROUGE-{short}' if short != name else name
   if name in ('wer', 'per', 'cer', 'bleu', 'f1'):
     label = name.upper()
-  return f'{label} %' if name in (*_ERRORS, *_SHARES_RIGHT) else label
+  in_percent = (*metrics_lib.ERRORS, *metrics_lib.SHARES_RIGHT)
+  return f'{label} %' if name in in_percent else label
 
 
 def head(metric: str) -> str:
@@ -150,11 +148,3 @@ def temperature_of(decoding: str) -> float | None:
   """Returns the temperature in a decoding's name, such as sampled_0.5."""
   match = re.fullmatch(r'sampled(?:_([\d.]+))?', decoding)
   return float(match[1] or 1.0) if match else None
-
-
-def better(name: str) -> str | None:
-  """Returns 'min' or 'max', which is better for a metric; None: unknown."""
-  if name in _ERRORS:
-    return 'min'
-  known = name in (*_SHARES_RIGHT, *_SCORES) or name.startswith('rouge')
-  return 'max' if known else None

@@ -15,6 +15,23 @@ from gkd_jax.parallel import hosts
 from gkd_jax.runtime import console, files
 
 _FLUSH_SECONDS = 120.0
+# Common names of metrics. The first two kinds are in percent.
+ERRORS = ('wer', 'per', 'cer', 'error')
+SHARES_RIGHT = ('accuracy', 'exact_match')
+_SCORES = ('bleu', 'chrf', 'f1', 'reward', 'entailment')
+
+
+def better(name: str) -> str | None:
+  """Returns 'min' or 'max', which is better for a metric; None: unknown.
+
+  Args:
+    name: with or without its decoding: 'greedy/wer', 'wer'.
+  """
+  name = name.rpartition('/')[2]
+  if name in ERRORS:
+    return 'min'
+  known = name in (*SHARES_RIGHT, *_SCORES) or name.startswith('rouge')
+  return 'max' if known else None
 
 
 class MetricWriter:
@@ -36,7 +53,7 @@ class MetricWriter:
       return
     path = pathlib.Path(run_dir) / 'metrics.jsonl'
     if path.exists():
-      _keep_through_step(path, first_step)
+      keep_through_step(path, first_step)
     # Unbuffered, so that `close` writes nothing and cannot fail on a full disk.
     self._file = path.open('ab', buffering=0)
     # Not tensorboardX's SummaryWriter: it writes in a thread. A full disk kills
@@ -77,8 +94,8 @@ class MetricWriter:
       self._board.close()
 
 
-def _keep_through_step(path: pathlib.Path, step: int) -> None:
-  """Drops the lines of later steps, and an incomplete last line."""
+def keep_through_step(path: pathlib.Path, step: int) -> None:
+  """Drops the lines of later steps, and an incomplete last line, of a file."""
   kept, damaged = [], 0
   *whole, _ = path.read_text(errors='replace', encoding='utf-8').split('\n')
   for line in whole:

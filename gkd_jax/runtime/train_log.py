@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,8 +53,18 @@ class TrainLog:
     writer: metrics.MetricWriter,
     run_dir: pathlib.Path,
     first_step: int,
+    saved: Mapping[str, Any] | None = None,
   ):
-    """Opens the log of a run that starts, or resumes, after `first_step`."""
+    """Opens the log of a run that starts, or resumes, after `first_step`.
+
+    Args:
+      settings: of the log.
+      writer: of the lines.
+      run_dir: folder of the run.
+      first_step: see above. Batches of later steps that were skipped are
+        dropped from their file: the run repeats these steps.
+      saved: the `state` after `first_step`; None: that of a run that starts.
+    """
     self._settings = settings
     self._writer = writer
     self._skipped_path = run_dir / SKIPPED_STEPS
@@ -62,15 +72,38 @@ class TrainLog:
       settings.total_steps, first_step, _PROGRESS_SECONDS
     )
     self._after_first_step = settings.after_first_step
-    self._skipped: list[str] = []  # messages of consecutive skipped steps
     self._pending = None
-    self._window: list[dict[str, float]] = []
     self._on_policy: list[float] = []
-    self.restart_clock()
+    state = saved or {'window': [], 'seconds': 0.0, 'skipped': []}
+    self._window: list[dict[str, float]] = list(state['window'])
+    # Of the steps in the window, without the time since the clock was started.
+    self._seconds: float = state['seconds']
+    # Messages of consecutive skipped steps.
+    self._skipped: list[str] = list(state['skipped'])
+    if hosts.is_first_host() and self._skipped_path.exists():
+      metrics.keep_through_step(self._skipped_path, first_step)
+    self.start_clock()
 
-  def restart_clock(self) -> None:
-    """Excludes the time since the last line from the next line's speed."""
+  def start_clock(self) -> None:
+    """Starts to measure the time of steps."""
     self._clock = time.monotonic()
+
+  def stop_clock(self) -> None:
+    """Excludes the time from here to `start_clock` from the steps' time."""
+    self._seconds += time.monotonic() - self._clock
+
+  def state(self) -> dict[str, Any]:
+    """Returns what a checkpoint must hold for the log to go on, as JSON.
+
+    Call `flush` and `stop_clock` before.
+    """
+    # Copies: a checkpoint is written while training goes on.
+    return {
+      'window': list(self._window),
+      'seconds': self._seconds,
+      # A run that has stopped for them tries as many again.
+      'skipped': [] if self.too_many_skipped else list(self._skipped),
+    }
 
   @property
   def too_many_skipped(self) -> bool:
@@ -136,8 +169,9 @@ class TrainLog:
 
   def _write(self, step: int) -> None:
     """Writes the means over the steps since the last line."""
-    now = time.monotonic()
-    seconds, self._clock = now - self._clock, now
+    self.stop_clock()
+    seconds, self._seconds = self._seconds, 0.0
+    self.start_clock()
     window, self._window = self._window, []
     if not window:
       return

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from gkd_jax.runtime import console, files, paths
+from gkd_jax.runtime import console, files, paths, pins
 from gkd_jax.runtime import signals as signals_lib
 from gkd_jax.sweeps import progress, worker
 
@@ -128,6 +128,34 @@ def check_same_settings(path: pathlib.Path, jobs: Sequence[Job]) -> None:
     now = {**was, **now}
   path.parent.mkdir(parents=True, exist_ok=True)
   files.write_atomically(path, json.dumps(now, indent=2) + '\n')
+
+
+def check_same_files(jobs: Sequence[Job]) -> None:
+  """Refuses to add runs to those that depended on other files.
+
+  Args:
+    jobs: to be run; if all are done, nothing is checked.
+
+  Raises:
+    ValueError: data, predictions or checkpoints of runs that have been started
+      have changed since.
+  """
+  if not all(job.result.exists() for job in jobs):
+    if error := _other_files(jobs):
+      raise ValueError(error)
+
+
+def _other_files(jobs: Sequence[Job]) -> str | None:
+  """Returns an error if files that runs depend on have changed since."""
+  of_runs = (pins.read_all(job.folder) for job in jobs)
+  lines = pins.changes_since(one for of_run in of_runs for one in of_run)
+  if not lines:
+    return None
+  return (
+    f'Runs of this sweep were started with other files:{pins.shown(lines)}\n'
+    'Restore these, or use another MODEL_DIR. Name a checkpoint of a run that '
+    'is trained on by its step, as in runs/teacher/checkpoint_100.'
+  )
 
 
 def _digest(job: Job, needs: Sequence[Sequence[str]]) -> str:
@@ -253,6 +281,10 @@ def run(
             failed[job.name] = f'{job.name} was not run: it needs {broken[0]}.'
           elif len(busy) < num_parallel and done.issuperset(job.needs):
             waiting.remove(job)
+            if error := _other_files(jobs):  # edited while the sweep runs
+              failed[job.name] = f'{job.name} was not run: {error}'
+              shown.log(failed[job.name])
+              continue
             job.folder.mkdir(parents=True, exist_ok=True)
             busy.append(idle.pop() if idle else Worker(job.log))
             busy[-1].start(job)

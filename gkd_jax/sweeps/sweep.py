@@ -11,6 +11,10 @@ a tuple. Any other axis is a dict from the label of a point to its settings:
 The folder of a run is named after its point:
 `student_data_fraction=1.0,divergence=reverse_kl/seed_0`.
 
+Seeds are an axis, given by `seeds` or, under its own name, as RANDOM_SEED: of
+the grid, the settings or the experiment. Of all that a run is made of only one
+may give a setting; gin files alone are overridden.
+
 A run is described by a gin file, or by a dict (of a point, of the experiment,
 of a run before the grid) with these keys, all optional:
 
@@ -41,6 +45,8 @@ Spec = str | Mapping[str, Any]
 Point = Mapping[str, str]  # {axis: label}
 
 _SEED = 'seed'  # the axis of SEEDS
+_DEFAULT_SEEDS = (0,)
+_RANDOM_SEED = 'RANDOM_SEED'
 # Run mode -> the macro of its folder, and what it leaves there in the end.
 _MODES = {
   'train': ('MODEL_DIR', 'eval_test.json'),
@@ -55,7 +61,7 @@ def sweep(
   output_dir: str,
   grid: Mapping[str, Mapping[str, Spec] | Sequence[Any]],
   experiment: Spec | None = None,
-  seeds: Sequence[int] = (0,),
+  seeds: Sequence[int] = _DEFAULT_SEEDS,
   settings: Mapping[str, Any] | None = None,
   before: Mapping[str, Spec] | None = None,
   num_parallel: int = 1,
@@ -71,7 +77,8 @@ def sweep(
     output_dir: of all runs; made if it is not there.
     grid: {axis: values of the macro, or {label: settings of the point}}.
     experiment: of all points; None if an axis has a gin file for each point.
-    seeds: RANDOM_SEED of the runs of each point.
+    seeds: RANDOM_SEED of the runs of each point. The default, (0,), leaves it
+      to others to give a RANDOM_SEED.
     settings: {macro: value} of all points.
     before: {name: a run, or the path of an existing one}, each after the runs
       that it uses.
@@ -87,8 +94,9 @@ def sweep(
     flags: of gkd_jax.main, for all runs.
 
   Raises:
-    ValueError: the grid is not valid; gin rejects a point's settings; the
-      folder holds other runs; or, after all others are done, a run failed.
+    ValueError: the grid is not valid; a setting is given twice; gin rejects a
+      point's settings; the folder holds other runs, or runs of other files; or,
+      after all others are done, a run failed.
   """
   paths.resolve(output_dir, 'MODEL_DIR')  # raises; commands get it as given
   folder = pathlib.Path(os.path.expanduser(output_dir))
@@ -108,6 +116,7 @@ def sweep(
   jobs = jobs_lib.add_flags(jobs, flags)
   if check is not None:
     jobs_lib.check_arguments(jobs, check)
+  jobs_lib.check_same_files(jobs)
   jobs_lib.check_same_settings(folder / 'sweep.json', jobs)
   if print_commands:
     waiting = [job for job in jobs if not job.result.exists()]
@@ -125,17 +134,18 @@ def sweep(
     jobs_lib.run(jobs, num_parallel, runs_per_process)
   console.log(f'All {len(jobs)} runs are done: {folder}')
   if report is not None:
-    runs = _all_runs(folder, grid, seeds, before)
+    axes, _ = _axes_and_common(grid, experiment, seeds, settings or {})
+    runs = _all_runs(folder, axes, before or {})
     report_lib.report(runs, output_dir, **report)
 
 
-def _all_runs(folder, grid, seeds, before) -> tuple[str, ...]:
+def _all_runs(folder, axes, before) -> tuple[str, ...]:
   """Returns the folders of all runs, those that were there before included."""
   there = {
     _fill(value, point, {}): None
-    for value in (before or {}).values()
+    for value in before.values()
     if isinstance(value, str) and not value.endswith('.gin')
-    for point in _product(_axes(grid, seeds))
+    for point in _product(axes)
   }
   return (str(folder), *there)
 
@@ -149,7 +159,7 @@ def make_jobs(
   before: Mapping[str, Spec],
 ) -> list[jobs_lib.Job]:
   """Returns the runs of a sweep, each after those it needs; see `sweep`."""
-  axes = _axes(grid, seeds)
+  axes, common = _axes_and_common(grid, experiment, seeds, settings)
   stages: dict[str, _Stage] = {}
   jobs = []
   for name, value in before.items():
@@ -174,13 +184,24 @@ def make_jobs(
     own_axes = {axis: axes[axis] for axis in axes if axis in for_each}
     pattern = '/'.join([name, *_folders({a: f'{{{a}}}' for a in own_axes})])
     jobs += [
-      _job(folder, _fill(pattern, point, {}), [spec], point, own_axes, stages)
+      _job(
+        folder,
+        _fill(pattern, point, {}),
+        {where: spec} | _specs(own_axes, point),
+        point,
+        stages,
+      )
       for point in _product(own_axes)
     ]
     stages[name] = _Stage(pattern, pattern, folder)
-  common = [_spec(experiment or {}, 'EXPERIMENT'), _spec(settings, 'SETTINGS')]
   return jobs + [
-    _job(folder, '/'.join(_folders(point)), common, point, axes, stages)
+    _job(
+      folder,
+      '/'.join(_folders(point)),
+      common | _specs(axes, point),
+      point,
+      stages,
+    )
     for point in _product(axes)
   ]
 
@@ -193,8 +214,18 @@ class _Stage(NamedTuple):
   folder: pathlib.Path | None = None  # of the sweep, if it is a run of it
 
 
-def _axes(grid, seeds) -> dict[str, dict[str, Mapping[str, Any]]]:
-  """Returns {axis: {label: what the point sets}}; the seed is the last axis."""
+_Specs = Mapping[str, Mapping[str, Any]]  # {where it is given: what it sets}
+_Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # {axis: {label: spec}}
+
+
+def _axes_and_common(
+  grid, experiment, seeds, settings
+) -> tuple[_Axes, dict[str, Mapping[str, Any]]]:
+  """Returns the axes, and what all points share, without its RANDOM_SEED.
+
+  The seed is the last axis. There is none if the labels of another axis give
+  RANDOM_SEED.
+  """
   if not grid:
     raise ValueError('GRID is empty: name an axis, and its points.')
   axes = {}
@@ -207,9 +238,36 @@ def _axes(grid, seeds) -> dict[str, dict[str, Mapping[str, Any]]]:
     else:
       labels, specs = _values(points, axis, where)
     axes[axis] = _labelled(labels, specs, where)
-  labels, specs = _values(seeds, 'RANDOM_SEED', 'SEEDS')
-  axes[_SEED] = _labelled(labels, specs, 'SEEDS')
-  return axes
+  common = {
+    'EXPERIMENT': _spec(experiment or {}, 'EXPERIMENT'),
+    'SETTINGS': _spec(settings, 'SETTINGS'),
+  }
+  seed_axis = _labelled(*_values(seeds, _RANDOM_SEED, 'SEEDS'), 'SEEDS')
+  given = [] if tuple(seeds) == _DEFAULT_SEEDS else ['SEEDS']
+  for where, spec in common.items():
+    if _RANDOM_SEED in spec:
+      given.append(where)
+      value = spec.pop(_RANDOM_SEED)
+      seed_axis = _labelled(*_values([value], _RANDOM_SEED, where), where)
+  for axis, points in list(axes.items()):
+    if any(_RANDOM_SEED in spec for spec in points.values()):
+      given.append(_where(axis))
+      seed_axis = axes.pop(axis) if axis == _RANDOM_SEED else None
+  if len(given) > 1:
+    raise ValueError(
+      f'{given[0]} and {given[1]} both give {_RANDOM_SEED}. Remove one of them'
+      + (': SEEDS = (0,) counts as not given.' if 'SEEDS' in given else '.')
+    )
+  return axes | ({_SEED: seed_axis} if seed_axis else {}), common
+
+
+def _where(axis: str) -> str:
+  return 'SEEDS' if axis == _SEED else f'GRID {axis!r}'
+
+
+def _specs(axes: _Axes, point: Point) -> dict[str, Mapping[str, Any]]:
+  """Returns what a point sets on each axis."""
+  return {_where(axis): axes[axis][point[axis]] for axis in axes}
 
 
 def _values(values, macro, where):
@@ -277,12 +335,29 @@ def _folders(point: Point) -> list[str]:
   return parts + ([f'seed_{point[_SEED]}'] if _SEED in point else [])
 
 
-def _job(folder, name, common, point, axes, stages) -> jobs_lib.Job:
-  """Returns the run of a point; what its axes set comes after `common`."""
-  files, merged = [], {}
-  for spec in (*common, *(axes[axis][label] for axis, label in point.items())):
+def _job(
+  folder: pathlib.Path,
+  name: str,
+  specs: _Specs,
+  point: Point,
+  stages: Mapping[str, _Stage],
+) -> jobs_lib.Job:
+  """Returns the run of a point.
+
+  Raises:
+    ValueError: the specs are not those of a run, or two give one setting.
+  """
+  files, merged, places = [], {}, {}
+  for where, spec in specs.items():
     own = spec.get('gin_file', ())
     files += [own] if isinstance(own, str) else own
+    for key in spec:
+      if key in places and key != 'gin_file':
+        raise ValueError(
+          f'{name}: {places[key]} and {where} both give {key}, '
+          f'{merged[key]!r} and {spec[key]!r}. Remove one of them.'
+        )
+      places[key] = where
     merged |= spec
   merged.pop('gin_file', None)
   mode = merged.pop('run_mode', 'train')

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import os
 import pathlib
 import shutil
@@ -50,6 +51,7 @@ def abstract(tree):
 
 
 def save_steps(run_dir, metrics_by_step, description=DESCRIPTION, **keep):
+  keep = {'best_mode': 'min'} | keep
   checkpoints = checkpoint.Checkpoints(run_dir, description, **keep)
   for step, metrics in metrics_by_step.items():
     checkpoints.save(
@@ -164,6 +166,43 @@ def test_the_one_before_a_damaged_checkpoint_is_restored(
   assert 'checkpoint_2 cannot be read' in capsys.readouterr().err
 
 
+def flip_a_bit(folder):
+  """Flips one bit in the middle of the largest file, of arrays if any are."""
+  names = json.loads((folder / 'crc32.json').read_text())
+  names = [name for name in names if '/d/' in name] or names
+  path = max(
+    (folder / name for name in names), key=lambda path: path.stat().st_size
+  )
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 4
+  path.write_bytes(content)
+  return path
+
+
+@pytest.mark.parametrize('part', ['params', 'opt_state', 'data', 'description'])
+def test_a_flipped_bit_is_damage(tmp_path, part, capsys):
+  save_steps(tmp_path, {1: None, 2: None}, keep=2)
+  path = flip_a_bit(tmp_path / 'checkpoint_2' / part)
+
+  saved = checkpoint.Checkpoints(tmp_path, DESCRIPTION).restore(
+    abstract(state_at(0)), Counter()
+  )
+
+  assert saved.state.step == 1
+  said = capsys.readouterr().err
+  assert f'{path} is damaged' in said or part == 'description'
+
+
+def test_parameters_with_a_flipped_bit_are_refused(tmp_path):
+  save_steps(tmp_path, {1: None})
+  path = flip_a_bit(tmp_path / 'checkpoint_1' / 'params')
+
+  with pytest.raises(ValueError) as error:
+    load(tmp_path / 'checkpoint_1')
+
+  assert f'{path} is damaged' in str(error.value)
+
+
 @pytest.mark.parametrize('part', ['', 'params'])
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh(
   tmp_path, part
@@ -251,7 +290,7 @@ def test_metrics_that_come_later_count(tmp_path):
   save_steps(tmp_path, {1: {'wer': 30.0}, 2: None}, keep=2, best_metric='wer')
 
   checkpoints = checkpoint.Checkpoints(
-    tmp_path, DESCRIPTION, keep=1, best_metric='wer'
+    tmp_path, DESCRIPTION, keep=1, best_metric='wer', best_mode='min'
   )
   checkpoints.add_metrics(2, {'wer': 10.0})
   for step in (3, 4):

@@ -78,7 +78,7 @@ def test_a_flag_may_name_what_no_file_of_the_experiment_names(run_main):
   assert 'experiment.Optimization.optimizer = @optax.lion\n' in shown.out
 
 
-def test_a_later_flag_wins(run_main):
+def test_a_later_flag_replaces_an_earlier_one_which_is_printed(run_main):
   shown = run_main(
     STUDENT,
     *gin_flags(MODEL_DIR='x'),
@@ -87,6 +87,42 @@ def test_a_later_flag_wins(run_main):
   )
 
   assert "MODEL_DIR = 'y'\n" in shown.out
+  assert "--gin.MODEL_DIR='y' replaces --gin.MODEL_DIR='x'.\n" in shown.err
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (
+      ('RANDOM_SEED=1', 'experiment.Schedule.seed=2'),
+      '--gin.RANDOM_SEED=1 and --gin.experiment.Schedule.seed=2 set the same',
+    ),
+    (
+      ('train/datasets.DatasetConfig.batch_size=4', 'BATCH_SIZE=8'),
+      '--gin.BATCH_SIZE=8 and --gin.train/datasets.DatasetConfig.batch_size=4',
+    ),
+  ],
+)
+def test_a_parameter_and_its_macro_cannot_both_be_set(refused, flags, message):
+  flags = [f'--gin.{flag}' for flag in flags]
+
+  assert message in refused(STUDENT, '--gin.MODEL_DIR=x', *flags, '--dry_run')
+
+
+@pytest.mark.parametrize(
+  'flags',
+  [
+    # The default of the first is the second.
+    ('CHECKPOINT_PERIOD=5', 'EVAL_PERIOD=7'),
+    ('EVAL_BATCH_SIZE=4', 'eval/datasets.DatasetConfig.batch_size=8'),
+  ],
+)
+def test_a_setting_and_its_default_can_both_be_set(run_main, flags):
+  flags = [f'--gin.{flag}' for flag in flags]
+
+  shown = run_main(STUDENT, '--gin.MODEL_DIR=x', *flags, '--dry_run')
+
+  assert shown.code == 0, shown.err
 
 
 def test_a_later_file_wins(run_main, tmp_path):

@@ -790,3 +790,41 @@ def test_rows_with_the_pad_id_before_other_ids_are_refused(other_ids):
     iterators.EvalDataset(other_ids, pad_id=0)
   with pytest.raises(ValueError, match=said):
     next(iterators.InferenceDataset(other_ids, 0).batches())
+
+
+# --- What a run depends on ----------------------------------------------------
+
+
+def test_the_files_of_a_task_are_those_that_its_arguments_name(tmp_path):
+  paths = {split: f'{tmp_path}/{split}.jsonl' for split in ('train', 'test')}
+  for split in paths:
+    (tmp_path / f'{split}.jsonl').touch()
+  config = datasets.DatasetConfig(
+    'json_lines',
+    LENGTHS,
+    batch_size=1,
+    vocabulary=seqio.ByteVocabulary(),
+    task_arguments={'files': paths},
+  )
+
+  assert datasets.files_of(config) == sorted(paths.values())
+
+
+def test_the_files_of_a_task_are_those_of_its_source(tmp_path):
+  (tmp_path / 'a.txt').touch()
+  feature = seqio.Feature(seqio.ByteVocabulary())
+  seqio.TaskRegistry.add(
+    'of_text_files',
+    source=seqio.TextLineDataSource({'train': f'{tmp_path}/*.txt'}),
+    preprocessors=[],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+  config = datasets.DatasetConfig('of_text_files', LENGTHS, batch_size=1)
+
+  assert datasets.files_of(config) == [f'{tmp_path}/a.txt']
+
+
+def test_a_task_without_files_has_none(letters):
+  config = datasets.DatasetConfig(letters, LENGTHS, batch_size=1)
+
+  assert datasets.files_of(config) == []

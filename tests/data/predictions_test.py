@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gkd_jax.data import predictions
+from gkd_jax.runtime import pins
 
 PROVENANCE = {
   'checkpoint': '/runs/teacher/checkpoint_7',
@@ -37,6 +38,18 @@ def write(path, rows=ROWS, **changes):
 @pytest.fixture
 def path(tmp_path):
   return tmp_path / 'predictions_train.jsonl'
+
+
+def test_an_interrupted_file_has_the_pins_of_its_start(path):
+  pin = pins.Pin({'a.jsonl': '3 bytes, ab'})
+  assert predictions.pins_of_partial(path) is None
+  predictions.Writer(
+    path, PROVENANCE | {'pins': pins.to_json({'data': pin})}, batch_size=2
+  )
+
+  assert predictions.pins_of_partial(path) == {'data': pin}
+  with pytest.raises(ValueError, match='data: a.jsonl was 3 bytes, ab, is abs'):
+    predictions.Writer(path, PROVENANCE, batch_size=2)
 
 
 def read(pattern, **changes):

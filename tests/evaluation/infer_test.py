@@ -117,7 +117,8 @@ def test_the_file_beside_it_says_who_wrote_it_and_how(
   sample(str(tmp_path))
 
   about = json.loads((tmp_path / 'predictions_test.json').read_text())
-  versions = about.pop('versions')
+  versions, pins = about.pop('versions'), about.pop('pins')
+  assert pins['CHECKPOINT_PATH']['step'] == 'checkpoint_0'
   assert versions['devices'] == '1 x cpu' and versions['jax'] == jax.__version__
   assert about == {
     'checkpoint': f'{model_dir}/checkpoint_0',
@@ -373,6 +374,19 @@ def test_a_run_with_other_settings_does_not_go_on(
 
   assert re.search(said, str(e.value))
   assert (folder / f'{FILE}.partial').read_bytes() == before
+
+
+def test_a_run_does_not_go_on_with_other_files(sample, interrupted, whole):
+  folder = interrupted(line_ends(whole.lines)[9])
+  side_file = folder / 'predictions_test.json'
+  about = json.loads(side_file.read_text())
+  about['pins']['CHECKPOINT_PATH']['files']['description/metadata'] = 'old'
+  side_file.write_text(json.dumps(about))
+
+  with pytest.raises(ValueError, match='with other settings or files') as e:
+    sample(str(folder), num_samples=2)
+
+  assert 'checkpoint_0/description/metadata was old, is' in str(e.value)
 
 
 def test_another_machine_may_go_on(sample, interrupted, whole):

@@ -108,17 +108,3 @@ def test_a_markdown_table_is_aligned_and_bars_do_not_break_it():
 def test_metrics_are_called_by_their_usual_names(metric, head, axis):
   assert tables.head(metric) == head
   assert tables.axis_label(metric) == axis
-
-
-@pytest.mark.parametrize(
-  'name, mode',
-  [
-    ('wer', 'min'),
-    ('accuracy', 'max'),
-    ('rouge2', 'max'),
-    ('bleu', 'max'),
-    ('my_metric', None),
-  ],
-)
-def test_which_way_is_better_is_known_of_common_metrics(name, mode):
-  assert tables.better(name) == mode

@@ -219,3 +219,20 @@ def test_text_said_meanwhile_goes_to_stderr_on_lines_of_its_own(
   written = capsys.readouterr()
   assert written.out == ''
   assert 'hello' in re.split('[\r\n]', written.err)
+
+
+@pytest.mark.parametrize(
+  'name, mode',
+  [
+    ('wer', 'min'),
+    ('accuracy', 'max'),
+    ('rouge2', 'max'),
+    ('bleu', 'max'),
+    ('greedy/wer', 'min'),
+    ('sampled/rougeL', 'max'),
+    ('my_metric', None),
+    ('greedy/my_metric', None),
+  ],
+)
+def test_which_way_is_better_is_known_of_common_metrics(name, mode):
+  assert metrics_lib.better(name) == mode

@@ -2,6 +2,7 @@
 """Real processes, of a gkd_jax.main that does what its arguments say."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shlex
@@ -14,6 +15,7 @@ import time
 
 import pytest
 
+from gkd_jax.runtime import pins
 from gkd_jax.runtime import signals as signals_lib
 from gkd_jax.sweeps import jobs
 from tests import conftest
@@ -315,6 +317,44 @@ def test_a_run_whose_folder_was_removed_may_change(two, job):
   job('b').folder.rmdir()
 
   two(b='Y = 2\n')
+
+
+@pytest.mark.parametrize('kind', ['training', 'predictions'])
+def test_runs_are_not_added_to_runs_of_other_files(job, tmp_path, kind):
+  both = [job('a'), job('b')]
+  (tmp_path / 'data.jsonl').write_text('{}')
+  pinned = {'data': pins.of_files([str(tmp_path / 'data.jsonl')])}
+  both[0].folder.mkdir(parents=True)
+  if kind == 'training':
+    pins.save(both[0].folder, pinned)
+  else:
+    text = json.dumps({'pins': pins.to_json(pinned)})
+    (both[0].folder / 'predictions_train.json').write_text(text)
+  jobs.check_same_files(both)
+  (tmp_path / 'data.jsonl').write_text('[]')
+
+  with pytest.raises(ValueError, match='started with other files:\n  data: '):
+    jobs.check_same_files(both)
+  for done in both:
+    done.folder.mkdir(exist_ok=True)
+    done.result.touch()
+  jobs.check_same_files(both)  # nothing is left to be run
+
+
+def test_a_run_is_not_started_with_files_that_changed_meanwhile(
+  job, tmp_path, monkeypatch
+):
+  first, second = job('a'), job('b')
+  monkeypatch.setattr(
+    pins, 'changes_since', lambda _: ['x'] if first.result.exists() else []
+  )
+
+  with pytest.raises(
+    ValueError, match='b was not run: Runs of this sweep were'
+  ):
+    run([first, second])
+
+  assert trace() == ['begin a', 'end a']
 
 
 def test_a_gin_file_that_is_not_there_is_refused():

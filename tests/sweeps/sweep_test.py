@@ -96,10 +96,8 @@ def test_files_of_points_come_after_the_experiments(tmp_path):
   assert files == f'{GKD}, gin/tasks/cmudict_g2p.gin, {SFT}'
 
 
-def test_a_point_overrides_what_is_set_for_all(tmp_path):
-  settings = {'STUDENT_DATA_FRACTION': 0.1, 'TRAIN_STEPS': 7}
-
-  for job in make_jobs(tmp_path, LAMBDA, settings=settings):
+def test_what_is_set_for_all_is_set_beside_what_a_point_sets(tmp_path):
+  for job in make_jobs(tmp_path, LAMBDA, settings={'TRAIN_STEPS': 7}):
     flags = flags_of(job)
     assert flags['STUDENT_DATA_FRACTION'] in ('0.0', '0.5')
     assert flags['TRAIN_STEPS'] == '7'
@@ -130,6 +128,43 @@ def test_a_run_may_leave_another_result(tmp_path):
 
   assert job.result.name == 'eval_validation.json'
   assert 'result' not in flags_of(job)
+
+
+# --- Seeds --------------------------------------------------------------------
+
+A_SEED = {'RANDOM_SEED': 7}
+
+
+@pytest.mark.parametrize(
+  'changes, folders',
+  [
+    ({'grid': {'RANDOM_SEED': (1, 2)}}, ['seed_1', 'seed_2']),
+    (
+      {'grid': {'RANDOM_SEED': (1, 2), 'BETA': (0.5,)}},
+      ['beta=0.5/seed_1', 'beta=0.5/seed_2'],
+    ),
+    ({'settings': A_SEED, 'grid': {'BETA': (0.5,)}}, ['beta=0.5/seed_7']),
+    (
+      {'experiment': {'gin_file': GKD, **A_SEED}, 'grid': {'BETA': (0.5,)}},
+      ['beta=0.5/seed_7'],
+    ),
+    ({'grid': {'a': {'x': A_SEED, 'y': {'RANDOM_SEED': 8}}}}, ['a=x', 'a=y']),
+  ],
+)
+def test_seeds_may_be_given_as_any_setting_is(tmp_path, changes, folders):
+  made = make_jobs(tmp_path, **changes)
+
+  assert names(made) == folders
+  seeds = ['7', '8'] if folders == ['a=x', 'a=y'] else [f[-1] for f in folders]
+  assert [flags_of(job)['RANDOM_SEED'] for job in made] == seeds
+
+
+def test_a_run_before_has_the_seeds_of_the_grid(tmp_path):
+  made = make_jobs(tmp_path, {'RANDOM_SEED': (3, 4)}, before=BEFORE)
+
+  by_name = {job.name: flags_of(job) for job in made}
+  assert by_name['initial_student/seed_4']['RANDOM_SEED'] == '4'
+  assert 'RANDOM_SEED' not in by_name['teacher']
 
 
 # --- What comes before --------------------------------------------------------
@@ -263,6 +298,35 @@ def test_labels_can_be_parts_of_settings(tmp_path):
     (
       {'settings': {'MODEL_DIR': 'x'}},
       'seed_0: MODEL_DIR must not be set; the sweep sets it',
+    ),
+    (
+      {'grid': {'a': {'x': {'BETA': 1}}, 'BETA': (2,)}},
+      "a=x,beta=2/seed_0: GRID 'a' and GRID 'BETA' both give BETA, 1 and 2",
+    ),
+    ({'settings': {'STUDENT_DATA_FRACTION': 1}}, "SETTINGS and GRID 'STUDENT_"),
+    (
+      {'experiment': {'gin_file': GKD, 'X': 1}, 'settings': {'X': 2}},
+      'EXPERIMENT and SETTINGS both give X, 1 and 2',
+    ),
+    (
+      {
+        'experiment': {'gin_file': GKD, 'run_mode': 'eval'},
+        'grid': {'a': {'x': {'run_mode': 'infer'}}},
+      },
+      "EXPERIMENT and GRID 'a' both give run_mode",
+    ),
+    (
+      {'before': {'a': {'gin_file': SFT, 'for_each': 'seed', **A_SEED}}},
+      "a/seed_0: BEFORE 'a' and SEEDS both give RANDOM_SEED, 7 and 0",
+    ),
+    (
+      {'grid': {'RANDOM_SEED': (1, 2)}, 'seeds': (3,)},
+      "SEEDS and GRID 'RANDOM_SEED' both give RANDOM_SEED",
+    ),
+    ({'settings': A_SEED, 'seeds': (0, 1)}, 'SEEDS and SETTINGS both give'),
+    (
+      {'settings': A_SEED, 'grid': {'RANDOM_SEED': (1,)}},
+      "SETTINGS and GRID 'RANDOM_SEED' both give",
     ),
     ({'experiment': None}, '=0.0/seed_0 has no gin file: set EXPERIMENT'),
     ({'experiment': 'my.gin'}, 'there is no gin file my.gin'),

@@ -113,6 +113,12 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   return config, tensors
 
 
+def model_files(folder: epath.Path) -> list[str]:
+  """Returns the names of the files of a model and its tokenizer."""
+  weights = [f.name for f in folder.iterdir() if f.suffix == '.safetensors']
+  return [CONFIG, _INDEX, *SIDE_FILES, *sorted(weights)]
+
+
 def _family_of(path: epath.Path, values: Mapping[str, Any]) -> Any:
   """Returns the module with the names of the model in a config.json."""
   kind = values.get('model_type')
