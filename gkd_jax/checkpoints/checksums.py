@@ -22,7 +22,7 @@ _THREADS = 8
 def write(folder: epath.Path) -> None:
   """Writes the checksums of all files in a folder into another file there."""
   sums = _sums(folder, sorted(_files(folder)))
-  (folder / _FILE).write_text(json.dumps(sums, indent=0))
+  (folder / _FILE).write_text(json.dumps(sums, indent=0), encoding='utf-8')
 
 
 def check(folder: epath.Path) -> None:
@@ -36,7 +36,7 @@ def check(folder: epath.Path) -> None:
   path = folder / _FILE
   if not path.exists():  # of an earlier version
     return
-  was = json.loads(path.read_text())
+  was = json.loads(path.read_text(encoding='utf-8'))
   mine = sorted(was)[jax.process_index() :: jax.process_count()]
   missing = [name for name in mine if not (folder / name).exists()]
   now = {} if missing else _sums(folder, mine)
