@@ -12,8 +12,9 @@ The folder of a run is named after its point:
 `student_data_fraction=1.0,divergence=reverse_kl/seed_0`.
 
 Seeds are an axis, given by `seeds` or, under its own name, as RANDOM_SEED: of
-the grid, the settings or the experiment. Of all that a run is made of only one
-may give a setting; gin files alone are overridden.
+the grid, the settings or the experiment. Only one axis may give a setting. What
+the experiment, or the settings, gives is a default for those points of an axis
+that do not; it is refused if all do.
 
 A run is described by a gin file, or by a dict (of a point, of the experiment,
 of a run before the grid) with these keys, all optional:
@@ -46,6 +47,7 @@ Point = Mapping[str, str]  # {axis: label}
 
 _SEED = 'seed'  # the axis of SEEDS
 _DEFAULT_SEEDS = (0,)
+_SHARED = ('EXPERIMENT', 'SETTINGS')
 _RANDOM_SEED = 'RANDOM_SEED'
 # Run mode -> the macro of its folder, and what it leaves there in the end.
 _MODES = {
@@ -253,12 +255,24 @@ def _axes_and_common(
     if any(_RANDOM_SEED in spec for spec in points.values()):
       given.append(_where(axis))
       seed_axis = axes.pop(axis) if axis == _RANDOM_SEED else None
+  _check_shared(common, axes)
   if len(given) > 1:
     raise ValueError(
       f'{given[0]} and {given[1]} both give {_RANDOM_SEED}. Remove one of them'
       + (': SEEDS = (0,) counts as not given.' if 'SEEDS' in given else '.')
     )
   return axes | ({_SEED: seed_axis} if seed_axis else {}), common
+
+
+def _check_shared(shared: _Specs, axes: _Axes) -> None:
+  """Raises ValueError if all points of an axis replace a shared setting."""
+  for where, spec in shared.items():
+    for axis, points in axes.items():
+      for key in spec.keys() - {'gin_file'}:
+        if all(key in point for point in points.values()):
+          raise ValueError(
+            f'{where} and {_where(axis)} both give {key}. Remove one of them.'
+          )
 
 
 def _where(axis: str) -> str:
@@ -352,7 +366,9 @@ def _job(
     own = spec.get('gin_file', ())
     files += [own] if isinstance(own, str) else own
     for key in spec:
-      if key in places and key != 'gin_file':
+      # What all points share is the default of a point; see `_check_shared`.
+      is_default = places.get(key) in _SHARED and where not in _SHARED
+      if key in places and key != 'gin_file' and not is_default:
         raise ValueError(
           f'{name}: {places[key]} and {where} both give {key}, '
           f'{merged[key]!r} and {spec[key]!r}. Remove one of them.'

@@ -96,6 +96,14 @@ def test_files_of_points_come_after_the_experiments(tmp_path):
   assert files == f'{GKD}, gin/tasks/cmudict_g2p.gin, {SFT}'
 
 
+def test_some_points_may_replace_what_is_set_for_all(tmp_path):
+  grid = {'a': {'x': {'BETA': 0.5}, 'y': {}}}
+
+  x, y = make_jobs(tmp_path, grid, settings={'BETA': 0.1})
+
+  assert (flags_of(x)['BETA'], flags_of(y)['BETA']) == ('0.5', '0.1')
+
+
 def test_what_is_set_for_all_is_set_beside_what_a_point_sets(tmp_path):
   for job in make_jobs(tmp_path, LAMBDA, settings={'TRAIN_STEPS': 7}):
     flags = flags_of(job)
@@ -306,7 +314,7 @@ def test_labels_can_be_parts_of_settings(tmp_path):
     ({'settings': {'STUDENT_DATA_FRACTION': 1}}, "SETTINGS and GRID 'STUDENT_"),
     (
       {'experiment': {'gin_file': GKD, 'X': 1}, 'settings': {'X': 2}},
-      'EXPERIMENT and SETTINGS both give X, 1 and 2',
+      'EXPERIMENT and SETTINGS both give X',
     ),
     (
       {
