@@ -85,11 +85,17 @@ def shift_right(tokens_BT: jax.Array, start: int) -> jax.Array:
   return jnp.pad(tokens_BT[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
-def split_rows(x: jax.Array, num_microbatches: int) -> jax.Array:
+def split_rows(
+  x: jax.Array, num_microbatches: int, group: int = 1
+) -> jax.Array:
   """Returns rows [B, ...] as [num_microbatches, rows, ...].
 
   Row i goes to microbatch i % num_microbatches: each has rows of every device.
+  With groups of rows, which stay together, group i does.
   """
+  if group > 1:
+    x = split_rows(x.reshape(-1, group, *x.shape[1:]), num_microbatches)
+    return x.reshape(num_microbatches, -1, *x.shape[3:])
   return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
 
 

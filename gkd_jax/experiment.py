@@ -454,6 +454,36 @@ def best_metric_is_measured(experiment: Experiment) -> None:
     )
 
 
+def shares_of_the_policy_are_in_0_and_1(experiment: Experiment) -> None:
+  """A function of the step that the policy reads returns shares."""
+  last = experiment.schedule.total_steps - 1
+  for name, schedule in experiment.method.policy.schedules.items():
+    for step in (0, last // 2, last):
+      try:
+        share = rate_at(schedule, step)
+      except (TypeError, ValueError) as e:
+        raise ValueError(
+          f'{name} must return a number for each step, as '
+          f'@optax.linear_schedule() does: {e}.'
+        ) from e
+      if not 0.0 <= share <= 1.0:
+        raise ValueError(
+          f'{name} is {share} after step {step}, but must be in [0, 1]: it is '
+          'a share of the steps or outputs.'
+        )
+
+
+def evaluations_that_the_policy_reads_are_made(experiment: Experiment) -> None:
+  """A policy that adapts to the validation split needs one."""
+  names = experiment.method.policy.reads_metrics
+  if names and experiment.evaluation.validation is None:
+    raise ValueError(
+      f'POLICY reads the validation metrics {", ".join(names)}, but EVAL = '
+      'None: there is no evaluation during training. Set EVAL, or a policy '
+      'that does not adapt (replay.increment = 0.0).'
+    )
+
+
 RULES: tuple[Callable[[Experiment], None], ...] = (
   parts_of_the_method_fit_together,
   divergence_compares_logits_of_the_students_size,
@@ -461,6 +491,8 @@ RULES: tuple[Callable[[Experiment], None], ...] = (
   warmup_ends_before_the_run,
   learning_rates_are_numbers_from_zero,
   best_metric_is_measured,
+  shares_of_the_policy_are_in_0_and_1,
+  evaluations_that_the_policy_reads_are_made,
 )
 
 

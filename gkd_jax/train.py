@@ -15,6 +15,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.distill import rewards
+from gkd_jax.distill import state as state_lib
 from gkd_jax.distill.state import Frozen, TrainState
 from gkd_jax.distill.step import TrainStep
 from gkd_jax.evaluation import evaluate, programs
@@ -120,6 +121,9 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
         checkpoints=checkpoints,
         signals=signals,
         log=_log_settings(experiment, started, import_seconds),
+        after_evaluation=functools.partial(
+          state_lib.after_evaluation, experiment.method
+        ),
       ),
       saved,
     )
@@ -159,6 +163,7 @@ class _Training(NamedTuple):
     checkpoints: of the run.
     signals: that stop the run.
     log: settings of the metrics.
+    after_evaluation: (state, values) -> state.
   """
 
   schedule: Schedule
@@ -171,6 +176,7 @@ class _Training(NamedTuple):
   checkpoints: checkpoint.Checkpoints
   signals: Signals
   log: train_log.LogSettings
+  after_evaluation: Callable[[TrainState, dict[str, float]], TrainState]
 
 
 def _loop(
@@ -181,7 +187,7 @@ def _loop(
   Dispatch is asynchronous: the host reads the metrics of a step while the
   device computes the next step. The seconds exclude compilation and evaluation.
   """
-  state, train_seconds, to_evaluate, saved_log = saved
+  state, train_seconds, to_evaluate, saved_log, values = saved
   first_step, total_steps = int(state.step), training.schedule.total_steps
   if first_step == total_steps and not to_evaluate:
     return state, train_seconds
@@ -189,6 +195,8 @@ def _loop(
   if to_evaluate:  # the run was interrupted during this evaluation
     values = _evaluate(training, writer, state, first_step)
     training.checkpoints.add_metrics(first_step, values)
+  if values is not None:  # the saved state does not know them
+    state = training.after_evaluation(state, values)
   if first_step == total_steps:
     writer.close()
     return state, train_seconds
@@ -213,7 +221,7 @@ def _loop(
       log.flush()
       log.stop_clock()
       train_seconds += time.monotonic() - clock
-      stops = _evaluate_and_save(
+      state, stops = _evaluate_and_save(
         training, due, state, train_seconds, log, writer, stops
       )
       if stops:
@@ -262,11 +270,14 @@ def _evaluate_and_save(
   log: train_log.TrainLog,
   writer: metrics.MetricWriter,
   stops: bool,
-) -> bool:
-  """Evaluates and saves if due after a step; returns whether the run stops.
+) -> tuple[TrainState, bool]:
+  """Evaluates and saves if due after a step.
 
   A run that stops skips the evaluation. Its checkpoint records that the
   evaluation is pending.
+
+  Returns:
+    The state, and whether the run stops.
   """
   stops = stops or log.too_many_skipped
   values, to_evaluate = None, _is_evaluation_due(training, due)
@@ -277,6 +288,8 @@ def _evaluate_and_save(
         to_evaluate = False
     except Interrupted:
       stops = True
+    if not to_evaluate:
+      state = training.after_evaluation(state, values)
   if due.checkpoint or stops:
     training.checkpoints.save(
       state,
@@ -286,7 +299,7 @@ def _evaluate_and_save(
       to_evaluate=to_evaluate,
       log=log.state(),
     )
-  return stops or training.signals.received is not None
+  return state, stops or training.signals.received is not None
 
 
 def _stop(training: _Training, log: train_log.TrainLog, step: int) -> None:
@@ -338,7 +351,8 @@ def _evaluations(
   """Makes the evaluations of the validation and the test split.
 
   Raises:
-    ValueError: BEST_METRIC is not a validation metric, or BEST_MODE is missing.
+    ValueError: BEST_METRIC, or a value that the policy reads, is not a
+      validation metric, or BEST_MODE is missing.
   """
   mean_reward = None
   if reward_fn is not None:
@@ -367,6 +381,12 @@ def _evaluations(
   test = make(experiment.evaluation.test)
   if experiment.keep.best_metric is not None:
     check_best_metric(experiment.keep, validation.names())
+  for name in experiment.method.policy.reads_metrics:
+    if name not in validation.names():
+      raise ValueError(
+        f'POLICY reads {name!r}, which is not a validation metric. Validation '
+        f'metrics: {", ".join(validation.names())}.'
+      )
   return validation, test
 
 

@@ -86,6 +86,21 @@ BROKEN = [
   ),
   ('best_metric_is_measured', {'eval_dataset': None}, 'BEST_METRIC = None'),
   (
+    'shares_of_the_policy_are_in_0_and_1',
+    {'policy': policies.mixture(lambda step: 0.5 * step)},
+    'STUDENT_DATA_FRACTION is 1.5 after step 3',
+  ),
+  (
+    'shares_of_the_policy_are_in_0_and_1',
+    {'policy': policies.replay(8, fresh_share=optax.constant_schedule)},
+    'replay.fresh_share must return a number',
+  ),
+  (
+    'evaluations_that_the_policy_reads_are_made',
+    {'policy': policies.replay(8), 'eval_dataset': None, 'best_metric': None},
+    'EVAL = None',
+  ),
+  (
     'needed_teacher_has_a_checkpoint',
     {'teacher_checkpoint_path': None},
     'needs a teacher: set TEACHER_CHECKPOINT_PATH',

@@ -248,7 +248,7 @@ def _costs(
       phases,
       topology,
       lengths['target_length'],
-      samples=experiment.method.policy.student_data_fraction > 0.0,
+      samples=experiment.method.policy.student_may_write,
     ),
   }
 

@@ -92,6 +92,8 @@ class Saved(NamedTuple):
   train_seconds: float
   to_evaluate: bool  # the run was interrupted while it evaluated this state
   log: Mapping[str, Any] | None  # see `TrainLog.state`
+  # Of an evaluation of this state that ended after it was saved; None: none.
+  late_metrics: dict[str, float] | None = None
 
 
 class _Checksummed:
@@ -325,13 +327,17 @@ class Checkpoints:
         ),
         **{name: getattr(restored, name) for name in _parts(abstract_state)},
       )
+      to_evaluate = restored.description.get('to_evaluate', False)
+      late_metrics = None
+      if to_evaluate and (folder / _METRICS).exists():  # added since
+        to_evaluate = False
+        late_metrics = json.loads((folder / _METRICS).read_text())
       return Saved(
         state,
         restored.description['train_seconds'],
-        # Metrics may have been added since.
-        restored.description.get('to_evaluate', False)
-        and not (folder / _METRICS).exists(),
+        to_evaluate,
         restored.description.get('log'),
+        late_metrics,
       )
     _set_aside(self._folder, damaged)  # raises, if these are all
     return None

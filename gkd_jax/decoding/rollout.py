@@ -1,12 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples one output of a model for each input, inside a compiled step."""
+"""Samples one output for each input, inside a compiled step; no gradient."""
+
+from typing import NamedTuple
 
 import jax
 
 from gkd_jax.batch import SpecialIds, mask_unused_ids
-from gkd_jax.decoding import sampler
+from gkd_jax.decoding import pair, sampler
 from gkd_jax.decoding.calculator import Calculator
 from gkd_jax.models.interface import Model, Params
+
+
+class Writer(NamedTuple):
+  """A model that writes outputs for given inputs.
+
+  Attributes:
+    model: generates the outputs.
+    params: its parameters.
+    encoder_input_tokens: [B, S] int32.
+    config: how to draw.
+    encoded: [B, S, D] encoder output; None: the encoder runs here.
+  """
+
+  model: Model
+  params: Params
+  encoder_input_tokens: jax.Array
+  config: sampler.SamplerConfig
+  encoded: jax.Array | None = None
 
 
 @jax.named_scope('sampling')
@@ -22,35 +42,93 @@ def rollout(
   ids: SpecialIds,
   encoded: jax.Array | None = None,
   calculator: Calculator | None = None,
+  prefix: sampler.Prefix | None = None,
 ) -> sampler.Rollout:
-  """Samples one output of a model for each input; no gradient.
+  """Samples one output of a model for each input.
 
   Args:
-    model: generates the outputs.
-    params: its parameters.
-    encoder_input_tokens: [B, S] int32.
+    model: see `Writer`.
+    params: see `Writer`.
+    encoder_input_tokens: see `Writer`.
     rng: key of this batch.
-    config: how to draw.
+    config: see `Writer`.
     row_ids_B: [B] number of each row in the global batch.
     max_decode_len: T.
     ids: the special ids of model and vocabulary.
-    encoded: [B, S, D] encoder output; None: the encoder runs here.
+    encoded: see `Writer`.
     calculator: required if `config.calculator` is set.
+    prefix: tokens to continue; None: none.
 
   Returns:
     A `sampler.Rollout` of shapes [B, T].
   """
-  params = jax.lax.stop_gradient(params)
+  writer = Writer(model, params, encoder_input_tokens, config, encoded)
+  decode_step, cache = _start(writer, max_decode_len, ids)
+  return sampler.sample(
+    decode_step,
+    cache,
+    rng,
+    config,
+    row_ids_B=row_ids_B,
+    max_decode_len=max_decode_len,
+    ids=ids,
+    calculator=calculator,
+    prefix=prefix,
+  )
+
+
+@jax.named_scope('sampling')
+def rollout_pair(
+  student: Writer,
+  teacher: Writer,
+  rng: jax.Array,
+  choose: pair.Choose,
+  *,
+  row_ids_B: jax.Array,
+  max_decode_len: int,
+  ids: SpecialIds,
+) -> pair.PairRollout:
+  """Samples one output for each input, which two models write together.
+
+  Args:
+    student: model, parameters and inputs.
+    teacher: likewise; its inputs may be longer.
+    rng: key of this batch.
+    choose: chooses the token of each row; see `pair`.
+    row_ids_B: [B] number of each row in the global batch.
+    max_decode_len: T.
+    ids: the special ids of both models and their vocabulary.
+  """
+  writers = (student, teacher)
+  starts = [_start(writer, max_decode_len, ids) for writer in writers]
+  decode_steps, caches = zip(*starts, strict=True)
+  return pair.sample(
+    decode_steps,
+    caches,
+    rng,
+    (student.config, teacher.config),
+    choose,
+    row_ids_B=row_ids_B,
+    max_decode_len=max_decode_len,
+    ids=ids,
+  )
+
+
+def _start(
+  writer: Writer, max_decode_len: int, ids: SpecialIds
+) -> tuple[sampler.DecodeStep, sampler.Cache]:
+  """Returns the decode step of a writer, and its cache before it."""
+  model, inputs = writer.model, writer.encoder_input_tokens
+  params = jax.lax.stop_gradient(writer.params)
+  encoded = writer.encoded
   if encoded is None:
-    encoded = model.apply(
-      {'params': params}, encoder_input_tokens, method='encode'
-    )
+    encoded = model.apply({'params': params}, inputs, method='encode')
   # Once, not for each token.
   variables = {'params': model.gather_params(params)}
   cache = model.apply(
     variables,
     jax.lax.stop_gradient(encoded),
-    encoder_input_tokens,
+    inputs,
     max_decode_len,
     method='start_cache',
   )
@@ -61,13 +139,4 @@ def rollout(
     )
     return mask_unused_ids(logits, ids), cache
 
-  return sampler.sample(
-    decode_step,
-    cache,
-    rng,
-    config,
-    row_ids_B=row_ids_B,
-    max_decode_len=max_decode_len,
-    ids=ids,
-    calculator=calculator,
-  )
+  return decode_step, cache

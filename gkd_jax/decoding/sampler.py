@@ -7,6 +7,7 @@ occur are masked (see `batch.mask_unused_ids`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ DecodeStep = Callable[[Cache, jax.Array], tuple[jax.Array, Cache]]
 
 # Block size of the search in `_draw`, near sqrt(V) for V = 32k.
 _BLOCK = 128
+# A token at the limit of min_p or epsilon is kept: nats of rounding.
+_ROUNDING = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,9 @@ class SamplerConfig:
     top_k: keep only the k most probable tokens; 0 keeps all.
     top_p: keep only the smallest set of most probable tokens that has at least
       this probability; 1 keeps all.
+    min_p: keep only tokens with at least this share of the most probable
+      token's probability; 0 keeps all.
+    epsilon: keep only tokens of at least this probability; 0 keeps all.
     calculator: results of arithmetic are computed, not drawn; see `calculator`.
       For evaluation and inference only, not for training.
   """
@@ -40,6 +46,8 @@ class SamplerConfig:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
+  epsilon: float = 0.0
   calculator: bool = False
 
   def __post_init__(self):
@@ -56,6 +64,15 @@ class SamplerConfig:
       raise ValueError(
         f'SamplerConfig.top_p must be in (0, 1], got {self.top_p}. 1 is off.'
       )
+    if not 0.0 <= self.min_p <= 1.0:
+      raise ValueError(
+        f'SamplerConfig.min_p must be in [0, 1], got {self.min_p}. 0 is off.'
+      )
+    if not 0.0 <= self.epsilon < 1.0:
+      raise ValueError(
+        f'SamplerConfig.epsilon must be in [0, 1), got {self.epsilon}. 0 is '
+        'off.'
+      )
 
 
 ANCESTRAL = SamplerConfig()  # from the model's own distribution
@@ -68,18 +85,45 @@ class Rollout(NamedTuple):
   tokens: jax.Array  # [B, T] int32, pad after EOS
   weights: jax.Array  # [B, T] float32, 1 up to and including EOS, then 0
   # [B, T] float32 nats: log-probability of each token under the distribution
-  # it was drawn from (temperature, top-k and top-p applied; so 0 if greedy).
-  # 0 where the weight is 0, and where a calculator wrote the token.
+  # it was drawn from, with all settings of the sampler applied; so 0 if greedy.
+  # 0 where the weight is 0, and where the token was not drawn: a calculator
+  # wrote it, or it belongs to a prefix.
   log_probs: jax.Array
 
 
-class _Loop(NamedTuple):
+class Prefix(NamedTuple):
+  """The first tokens of outputs, which a writer continues.
+
+  The loop decodes them like drawn tokens, which fills the cache. They have
+  weight 1, log-probability 0, and an EOS among them ends the row.
+  """
+
+  tokens: jax.Array  # [B, P] int32
+  lengths: jax.Array  # [B] int32, number of given tokens of each row, at most P
+
+
+class Drawn(NamedTuple):
+  """What is drawn at one position."""
+
+  token_B: jax.Array  # [B] int32
+  log_prob_B: jax.Array  # [B] float32
+  by_student_B: jax.Array | None = None  # [B] bool; None: not recorded
+
+
+class Loop(NamedTuple):
+  """The state of the loop over positions."""
+
   step: jax.Array  # []
   token_B: jax.Array
   alive_B: jax.Array
   rollout: Rollout
+  by_student: jax.Array | None  # [B, T] bool; None: not recorded
   cache: Cache
   queue: CalculatorState | None  # None: no calculator
+
+
+# (logits, loop) -> (Drawn, queue)
+Draw = Callable[[Any, Loop], tuple[Drawn, CalculatorState | None]]
 
 
 def sample(
@@ -92,6 +136,7 @@ def sample(
   max_decode_len: int,
   ids: SpecialIds,
   calculator: Calculator | None = None,
+  prefix: Prefix | None = None,
 ) -> Rollout:
   """Draws one output per row; stops when every row has ended.
 
@@ -107,63 +152,110 @@ def sample(
     ids: what begins, ends and pads a row; the ids that may not occur are masked
       by `decode_step`.
     calculator: writes results where `config.calculator` is set.
+    prefix: tokens to continue; None: outputs start at their first token. The
+      draw at a position is the same with and without a prefix.
 
   Returns:
     A `Rollout`.
 
   Raises:
-    ValueError: `config.calculator` is set, but there is no calculator.
+    ValueError: `config.calculator` is set, but there is no calculator, or there
+      is a prefix.
   """
   if config.calculator and calculator is None:
     raise ValueError(
       'SamplerConfig.calculator is set, but no calculator was passed. Only '
       'evaluation and inference have one.'
     )
-  batch_size = row_ids_B.shape[0]
-  row_rngs = jax.vmap(lambda row: jax.random.fold_in(rng, row))(row_ids_B)
+  if config.calculator and prefix is not None:
+    raise ValueError('SamplerConfig.calculator cannot continue a prefix.')
+  uniform = uniforms(rng, row_ids_B)
 
-  def body(s: _Loop) -> _Loop:
-    logits_BV, cache = decode_step(s.cache, s.token_B)
+  def draw(logits_BV, s: Loop):
     queue = s.queue
     if queue is not None:
       logits_BV = calculator.keep_result(queue, logits_BV)
-    logits_BV = filter_logits(logits_BV, config)
-    if config.temperature == 0.0:
-      drawn_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-      log_prob_B = jnp.zeros(batch_size, jnp.float32)
-    else:
-      uniform_B = jax.vmap(
-        lambda key: jax.random.uniform(jax.random.fold_in(key, s.step))
-      )(row_rngs)
-      log_p_BV = jax.nn.log_softmax(logits_BV)
-      drawn_B = _draw(uniform_B, jnp.exp(log_p_BV))
-      log_prob_B = jnp.take_along_axis(log_p_BV, drawn_B[:, None], 1)[:, 0]
+    drawn_B, log_prob_B = draw_tokens(
+      logits_BV, config, lambda: uniform(s.step)
+    )
     if queue is not None:
       drawn_B, is_forced_B, queue = calculator.correct(
         queue, s.rollout.tokens, s.step, drawn_B, s.alive_B
       )
       log_prob_B = jnp.where(is_forced_B, 0.0, log_prob_B)
+    return Drawn(drawn_B, log_prob_B), queue
+
+  batch_size = row_ids_B.shape[0]
+  end = run(
+    decode_step,
+    cache,
+    draw,
+    batch_size=batch_size,
+    max_decode_len=max_decode_len,
+    ids=ids,
+    queue=calculator.start(batch_size) if config.calculator else None,
+    prefix=prefix,
+  )
+  return end.rollout
+
+
+def run(
+  decode_step: Callable[[Cache, jax.Array], tuple[Any, Cache]],
+  cache: Cache,
+  draw: Draw,
+  *,
+  batch_size: int,
+  max_decode_len: int,
+  ids: SpecialIds,
+  queue: CalculatorState | None = None,
+  prefix: Prefix | None = None,
+  records_author: bool = False,
+) -> Loop:
+  """Writes one token of each row per iteration, until every row has ended.
+
+  Args:
+    decode_step: (cache, tokens [B]) -> (logits, cache); of one model, or of
+      several that read the same tokens.
+    cache: what `decode_step` needs before its first token.
+    draw: chooses the tokens of a position from these logits.
+    batch_size: B.
+    max_decode_len: T.
+    ids: what begins, ends and pads a row.
+    queue: state of the calculator.
+    prefix: tokens to continue.
+    records_author: whether `draw` returns `by_student_B`, which is False in a
+      prefix.
+  """
+
+  def body(s: Loop) -> Loop:
+    logits, cache = decode_step(s.cache, s.token_B)
+    drawn, queue = draw(logits, s)
+    if prefix is not None:
+      drawn = _force(drawn, prefix, s.step)
 
     # Weights come from `alive_B`, not from the token's id: an id alone does not
     # determine whether the row had ended.
-    token_B = jnp.where(s.alive_B, drawn_B, ids.pad)
+    token_B = jnp.where(s.alive_B, drawn.token_B, ids.pad)
     rollout = Rollout(
       tokens=s.rollout.tokens.at[:, s.step].set(token_B),
       weights=s.rollout.weights.at[:, s.step].set(
         s.alive_B.astype(jnp.float32)
       ),
       log_probs=s.rollout.log_probs.at[:, s.step].set(
-        jnp.where(s.alive_B, log_prob_B, 0.0)
+        jnp.where(s.alive_B, drawn.log_prob_B, 0.0)
       ),
     )
+    by_student = s.by_student
+    if by_student is not None:
+      by_student = by_student.at[:, s.step].set(s.alive_B & drawn.by_student_B)
     alive_B = s.alive_B & (token_B != ids.eos)
-    return _Loop(s.step + 1, token_B, alive_B, rollout, cache, queue)
+    return Loop(s.step + 1, token_B, alive_B, rollout, by_student, cache, queue)
 
-  def keep_going(s: _Loop) -> jax.Array:
+  def keep_going(s: Loop) -> jax.Array:
     return (s.step < max_decode_len) & jnp.any(s.alive_B)
 
   shape = (batch_size, max_decode_len)
-  start = _Loop(
+  start = Loop(
     step=jnp.int32(0),
     token_B=jnp.full(batch_size, ids.start, jnp.int32),
     alive_B=jnp.ones(batch_size, bool),
@@ -172,14 +264,99 @@ def sample(
       weights=jnp.zeros(shape, jnp.float32),
       log_probs=jnp.zeros(shape, jnp.float32),
     ),
+    by_student=jnp.zeros(shape, bool) if records_author else None,
     cache=cache,
-    queue=calculator.start(batch_size) if config.calculator else None,
+    queue=queue,
   )
-  return jax.lax.while_loop(keep_going, body, start).rollout
+  return jax.lax.while_loop(keep_going, body, start)
+
+
+def _force(drawn: Drawn, prefix: Prefix, step: jax.Array) -> Drawn:
+  """Replaces what was drawn by the prefix, in rows whose prefix goes on."""
+  is_given_B = step < prefix.lengths
+  last = prefix.tokens.shape[1] - 1
+  given_B = prefix.tokens[:, jnp.minimum(step, last)]
+  by_student_B = drawn.by_student_B
+  if by_student_B is not None:
+    by_student_B &= ~is_given_B
+  return Drawn(
+    jnp.where(is_given_B, given_B, drawn.token_B),
+    jnp.where(is_given_B, 0.0, drawn.log_prob_B),
+    by_student_B,
+  )
+
+
+def uniforms(rng: jax.Array, row_ids_B: jax.Array) -> Callable[..., jax.Array]:
+  """Returns (step, stream=0) -> [B] uniform numbers in [0, 1).
+
+  They depend only on the key, the row's number, the step and the stream.
+
+  Args:
+    rng: key of this batch.
+    row_ids_B: [B] int32 number of each row in the global batch.
+  """
+  row_rngs = jax.vmap(lambda row: jax.random.fold_in(rng, row))(row_ids_B)
+
+  def uniform(step: jax.Array, stream: int = 0) -> jax.Array:
+    def of_row(key):
+      key = jax.random.fold_in(key, step)
+      return jax.random.uniform(
+        jax.random.fold_in(key, stream) if stream else key
+      )
+
+    return jax.vmap(of_row)(row_rngs)
+
+  return uniform
+
+
+def draw_tokens(
+  logits_BV: jax.Array,
+  config: SamplerConfig,
+  uniform: Callable[[], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Draws one token per row.
+
+  Args:
+    logits_BV: [B, V] in which ids that may not occur are masked.
+    config: how to draw.
+    uniform: () -> [B] uniform numbers; not called if greedy.
+
+  Returns:
+    [B] int32 tokens, and [B] float32 their log-probabilities.
+  """
+  logits_BV = filter_logits(logits_BV, config)
+  if config.temperature == 0.0:
+    drawn_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return drawn_B, jnp.zeros(logits_BV.shape[0], jnp.float32)
+  uniform_B = uniform()
+  log_p_BV = jax.nn.log_softmax(logits_BV)
+  drawn_B = _draw(uniform_B, jnp.exp(log_p_BV))
+  return drawn_B, jnp.take_along_axis(log_p_BV, drawn_B[:, None], 1)[:, 0]
+
+
+def log_probs_of(
+  logits_BV: jax.Array, config: SamplerConfig, tokens_B: jax.Array
+) -> jax.Array:
+  """Returns [B] log-probabilities of tokens under a sampler's distribution.
+
+  Args:
+    logits_BV: [B, V].
+    config: greedy decoding has probability 1 for one token.
+    tokens_B: [B] int32.
+  """
+  logits_BV = filter_logits(logits_BV, config)
+  if config.temperature == 0.0:
+    best_B = jnp.argmax(logits_BV, axis=-1)
+    return jnp.where(tokens_B == best_B, 0.0, MASKED_LOGIT)
+  log_p_BV = jax.nn.log_softmax(logits_BV)
+  return jnp.take_along_axis(log_p_BV, tokens_B[:, None], 1)[:, 0]
 
 
 def filter_logits(logits: jax.Array, config: SamplerConfig) -> jax.Array:
-  """Applies temperature, then top-k, then top-p.
+  """Applies temperature, then top-k, top-p, min-p and epsilon, in this order.
+
+  Each cut-off reads the distribution that the one before left, renormalised.
+  The most probable token is always kept.
 
   Args:
     logits: [..., V].
@@ -204,6 +381,15 @@ def filter_logits(logits: jax.Array, config: SamplerConfig) -> jax.Array:
     num_kept = jnp.sum(mass_before < config.top_p, axis=-1, keepdims=True)
     least_kept = jnp.take_along_axis(falling, num_kept - 1, axis=-1)
     logits = jnp.where(logits < least_kept, MASKED_LOGIT, logits)
+  if config.min_p > 0.0:
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    least_kept = highest + math.log(config.min_p) - _ROUNDING
+    logits = jnp.where(logits < least_kept, MASKED_LOGIT, logits)
+  if config.epsilon > 0.0:
+    log_p = jax.nn.log_softmax(logits)
+    highest = jnp.max(log_p, axis=-1, keepdims=True)
+    least_kept = jnp.minimum(math.log(config.epsilon) - _ROUNDING, highest)
+    logits = jnp.where(log_p < least_kept, MASKED_LOGIT, logits)
   return logits
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.decoding import sampler
+from gkd_jax.distill import policies
 from gkd_jax.distill.divergences import Divergence
 from gkd_jax.distill.methods import Method
 
@@ -51,10 +52,16 @@ def something_is_minimised(setup: Setup) -> None:
 def likelihood_is_not_of_the_students_outputs(setup: Setup) -> None:
   """The likelihood term excludes outputs that the student wrote."""
   weight = setup.method.objective.likelihood_weight
-  fraction = setup.method.policy.student_data_fraction
-  if weight > 0.0 and fraction > 0.0:
+  policy = setup.method.policy
+  if weight > 0.0 and policy.student_may_write:
+    fraction = policy.student_data_fraction
+    who = (
+      'the student writes tokens under this policy'
+      if fraction is None
+      else f'STUDENT_DATA_FRACTION is {fraction}'
+    )
     raise ValueError(
-      f'LIKELIHOOD_WEIGHT is {weight} and STUDENT_DATA_FRACTION is {fraction}: '
+      f'LIKELIHOOD_WEIGHT is {weight} and {who}: '
       "maximising the likelihood of the student's own outputs would reinforce "
       'its mistakes. Set LIKELIHOOD_WEIGHT = 0.0, or STUDENT_DATA_FRACTION = '
       "0.0 to train on the dataset's outputs alone."
@@ -73,6 +80,19 @@ def reward_is_of_the_students_outputs(setup: Setup) -> None:
     )
 
 
+def rewarded_outputs_are_samples_of_the_student(setup: Setup) -> None:
+  """A reward needs outputs that the current student wrote alone."""
+  credit = setup.method.credit
+  student_outputs_only = credit is not None and credit.student_outputs_only
+  if student_outputs_only and not setup.method.policy.samples_student:
+    raise ValueError(
+      "A reward scores samples of the student's current distribution, but "
+      'POLICY replays outputs of earlier steps or lets the teacher write parts '
+      'of them. Set POLICY = @policies.student(), or REWARD = None and '
+      'REWARD_WEIGHT = None.'
+    )
+
+
 def reinforce_draws_ancestrally(setup: Setup) -> None:
   """REINFORCE needs samples from the student's own distribution."""
   credit, config = setup.method.credit, setup.method.student_sampler
@@ -83,7 +103,7 @@ def reinforce_draws_ancestrally(setup: Setup) -> None:
       'REINFORCE differentiates the distribution that outputs are drawn from, '
       "so they must be drawn from the student's unmodified distribution, but "
       f'student_sampler is {config}. Set SAMPLING_TEMPERATURE = 1.0, without '
-      'top_k and top_p.'
+      'top_k, top_p, min_p and epsilon.'
     )
 
 
@@ -152,16 +172,25 @@ def compared_outputs_are_in_one_microbatch(setup: Setup) -> None:
     )
 
 
+def the_policys_buffer_holds_a_batch(setup: Setup) -> None:
+  """A replayed batch has as many rows as any other."""
+  buffer_rows = setup.method.policy.buffer_rows
+  if buffer_rows is not None and setup.batch_size is not None:
+    policies.check_buffer(buffer_rows, setup.batch_size)
+
+
 RULES = (
   something_is_minimised,
   likelihood_is_not_of_the_students_outputs,
   reward_is_of_the_students_outputs,
+  rewarded_outputs_are_samples_of_the_student,
   reinforce_draws_ancestrally,
   reinforce_trains_without_dropout,
   training_outputs_are_drawn_from_a_model,
   a_live_teacher_has_no_dropout,
   credit_of_the_teacher_has_a_divergence,
   compared_outputs_are_in_one_microbatch,
+  the_policys_buffer_holds_a_batch,
 )
 
 

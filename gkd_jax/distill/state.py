@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state that a train step updates, and the frozen parameters it reads."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gkd_jax.batch import Batch
@@ -109,6 +111,29 @@ def _init_carried(params, method, batch) -> Carried:
     divergence = of_divergence.init()
   # Copies, because donated arrays must not share memory.
   return jax.tree.map(jnp.array, Carried(policy, teacher, divergence))
+
+
+def after_evaluation(
+  method: Method, state: TrainState, values: Mapping[str, float]
+) -> TrainState:
+  """Returns the state after an evaluation, which the policy may depend on.
+
+  Args:
+    method: its policy's `evaluated` runs on the host.
+    state: of the evaluated step.
+    values: {name: value}, equal on all hosts.
+  """
+  if method.policy.evaluated is None:
+    return state
+  old = state.carried.policy
+
+  def place(before, after):
+    if after is before:
+      return before
+    return jax.device_put(np.asarray(after, before.dtype), before.sharding)
+
+  new = jax.tree.map(place, old, method.policy.evaluated(old, values))
+  return state._replace(carried=state.carried._replace(policy=new))
 
 
 def abstract_state(

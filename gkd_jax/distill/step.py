@@ -15,11 +15,17 @@ import optax
 from gkd_jax.batch import Batch, Outputs, SpecialIds, split_rows
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import chunked_sums, objectives, rewards, rules
+from gkd_jax.distill import (
+  chunked_sums,
+  divergences,
+  objectives,
+  rewards,
+  rules,
+)
 from gkd_jax.distill import credit as credit_lib
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill.methods import Method
-from gkd_jax.distill.policies import Draw, Rollouts
+from gkd_jax.distill.policies import Comparison, Draw, Rollouts
 from gkd_jax.distill.state import Carried, Frozen, Trained, TrainState
 
 Params = Any
@@ -58,7 +64,11 @@ class Rngs(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """The loss's inputs that are split into microbatches: rows [B, ...]."""
+  """The loss's inputs that are split into microbatches.
+
+  Arrays of the batch have rows [B, ...], all others [n B, ...]: n outputs for
+  each input, see `Rollouts.outputs`.
+  """
 
   batch: Batch
   rollouts: Rollouts
@@ -73,6 +83,13 @@ class Shared(NamedTuple):
   teacher_head: Params  # parameters of the projection to the vocabulary
   rngs: Rngs
   carried: Any = ()  # the divergence's state
+
+
+class OfPolicy(NamedTuple):
+  """What a policy returns beside the outputs."""
+
+  carried: Any  # its next state
+  metrics: Metrics
 
 
 def make_train_step(
@@ -116,7 +133,11 @@ def make_train_step(
     teacher = student
   models = _check(Models(student, teacher, method, ids, reward_fn))
   loss_sums = _make_loss_sums(models)
-  shares_encoder = not models.has_dropout and num_microbatches == 1
+  shares_encoder = (
+    not models.has_dropout
+    and num_microbatches == 1
+    and method.policy.buffer_rows is None
+  )
 
   def train_step(state, frozen, batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -129,7 +150,7 @@ def make_train_step(
       encoded, encoder_vjp = jax.vjp(
         lambda params: _encode(models, params, batch), params
       )
-    rows, shared, encoded, policy_carried = _write_and_grade(
+    rows, shared, encoded, of_policy = _write_and_grade(
       models,
       params,
       frozen,
@@ -138,6 +159,7 @@ def make_train_step(
       encoded,
       state.carried,
       num_microbatches,
+      state.step,
     )
 
     def grads_and_sums(rows, microbatch):
@@ -160,12 +182,14 @@ def make_train_step(
     grads = jax.tree.map(lambda g: g / count, state_lib.trained(*grads))
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
-    means = _means(sums, count, method.credit)
+    means = _means(sums, count, method.credit) | of_policy.metrics
     # A non-finite update would corrupt all later steps.
     with jax.named_scope('optimizer'):
       params, opt_state, heads, carried = jax.lax.cond(
         is_finite,
-        lambda: _update(method, optimizer, state, grads, policy_carried, means),
+        lambda: _update(
+          method, optimizer, state, grads, of_policy.carried, means
+        ),
         lambda: tuple(state[1:]),
       )
     norms = {'grad_norm': grad_norm, 'param_norm': optax.tree.norm(params)}
@@ -243,14 +267,14 @@ def hidden_states(
   dropout_rng: jax.Array | None = None,
   num_microbatches: int = 1,
 ) -> jax.Array:
-  """Returns a model's hidden states before the projection: [B, T, D].
+  """Returns a model's hidden states before the projection, of each target row.
 
   Args:
     model: encoder-decoder.
     params: its parameters.
     encoder_input_tokens: [B, S] int32.
-    target_tokens: [B, T] int32.
-    encoded: [B, S, D] encoder output; None: the encoder runs here.
+    target_tokens: [B, T] int32; or [n B, T], n rows for each input in turn.
+    encoded: [B, S, D] encoder output; None: the encoder runs here, on B rows.
     dropout_rng: enables dropout; None: no dropout.
     num_microbatches: each layer processes the rows in this many parts.
   """
@@ -264,6 +288,9 @@ def hidden_states(
     encoded = apply(
       encoder_input_tokens, method='encode', rngs=rngs, **keywords
     )
+  encoded, encoder_input_tokens = _repeat(
+    (encoded, encoder_input_tokens), target_tokens
+  )
   rngs = None if dropout_rng is None else {'dropout': decoder_rng}
   return apply(
     encoded,
@@ -273,6 +300,16 @@ def hidden_states(
     rngs=rngs,
     **keywords,
   )
+
+
+def _repeat(of_inputs, outputs: jax.Array):
+  """Repeats arrays [B, ...] of the inputs for each row of outputs [n B, T]."""
+
+  def repeat(x):
+    number = outputs.shape[0] // x.shape[0]
+    return x if number == 1 else jnp.repeat(x, number, axis=0)
+
+  return jax.tree.map(repeat, of_inputs)
 
 
 def _microbatches(number: int) -> dict[str, int]:
@@ -296,7 +333,8 @@ def _write_and_grade(
   encoded: jax.Array | None,
   carried: Carried,
   num_microbatches: int = 1,
-) -> tuple[Rows, Shared, jax.Array | None, Any]:
+  step: jax.Array | None = None,
+) -> tuple[Rows, Shared, jax.Array | None, OfPolicy]:
   """Calls the policy once and runs the teacher on its outputs, no gradient.
 
   Args:
@@ -308,10 +346,11 @@ def _write_and_grade(
     encoded: [B, S, D] the student's encoder output on the batch, or None.
     carried: the method's state.
     num_microbatches: each layer processes the rows in this many parts.
+    step: [] int32 number of steps done; None: not known.
 
   Returns:
     The inputs of the loss; `encoded`, or None if the rollouts have other
-    inputs; and the policy's next state.
+    inputs; and the rest of what the policy returns.
   """
   method = models.method
   teacher_params = jax.lax.stop_gradient(
@@ -329,13 +368,14 @@ def _write_and_grade(
         rngs,
         carried.policy,
         num_microbatches,
+        step,
       )
     )
   )
-  policy_carried = rollouts.carried
+  of_policy = OfPolicy(rollouts.carried, rollouts.metrics)
   if rollouts.batch is not None:
     batch, encoded = rollouts.batch, None
-  rollouts = rollouts._replace(batch=None, carried=())
+  rollouts = rollouts._replace(batch=None, carried=(), metrics={})
   teacher_hidden = teacher_head = None
   if method.objective.needs_teacher:
     teacher = models.teacher
@@ -350,10 +390,15 @@ def _write_and_grade(
       # Gathered once, because each chunk of tokens reads it.
       teacher_head = teacher.head_params(teacher.gather_params(teacher_params))
   return (
-    Rows(batch, rollouts, teacher_hidden, row_ids_B),
+    Rows(
+      batch,
+      rollouts,
+      teacher_hidden,
+      jnp.arange(rollouts.outputs.tokens.shape[0]),
+    ),
     Shared(frozen, teacher_head, rngs, carried.divergence),
     encoded,
-    policy_carried,
+    of_policy,
   )
 
 
@@ -367,53 +412,120 @@ def _draw(
   rngs,
   carried,
   num_microbatches,
+  step,
 ) -> Draw:
   """Returns the inputs of the policy; see `policies.Draw`."""
+  method = models.method
+  shape = {
+    'row_ids_B': row_ids_B,
+    'max_decode_len': batch.decoder_target_tokens.shape[1],
+    'ids': models.ids,
+  }
 
-  def sample(model, params, config, inputs, encoded, encoder_scope):
-    if encoded is None:
-      with jax.named_scope(encoder_scope):
-        encoded = model.apply(
-          {'params': params},
-          inputs,
-          method='encode',
-          **_microbatches(num_microbatches),
-        )
-    return rollout_lib.rollout(
-      model,
-      params,
-      inputs,
-      rngs.sample,
-      config,
-      encoded=encoded,
-      row_ids_B=row_ids_B,
-      max_decode_len=batch.decoder_target_tokens.shape[1],
-      ids=models.ids,
+  def encode(model, params, inputs, scope):
+    with jax.named_scope(scope):
+      return model.apply(
+        {'params': params},
+        inputs,
+        method='encode',
+        **_microbatches(num_microbatches),
+      )
+
+  def student(config=None):
+    model, inputs, known = models.student, batch.encoder_input_tokens, encoded
+    if known is None:
+      known = encode(model, params, inputs, 'student_encoder')
+    config = config or method.student_sampler
+    return rollout_lib.Writer(model, params, inputs, config, known)
+
+  def teacher(config=None):
+    model, inputs = models.teacher, batch.teacher_inputs
+    known = encode(model, teacher_params, inputs, 'sampling')
+    config = config or method.teacher_sampler
+    return rollout_lib.Writer(model, teacher_params, inputs, config, known)
+
+  def sampler_of(writer):
+    def sample(*, prefix=None, config=None, rng=None):
+      w = writer(config)
+      return rollout_lib.rollout(
+        w.model,
+        w.params,
+        w.encoder_input_tokens,
+        rngs.sample if rng is None else rng,
+        w.config,
+        encoded=w.encoded,
+        prefix=prefix,
+        **shape,
+      )
+
+    return sample
+
+  def sample_pair(choose):
+    return rollout_lib.rollout_pair(
+      student(), teacher(), rngs.sample, choose, **shape
     )
 
-  method = models.method
-  of_student = (
-    models.student,
-    params,
-    method.student_sampler,
-    batch.encoder_input_tokens,
-    encoded,
-  )
-  of_teacher = (
-    models.teacher,
-    teacher_params,
-    method.teacher_sampler,
-    batch.teacher_inputs,
-    None,
-  )
   return Draw(
     rngs.policy,
     batch,
     row_ids_B,
-    lambda: sample(*of_student, 'student_encoder'),
-    lambda: sample(*of_teacher, 'sampling'),
+    sampler_of(student),
+    sampler_of(teacher),
     carried,
+    sample_pair,
+    step,
+    functools.partial(
+      _compare,
+      models,
+      params,
+      teacher_params,
+      batch,
+      encoded,
+      num_microbatches,
+    ),
   )
+
+
+def _compare(
+  models, params, teacher_params, batch, encoded, num_microbatches, outputs
+) -> Comparison:
+  """Returns student and teacher on outputs; see `policies.Comparison`."""
+  teacher, ids = models.teacher, models.ids
+  hidden = functools.partial(
+    hidden_states,
+    target_tokens=outputs.tokens,
+    num_microbatches=num_microbatches,
+  )
+  of_student = hidden(
+    models.student, params, batch.encoder_input_tokens, encoded=encoded
+  )
+  of_teacher = hidden(teacher, teacher_params, batch.teacher_inputs)
+
+  def values(student_logits, teacher_logits, tokens):
+    del tokens
+    student_logits, teacher_logits = objectives.comparable_logits(
+      student_logits, teacher_logits, ids
+    )
+    return {
+      'kl': divergences.forward_kl(
+        teacher_logits=teacher_logits, student_logits=student_logits
+      ),
+      'token': jnp.argmax(teacher_logits, axis=-1).astype(jnp.int32),
+    }
+
+  with jax.named_scope('compare'):
+    found = chunked_sums.token_values(
+      values,
+      unembed(models.student),
+      unembed(teacher),
+      models.method.objective.chunk_tokens,
+      models.student.head_params(params),
+      of_student,
+      teacher.head_params(teacher.gather_params(teacher_params)),
+      of_teacher,
+      outputs.tokens,
+    )
+  return Comparison(found['kl'], found['token'])
 
 
 def _make_loss_sums(models: Models):
@@ -460,7 +572,13 @@ def _make_loss_sums(models: Models):
       worth = jax.lax.stop_gradient(
         credit.assign(
           _evidence(
-            models, log_probs, params, encoded, rows, shared, coefficients_BT
+            models,
+            log_probs,
+            params,
+            _repeat(encoded, outputs.tokens),
+            rows._replace(batch=_repeat(rows.batch, outputs.tokens)),
+            shared,
+            coefficients_BT,
           )
         )
       )
@@ -590,7 +708,12 @@ def _means(sums, count, credit) -> Metrics:
 
 
 def check_no_state(method: Method) -> None:
-  """Raises ValueError if a part of the method has state or heads."""
+  """Raises ValueError if a part has state, heads or a schedule."""
+  if method.policy.schedules:
+    raise ValueError(
+      f'{next(iter(method.policy.schedules))} is a function of the step, which '
+      'is not known here: set it to a number, or train with gkd_jax.main.'
+    )
   divergence = method.objective.divergence
   inits = [method.policy.init, method.teacher.init]
   if divergence is not None:
@@ -643,7 +766,10 @@ def _over_microbatches(grads_and_sums, rows, num_microbatches):
   """Sums grads_and_sums(microbatch, i) over the microbatches of rows."""
   if num_microbatches == 1:
     return grads_and_sums(rows, 0)
-  parts = jax.tree.map(lambda x: split_rows(x, num_microbatches), rows)
+  num_inputs = rows.batch.encoder_input_tokens.shape[0]
+  parts = jax.tree.map(
+    lambda x: split_rows(x, num_microbatches, x.shape[0] // num_inputs), rows
+  )
   shapes = jax.eval_shape(
     grads_and_sums, jax.tree.map(lambda x: x[0], parts), 0
   )

@@ -371,10 +371,35 @@ def _mask_seed(value: Any, settings: Mapping[str, Any]) -> Any:
 # --- Methods ------------------------------------------------------------------
 
 
+# Policy -> the method that it is known by.
+_METHODS = {
+  'interleaved': 'SKD',
+  'mixed_tokens': 'mixed tokens',
+  'corrected': 'SCRG',
+  'paired': 'DistiLLM-2',
+  'replay': 'DistiLLM',
+}
+
+
+def _method_of_policy(settings: Mapping[str, Any]) -> str | None:
+  """Returns the method of a policy that is no mixture; None for the others."""
+  policy = str(settings.get('POLICY')).strip('@()').rpartition('.')[2]
+  fraction = settings.get('STUDENT_DATA_FRACTION')
+  if policy == 'mixture' and isinstance(fraction, str):
+    return 'GKD λ(step)'
+  return _METHODS.get(policy)
+
+
 def student_data_fraction(settings: Mapping[str, Any]) -> float | None:
-  """Returns lambda; None if the teacher writes outputs during training."""
+  """Returns lambda.
+
+  None if it changes during training, if models write outputs together, or if
+  the teacher writes outputs during training.
+  """
   fraction = settings.get('STUDENT_DATA_FRACTION')
   policy = str(settings.get('POLICY'))
+  if _method_of_policy(settings) is not None:
+    return None
   if 'mixture' in policy and fraction is not None:
     return float(fraction)
   if 'teacher' in policy:
@@ -419,6 +444,8 @@ def method(run: Run) -> str:
     own = run.initial is not None and run.teacher == run.initial
     return f'{"RLEF*" if own else "RL+GKD"} α={weight:g}, {of}'
   by_teacher = settings.get('TRAIN_ON_PREDICTIONS') or fraction is None
+  if known := _method_of_policy(settings):
+    return known if of is None else f'{known}, {of}'
   if of is None:
     return 'SeqKD' if by_teacher else 'SFT'
   if fraction in (0.0, None):

@@ -29,14 +29,16 @@ def chain():
   return logits
 
 
-def draw(logits_TVV, config, *, seed=0, row_ids=None, max_decode_len=T):
+def draw(
+  logits_TVV, config, *, seed=0, row_ids=None, max_decode_len=T, prefix=None
+):
   """Samples from a chain whose cache is the position."""
   logits_TVV = jnp.float32(logits_TVV)
   if row_ids is None:
     row_ids = np.arange(NUM_ROWS)
 
   @jax.jit
-  def sample(rng, row_ids_B):
+  def sample(rng, row_ids_B, prefix):
     return sampler.sample(
       lambda step, token_B: (logits_TVV[step, token_B], step + 1),
       jnp.int32(0),
@@ -45,9 +47,11 @@ def draw(logits_TVV, config, *, seed=0, row_ids=None, max_decode_len=T):
       row_ids_B=row_ids_B,
       max_decode_len=max_decode_len,
       ids=tiny.IDS,
+      prefix=prefix,
     )
 
-  return jax.tree.map(np.asarray, sample(jax.random.key(seed), row_ids))
+  drawn = sample(jax.random.key(seed), row_ids, prefix)
+  return jax.tree.map(np.asarray, drawn)
 
 
 def scripted(script_TB):
@@ -337,8 +341,80 @@ def test_top_p_keeps_the_most_probable_token_whatever_its_probability():
 
 
 @pytest.mark.parametrize(
+  ('config', 'want'),
+  [
+    # Hewitt et al. 2022, and Nguyen et al. 2024.
+    (
+      {'epsilon': 0.02},
+      (0.606060606061, 0.303030303030, 0.070707070707, 0.02020202020202, 0),
+    ),
+    (
+      {'epsilon': 0.05},
+      (0.6185567010309, 0.30927835051546, 0.07216494845361, 0, 0),
+    ),
+    ({'epsilon': 0.7}, (1, 0, 0, 0, 0)),
+    ({'min_p': 0.5}, (2 / 3, 1 / 3, 0, 0, 0)),
+    (
+      {'min_p': 0.1},
+      (0.6185567010309, 0.30927835051546, 0.07216494845361, 0, 0),
+    ),
+    ({'min_p': 1.0}, (1, 0, 0, 0, 0)),
+    # 0.3 of the two that top_k leaves is above 0.3.
+    ({'top_k': 2, 'epsilon': 0.3}, (2 / 3, 1 / 3, 0, 0, 0)),
+    ({'temperature': 0.5, 'epsilon': 0.05}, (0.8, 0.2, 0, 0, 0)),
+  ],
+  ids=str,
+)
+def test_cut_offs_by_probability_drop_and_renormalise(config, want):
+  logits = jnp.log(jnp.array([0.6, 0.3, 0.07, 0.02, 0.01]))
+
+  kept = sampler.filter_logits(logits, SamplerConfig(**config))
+
+  # float32 softmax.
+  np.testing.assert_allclose(jax.nn.softmax(kept), want, atol=1e-6)
+
+
+def test_a_prefix_is_continued_as_if_it_had_been_drawn(chain):
+  rows = np.arange(200)
+  tokens, weights, log_probs = draw(chain, sampler.ANCESTRAL, row_ids=rows)
+  lengths = np.minimum(rows % 4, weights.sum(axis=1)).astype(np.int32)
+
+  again = draw(
+    chain,
+    sampler.ANCESTRAL,
+    row_ids=rows,
+    prefix=sampler.Prefix(tokens, lengths),
+  )
+
+  np.testing.assert_array_equal(again.tokens, tokens)
+  np.testing.assert_array_equal(again.weights, weights)
+  was_drawn = np.arange(T) >= lengths[:, None]
+  np.testing.assert_array_equal(again.log_probs, log_probs * was_drawn)
+
+
+def test_an_eos_in_a_prefix_ends_the_row(chain):
+  prefix = sampler.Prefix(np.array([[3, 2], [EOS, 2]]), np.array([2, 2]))
+
+  drawn = draw(chain, sampler.ANCESTRAL, row_ids=np.arange(2), prefix=prefix)
+
+  assert drawn.tokens[0, :2].tolist() == [3, 2]
+  assert drawn.tokens[0, 2] != 0
+  assert drawn.tokens[1].tolist() == [EOS, 0, 0]
+  assert drawn.weights.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
   'wrong',
-  [{'temperature': -1.0}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1}],
+  [
+    {'temperature': -1.0},
+    {'top_k': -1},
+    {'top_p': 0.0},
+    {'top_p': 1.1},
+    {'min_p': -0.1},
+    {'min_p': 1.1},
+    {'epsilon': -0.1},
+    {'epsilon': 1.0},
+  ],
 )
 def test_config_refuses_what_it_cannot_mean(wrong):
   with pytest.raises(ValueError, match=f'SamplerConfig.{next(iter(wrong))}'):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gkd_jax.batch import mask_unused_ids
+from gkd_jax.decoding import pair, sampler
 from gkd_jax.decoding import rollout as rollout_lib
-from gkd_jax.decoding import sampler
 from gkd_jax.distill import policies
 from tests import tiny
 
@@ -37,7 +37,7 @@ def write(
   )
 
 
-def student_writes():
+def student_writes(**_):
   return outputs_of(STUDENT)
 
 
@@ -186,6 +186,283 @@ def test_teacher_may_write_what_the_student_does_not(per):
   assert policy.needs_teacher
 
 
+@pytest.mark.parametrize('per', ['batch', 'sequence'])
+def test_lambda_may_be_a_function_of_the_step(per):
+  policy = policies.mixture(lambda step: step / 10, per)
+
+  @jax.jit
+  def share(step):
+    def by_student(rng):
+      draw = policies.Draw(
+        rng,
+        tiny.batch(),
+        jnp.arange(4),
+        student_writes,
+        may_not_write,
+        step=step,
+      )
+      return policy.write(draw).by_student_B
+
+    return jax.vmap(by_student)(jax.random.split(jax.random.key(0), 1000))
+
+  shares = [share(jnp.int32(step)).mean() for step in (0, 3, 10)]
+  # 3 standard errors of 1000 draws.
+  np.testing.assert_allclose(shares, [0.0, 0.3, 1.0], atol=0.045)
+  assert shares[::2] == [0.0, 1.0]
+  assert policy.student_may_write
+  assert policy.schedules.keys() == {'STUDENT_DATA_FRACTION'}
+
+
+@pytest.mark.parametrize('otherwise', [policies.replay, policies.paired])
+@pytest.mark.parametrize(
+  'make', [functools.partial(policies.mixture, 0.5), policies.paired]
+)
+def test_a_part_of_a_policy_writes_for_the_inputs_of_the_step(make, otherwise):
+  with pytest.raises(ValueError, match='otherwise must be a policy with one'):
+    make(otherwise=otherwise)
+
+
+@pytest.mark.parametrize(
+  ('make', 'text'),
+  [
+    (lambda: policies.interleaved(0), 'top_k must be 1 or more, got 0'),
+    (lambda: policies.mixed_tokens(1.1), r'must be in \[0, 1\], got 1.1'),
+    (lambda: policies.mixed_tokens(0.5, 'token'), "'coin', got 'token'"),
+    (lambda: policies.corrected(0), 'num_corrections must be 1 or more'),
+    (lambda: policies.paired(policies.student), "not the student's"),
+    (lambda: policies.replay(0), 'capacity must be 1 or more, got 0'),
+    (lambda: policies.replay(8, 1.5), r'fraction must be in \[0, 1\], got 1.5'),
+    (lambda: policies.replay(8, 0.5, -1.0), 'fresh_share must be in'),
+    (lambda: policies.replay(8, increment=0.0), 'the student never writes'),
+  ],
+)
+def test_a_policy_refuses_what_it_cannot_be(make, text):
+  with pytest.raises(ValueError, match=text):
+    make()
+
+
+def test_mixed_tokens_of_one_writer_are_that_writers_policy():
+  alone = policies.mixed_tokens(0.0)
+  assert (alone.student_data_fraction, alone.needs_teacher) == (1.0, False)
+  assert policies.mixed_tokens(1.0).student_data_fraction == 0.0
+
+
+# --- One correction -----------------------------------------------------------
+
+# The vectors' example; a row that agrees everywhere; one whose last token is
+# the worst; and one that ended.
+BY_STUDENT = np.array([[3, 5, 7, 1], [3, 6, 2, 1], [3, 6, 2, 5], [3, 1, 0, 0]])
+BY_TEACHER = np.array([[3, 6, 2, 1], [3, 6, 2, 1], [3, 6, 2, 1], [2, 1, 8, 8]])
+KL = np.array([[0.2, 0.1, 0.9, 0.4]] * 3 + [[0.1, 0.5, 0.9, 0.9]])
+
+
+def correct(num_corrections=1):
+  """Corrects; a continuation is 9s with log-probability -9."""
+  weights = np.float32(BY_STUDENT != 0)
+  position = np.arange(4)
+
+  def sample_student(*, prefix=None, rng=None):
+    if prefix is None:
+      assert rng is None
+      return sampler.Rollout(jnp.int32(BY_STUDENT), weights, -weights)
+    is_given = position < prefix.lengths[:, None]
+    tokens = jnp.where(is_given, prefix.tokens, 9)
+    ended = jnp.cumsum(tokens == 1, axis=1) - (tokens == 1) > 0
+    return sampler.Rollout(
+      jnp.where(ended, 0, tokens).astype(jnp.int32),
+      jnp.float32(~ended),
+      jnp.where(is_given | ended, 0.0, -9.0),
+    )
+
+  return policies.corrected(num_corrections).write(
+    policies.Draw(
+      jax.random.key(0),
+      None,
+      jnp.arange(4),
+      sample_student,
+      may_not_write,
+      compare=lambda outputs: policies.Comparison(
+        jnp.float32(KL), jnp.int32(BY_TEACHER)
+      ),
+    )
+  )
+
+
+def test_the_worst_token_that_differs_is_corrected_and_the_student_goes_on():
+  written = correct()
+
+  want = [[3, 5, 2, 9], [3, 6, 2, 1], [3, 6, 2, 1], [2, 9, 9, 9]]
+  np.testing.assert_array_equal(written.outputs.tokens, want)
+  t, s = policies.TEACHER, policies.STUDENT
+  np.testing.assert_array_equal(
+    written.author, [[s, s, t, s], [s] * 4, [s, s, s, t], [t, s, s, s]]
+  )
+  np.testing.assert_array_equal(
+    written.log_probs,
+    [[-1, -1, 0, -9], [-1] * 4, [-1, -1, -1, 0], [0, -9, -9, -9]],
+  )
+
+
+def test_a_second_correction_starts_from_the_first():
+  written = correct(2)
+
+  # The 9 differs most in the first row; in the last one, all 9s after the
+  # correction differ, and the third is the worst.
+  want = [[3, 5, 2, 1], [3, 6, 2, 1], [3, 6, 2, 1], [2, 9, 8, 9]]
+  np.testing.assert_array_equal(written.outputs.tokens, want)
+  t, s = policies.TEACHER, policies.STUDENT
+  np.testing.assert_array_equal(
+    written.author, [[s, s, t, t], [s] * 4, [s, s, s, t], [t, s, t, s]]
+  )
+
+
+# --- Two outputs for each input -----------------------------------------------
+
+
+@pytest.mark.parametrize('otherwise', [policies.teacher, policies.dataset])
+def test_a_pair_is_the_other_writers_output_and_the_students(otherwise):
+  policy, batch = policies.paired(otherwise), tiny.batch()
+
+  written = write(
+    policy,
+    jax.random.key(0),
+    batch,
+    student=student_writes,
+    teacher=teacher_writes,
+  )
+
+  theirs = otherwise().write(
+    policies.Draw(None, batch, None, may_not_write, teacher_writes)
+  )
+  for got, want in zip(
+    (*written.outputs, written.author, written.log_probs),
+    (*theirs.outputs, theirs.author, theirs.log_probs),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(got[::2], want)
+  assert (written.outputs.tokens[1::2] == STUDENT).all()
+  np.testing.assert_array_equal(written.by_student_B, [False, True] * 4)
+  assert policy.student_data_fraction == 0.5
+  assert policy.needs_teacher == (otherwise is policies.teacher)
+
+
+# --- Replay -------------------------------------------------------------------
+
+
+def replayed(policy, num_steps, batch_size=2):
+  """Runs a policy; at step i the student writes i, for inputs of 100 + i.
+
+  Returns:
+    [(Rollouts, state after the step)], on the host.
+  """
+  shape = (batch_size, 3)
+  examples = tiny.batch(0, (3,) * batch_size, (2,) * batch_size, 3, 3)
+
+  @jax.jit
+  def one(state, step):
+    rows = step + 100 * jnp.arange(batch_size)[:, None]
+    outputs = sampler.Rollout(
+      jnp.broadcast_to(rows, shape).astype(jnp.int32),
+      jnp.ones(shape),
+      -jnp.broadcast_to(rows, shape).astype(jnp.float32),
+    )
+    written = policy.write(
+      policies.Draw(
+        jax.random.fold_in(jax.random.key(7), step),
+        examples._replace(
+          encoder_input_tokens=1000 + jnp.broadcast_to(rows, shape)
+        ),
+        jnp.arange(batch_size),
+        lambda: outputs,
+        may_not_write,
+        carried=state,
+        step=step,
+      )
+    )
+    return written._replace(carried=()), written.carried
+
+  state, history = policy.init(examples), []
+  for step in range(num_steps):
+    written, state = one(state, jnp.int32(step))
+    history.append(jax.device_get((written, state)))
+  return history
+
+
+def test_the_buffer_keeps_the_newest_outputs():
+  history = replayed(policies.replay(5, 1.0, fresh_share=1.0), 4)
+
+  _, state = history[-1]
+  # Pushes of 2 rows, of which the second is 100 more.
+  kept = state.rows[1].tokens[:, 0]
+  assert sorted(kept.tolist()) == [2, 3, 101, 102, 103]
+  assert (int(state.size), int(state.cursor)) == (5, 3)
+  assert [int(s.size) for _, s in history] == [2, 4, 5, 5]
+
+
+def test_a_replayed_batch_brings_its_inputs_and_has_no_row_twice():
+  history = replayed(policies.replay(6, 1.0, fresh_share=0.0), 60)
+
+  written = [w for w, _ in history]
+  sampled = [bool(w.metrics['sampled']) for w in written]
+  assert sampled == [True] * 3 + [False] * 57  # until the buffer is full
+  drawn = []
+  for w in written:
+    tokens = w.outputs.tokens[:, 0]
+    np.testing.assert_array_equal(
+      w.batch.encoder_input_tokens[:, 0], 1000 + tokens
+    )
+    np.testing.assert_array_equal(w.log_probs[:, 0], -tokens)
+    assert w.by_student_B.all()
+    assert len({*tokens.tolist()}) == 2
+    drawn += tokens.tolist()
+  counts = np.unique(drawn[6:], return_counts=True)[1]
+  # 57 draws of 2 of 6: 19 of each; 3.6 is a standard deviation.
+  assert len(counts) == 6 and abs(counts - 19).max() < 4 * 3.6
+
+
+def test_a_step_samples_replays_or_reads_the_dataset_by_its_shares():
+  policy = policies.replay(2, 0.6, fresh_share=lambda step: step < 600)
+
+  history = replayed(policy, 1200)
+
+  kinds = np.array(
+    [
+      (w.metrics['sampled'], w.metrics['replayed'], not w.by_student_B.any())
+      for w, _ in history
+    ]
+  )
+  assert (kinds.sum(axis=1) == 1).all()
+  # 4 standard errors of 600 steps.
+  np.testing.assert_allclose(kinds[:600].mean(axis=0), [0.6, 0, 0.4], atol=0.08)
+  np.testing.assert_allclose(kinds[600:].mean(axis=0), [0, 0.6, 0.4], atol=0.08)
+  of_dataset = next(w for w, _ in history if not w.by_student_B.any())
+  assert (of_dataset.outputs.tokens[:, 0] < 100).all()
+
+
+def test_the_fraction_rises_with_the_validation_loss():
+  policy = policies.replay(2)
+  state = policy.init(tiny.batch(0, (3, 3), (2, 2), 3, 3))
+  fractions = []
+
+  # The first one sets the level.
+  for loss in (2.0, 2.0, 1.9, 2.05, 2.11, 2.15, 2.21, 2.35):
+    state = policy.evaluated(
+      state, {name: loss for name in policy.reads_metrics}
+    )
+    fractions.append(float(state.fraction))
+
+  np.testing.assert_allclose(
+    fractions, [0, 0, 0, 0, 0.1, 0.1, 0.2, 0.3], atol=1e-7
+  )
+
+
+def test_a_fraction_that_is_fixed_reads_no_evaluation():
+  policy = policies.replay(2, 0.5, increment=0.0)
+
+  assert policy.evaluated is None
+  assert policy.reads_metrics == ()
+
+
 @pytest.mark.parametrize('fraction', [-0.1, 1.1, float('nan')])
 def test_mixture_refuses_a_fraction_outside_0_and_1(fraction):
   with pytest.raises(ValueError, match='student_data_fraction.*lambda'):
@@ -199,7 +476,7 @@ def test_mixture_refuses_an_unknown_unit(fraction):
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'config', 'with_encoded'))
-def rollout(model, params, inputs, config, with_encoded=False):
+def rollout(model, params, inputs, config, with_encoded=False, prefix=None):
   encoded = None
   if with_encoded:
     encoded = model.apply({'params': params}, inputs, method='encode')
@@ -213,6 +490,7 @@ def rollout(model, params, inputs, config, with_encoded=False):
     max_decode_len=6,
     ids=tiny.IDS,
     encoded=encoded,
+    prefix=prefix,
   )
 
 
@@ -269,6 +547,47 @@ def test_rollout_takes_an_encoder_output_that_is_known():
 
   want = rollout(model, params, INPUTS, sampler.ANCESTRAL)
   np.testing.assert_array_equal(drawn.tokens, want.tokens)
+
+
+def test_with_all_ids_accepted_the_student_writes_alone():
+  student, params = tiny.model_and_params(0)
+  teacher, teacher_params = tiny.model_and_params(1, '1.0', emb_dim=12)
+  writers = [
+    rollout_lib.Writer(model, params, INPUTS, sampler.ANCESTRAL)
+    for model, params in ((student, params), (teacher, teacher_params))
+  ]
+
+  drawn = jax.jit(
+    lambda: rollout_lib.rollout_pair(
+      *writers,
+      jax.random.key(0),
+      pair.interleave(tiny.VOCAB_SIZE),
+      row_ids_B=jnp.arange(8),
+      max_decode_len=6,
+      ids=tiny.IDS,
+    )
+  )()
+
+  want = rollout(student, params, INPUTS, sampler.ANCESTRAL)
+  jax.tree.map(np.testing.assert_array_equal, drawn.rollout, want)
+  np.testing.assert_array_equal(drawn.by_student, want.weights > 0)
+
+
+def test_a_prefix_fills_the_cache():
+  model, params = tiny.model_and_params(0)
+  want = rollout(model, params, INPUTS, sampler.ANCESTRAL)
+
+  drawn = rollout(
+    model,
+    params,
+    INPUTS,
+    sampler.ANCESTRAL,
+    prefix=sampler.Prefix(want.tokens[:, :4], jnp.arange(8) % 5),
+  )
+
+  np.testing.assert_array_equal(drawn.tokens, want.tokens)
+  was_drawn = np.arange(6) >= np.arange(8)[:, None] % 5
+  np.testing.assert_array_equal(drawn.log_probs, want.log_probs * was_drawn)
 
 
 def test_rollout_has_no_gradient():

@@ -29,6 +29,13 @@ LIKELIHOOD = Objective(divergence_weight=0.0, likelihood_weight=1.0)
 
 # rule: (what breaks it, as changes of a method; of the setup; message)
 BROKEN = {
+  'the_policys_buffer_holds_a_batch': [
+    (
+      {'policy': policies.replay(8)},
+      {'batch_size': 9},
+      'capacity is 8, but BATCH_SIZE is 9',
+    )
+  ],
   'something_is_minimised': [
     (
       {'objective': Objective(divergence_weight=0.0)},
@@ -47,6 +54,12 @@ BROKEN = {
       policies.student(),
       policies.mixture(0.1),
       policies.mixture(0.1, 'sequence', policies.teacher),
+      policies.interleaved(),
+      policies.mixed_tokens(),
+      policies.mixture(lambda step: 0.1 * step),
+      policies.corrected(),
+      policies.paired(),
+      policies.replay(),
     )
     for objective in (LIKELIHOOD, Objective(JSD, likelihood_weight=0.5))
   ],
@@ -59,13 +72,30 @@ BROKEN = {
     for policy in (policies.dataset(), policies.teacher())
     for learns in (REINFORCE, MEASURED)
   ],
+  'rewarded_outputs_are_samples_of_the_student': [
+    ({'policy': policy, 'credit': learns}, {}, 'lets the teacher write parts')
+    for policy in (
+      policies.interleaved(),
+      policies.mixed_tokens(0.5, 'coin'),
+      policies.corrected(),
+      policies.replay(),
+      policies.mixture(0.5, otherwise=policies.interleaved),
+    )
+    for learns in (REINFORCE, MEASURED)
+  ],
   'reinforce_draws_ancestrally': [
     (
       {'credit': REINFORCE, 'student_sampler': SamplerConfig(**settings)},
       {},
-      'Set SAMPLING_TEMPERATURE = 1.0, without top_k and top_p',
+      'Set SAMPLING_TEMPERATURE = 1.0, without top_k, top_p, min_p and eps',
     )
-    for settings in ({'temperature': 0.7}, {'top_k': 5}, {'top_p': 0.9})
+    for settings in (
+      {'temperature': 0.7},
+      {'top_k': 5},
+      {'top_p': 0.9},
+      {'min_p': 0.1},
+      {'epsilon': 0.1},
+    )
   ],
   'reinforce_trains_without_dropout': [
     ({'credit': REINFORCE}, {'dropout_rate': 0.1}, 'set DROPOUT_RATE = 0.0')

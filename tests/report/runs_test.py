@@ -444,6 +444,9 @@ RL = {
       'RL+GKD α=0.25, reverse KL',
     ),
     (gkd(1.0) | {'REWARD_WEIGHT': 0.0}, 'on-policy GKD, forward KL'),
+    (gkd('@optax.linear_schedule()'), 'GKD λ(step), forward KL'),
+    (gkd(0.5) | {'POLICY': '@policies.replay()'}, 'DistiLLM, forward KL'),
+    (gkd(0.5) | {'POLICY': '@policies.interleaved()'}, 'SKD, forward KL'),
   ],
 )
 def test_a_method_has_its_name_from_its_settings(tmp_path, macros, name):
