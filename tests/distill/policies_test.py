@@ -569,7 +569,12 @@ def test_with_all_ids_accepted_the_student_writes_alone():
   )()
 
   want = rollout(student, params, INPUTS, sampler.ANCESTRAL)
-  jax.tree.map(np.testing.assert_array_equal, drawn.rollout, want)
+  np.testing.assert_array_equal(drawn.rollout.tokens, want.tokens)
+  np.testing.assert_array_equal(drawn.rollout.weights, want.weights)
+  # Another program: rounding.
+  np.testing.assert_allclose(
+    drawn.rollout.log_probs, want.log_probs, rtol=0, atol=1e-5
+  )
   np.testing.assert_array_equal(drawn.by_student, want.weights > 0)
 
 

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policies of the field, in the compiled step.
+
+What holds for every policy: the same outputs and gradients on one device and on
+a mesh in microbatches, one compilation, nothing to the host, and no [B, T, V].
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gkd_jax.batch import Batch
+from gkd_jax.distill import divergences, policies
+from gkd_jax.distill import state as state_lib
+from gkd_jax.distill import step as step_lib
+from gkd_jax.distill.methods import Method
+from gkd_jax.distill.objectives import Objective
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.t5 import T5
+from gkd_jax.parallel import partitioning
+from tests import tiny
+
+pytestmark = pytest.mark.slow  # compiles models
+
+NUM_STEPS = 4
+CHUNK_TOKENS = 16
+STUDENT, STUDENT_PARAMS = tiny.model_and_params(0, '1.1')
+TEACHER, TEACHER_PARAMS = tiny.model_and_params(1, '1.0', emb_dim=12)
+BATCH = tiny.batch(0, (7, 3, 5, 6) * 2, (5, 2, 6, 4) * 2)
+B, T = BATCH.decoder_target_tokens.shape
+OPTIMIZER = optax.sgd(0.1)
+
+POLICIES = {
+  'interleaved': functools.partial(policies.interleaved, 3),
+  'mixed_tokens': functools.partial(policies.mixed_tokens, 0.5),
+  'corrected': policies.corrected,
+  'paired': policies.paired,
+  # Two steps fill the buffer; of the others about half replay.
+  'replay': functools.partial(policies.replay, 12, 0.9, lambda step: 0.3),
+  'lambda over time': functools.partial(
+    policies.mixture, lambda step: step / NUM_STEPS, 'sequence'
+  ),
+}
+
+
+def make_step(policy, student=STUDENT, num_microbatches=1, teacher=TEACHER):
+  """Returns a step and its method."""
+  method = Method(
+    policy=policy,
+    objective=Objective(divergences.by_author(), chunk_tokens=CHUNK_TOKENS),
+  )
+  step = step_lib.make_train_step(
+    student=student,
+    teacher=teacher,
+    method=method,
+    optimizer=OPTIMIZER,
+    ids=tiny.IDS,
+    seed=3,
+    num_microbatches=num_microbatches,
+  )
+  return step, method
+
+
+def run(name, mesh_shape, num_microbatches):
+  """Trains on a mesh.
+
+  Returns:
+    [(carried state, metrics)] of the steps, the last parameters, the number of
+    compilations, and the program.
+  """
+  mesh = partitioning.make_mesh(
+    *mesh_shape, jax.devices()[: math.prod(mesh_shape)]
+  )
+  placement = partitioning.Placement(mesh)
+  student = T5(STUDENT.config, placement)
+  teacher = T5(TEACHER.config, placement)
+  step, method = make_step(POLICIES[name](), student, num_microbatches, teacher)
+  abstract = state_lib.abstract_state(
+    abstract_params(student), OPTIMIZER, mesh, method, batch=BATCH
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  state = jax.device_put(
+    state_lib.init_state(STUDENT_PARAMS, OPTIMIZER, method, batch=BATCH),
+    shardings,
+  )
+  frozen = state_lib.Frozen(
+    jax.device_put(TEACHER_PARAMS, partitioning.replicated(mesh))
+  )
+  batch = Batch(*partitioning.put_global_batch(BATCH, mesh))
+  program = step.lower(state, frozen, batch).as_text()
+  history = []
+  for _ in range(NUM_STEPS):
+    state, metrics = step(state, frozen, batch)
+    history.append(jax.device_get((state.carried, metrics)))
+  return history, jax.device_get(state.params), step._cache_size(), program
+
+
+def on_one_and_on_eight(name):
+  """Runs in a separate process, see `tiny.on_simulated_devices`."""
+  return run(name, (1, 1), 1), run(name, (4, 2), 2)
+
+
+@pytest.mark.parametrize('name', POLICIES)
+def test_a_policy_is_the_same_on_every_mesh_and_in_microbatches(name):
+  one, eight = tiny.on_simulated_devices(
+    8, __name__, on_one_and_on_eight.__name__, name
+  )
+
+  for (carried, metrics), (want_carried, want) in zip(
+    eight[0], one[0], strict=True
+  ):
+    # Outputs in a buffer are the same; log-probabilities are rounded.
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+      carried,
+      want_carried,
+    )
+    for key, value in metrics.items():
+      # The same sums in another order.
+      np.testing.assert_allclose(value, want[key], rtol=1e-4, err_msg=key)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), eight[1], one[1]
+  )
+  for _, _, num_compilations, program in (one, eight):
+    assert num_compilations == 1
+    assert not re.search('infeed|outfeed|host_callback|python_cpu', program)
+    sizes = [
+      math.prod(map(int, dims.split('x')))
+      for dims in re.findall(r'tensor<([\dx]+)xf32>', program)
+      if str(tiny.VOCAB_SIZE) in dims.split('x')
+    ]
+    # A chunk's logits or the weights, for two outputs per input, too.
+    assert max(sizes) < B * T * tiny.VOCAB_SIZE
+  assert any(m['on_policy'] > 0 for _, m in one[0])
+
+
+class Counting:
+  """A model that records the number of rows of each call of the encoder."""
+
+  def __init__(self, model):
+    self._model, self.encoded = model, []
+
+  def __getattr__(self, name):
+    return getattr(self._model, name)
+
+  def apply(self, variables, *args, method, **kwargs):
+    if method == 'encode':
+      self.encoded.append(args[0].shape[0])
+    return self._model.apply(variables, *args, method=method, **kwargs)
+
+
+@pytest.mark.parametrize('num_microbatches', [1, 2])
+def test_a_pair_of_outputs_encodes_its_input_once(num_microbatches):
+  student = Counting(STUDENT)
+  step, method = make_step(
+    policies.paired(policies.dataset), student, num_microbatches
+  )
+  state = state_lib.init_state(STUDENT_PARAMS, OPTIMIZER, method)
+
+  _, metrics = jax.eval_shape(
+    step, state, state_lib.Frozen(TEACHER_PARAMS), BATCH
+  )
+
+  # In microbatches once for sampling, and in each part of the loss, which is
+  # traced twice: for its shapes and for its values.
+  want = {1: [B], 2: [B, B // 2, B // 2]}
+  assert student.encoded == want[num_microbatches]
+  assert metrics['on_policy'].shape == ()
+
+
+def test_a_pairs_loss_is_the_mean_of_both_writers_losses():
+  def metrics(policy):
+    step, method = make_step(policy)
+    state = state_lib.init_state(STUDENT_PARAMS, OPTIMIZER, method)
+    _, of_step = jax.jit(step)(state, state_lib.Frozen(TEACHER_PARAMS), BATCH)
+    return of_step
+
+  def student_with_the_pairs_key():
+    def write(draw):
+      rng = jax.random.fold_in(draw.rng, 0)
+      return policies.drawn_by(policies.STUDENT, draw.sample_student(rng=rng))
+
+    return policies.Policy(write, 1.0)
+
+  both = metrics(policies.paired(policies.dataset))
+
+  of_each = [
+    metrics(policy)
+    for policy in (policies.dataset(), student_with_the_pairs_key())
+  ]
+  for name in ('loss', 'divergence', 'nll', 'truncated', 'on_policy'):
+    want = np.mean([m[name] for m in of_each])
+    # float32 sums in another order.
+    assert both[name] == pytest.approx(want, rel=1e-5), name
+  assert both['target_tokens'] == sum(m['target_tokens'] for m in of_each)
+  assert both['on_policy'] == 0.5
+
+
+def test_an_evaluation_reaches_the_policys_state():
+  policy = policies.replay(12, 0.5)
+  _, method = make_step(policy)
+  state = state_lib.init_state(STUDENT_PARAMS, OPTIMIZER, method, batch=BATCH)
+
+  for loss in (1.0, 1.2):
+    values = {name: loss for name in policy.reads_metrics}
+    before, state = state, state_lib.after_evaluation(method, state, values)
+
+  of_policy = state.carried.policy
+  assert float(of_policy.fraction) == pytest.approx(0.6)
+  assert float(of_policy.level) == pytest.approx(1.2)
+  assert of_policy.fraction.dtype == jnp.float32
+  assert of_policy.rows is before.carried.policy.rows
+  assert state.params is before.params
