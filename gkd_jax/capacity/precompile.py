@@ -431,6 +431,8 @@ def _not_counted(method: Method) -> list[str]:
   parts = []
   if method.policy.needs_teacher:
     parts.append("sampling the teacher's outputs")
+  if method.policy.num_outputs > 1:
+    parts.append('all outputs of an input but one')
   if method.reward is not None:
     parts.append('the reward')
   return parts

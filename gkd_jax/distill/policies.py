@@ -272,14 +272,14 @@ def mixture(
     )
     return Rollouts(*per_token, carried=theirs.carried, metrics=theirs.metrics)
 
-  return Policy(
-    write_batch if per == 'batch' else write_sequence,
-    None if is_schedule else student_data_fraction,
-    other.needs_teacher,
-    other.init,
-    other.metrics,
-    other.samples_student,
-    {'STUDENT_DATA_FRACTION': student_data_fraction} if is_schedule else {},
+  schedules = dict(other.schedules)
+  if is_schedule:
+    schedules['STUDENT_DATA_FRACTION'] = student_data_fraction
+  return dataclasses.replace(
+    other,
+    write=write_batch if per == 'batch' else write_sequence,
+    student_data_fraction=None if is_schedule else student_data_fraction,
+    schedules=schedules,
   )
 
 

@@ -274,16 +274,16 @@ def test_an_evaluation_that_was_made_up_for_is_not_asked_for_again(tmp_path):
   checkpoints.save(state_at(1), Counter(1), train_seconds=0.0, to_evaluate=True)
   checkpoints.close()
 
-  def to_evaluate():
+  def restored():
     checkpoints = checkpoint.Checkpoints(tmp_path, DESCRIPTION)
-    return checkpoints, checkpoints.restore(
-      abstract(state_at(0)), Counter()
-    ).to_evaluate
+    saved = checkpoints.restore(abstract(state_at(0)), Counter())
+    return checkpoints, (saved.to_evaluate, saved.late_metrics)
 
-  checkpoints, before = to_evaluate()
+  checkpoints, before = restored()
   checkpoints.add_metrics(1, {'wer': 3.0})
 
-  assert (before, to_evaluate()[1]) == (True, False)
+  # The saved state does not know them yet.
+  assert (before, restored()[1]) == ((True, None), (False, {'wer': 3.0}))
 
 
 def test_metrics_that_come_later_count(tmp_path):
