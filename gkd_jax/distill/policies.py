@@ -153,7 +153,9 @@ class Policy:
   init: Callable[[Batch], Any] | None = None
   metrics: tuple[str, ...] = ()
   samples_student: bool = True
-  schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
+  schedules: Mapping[str, Schedule] = dataclasses.field(
+    default_factory=dict, hash=False
+  )
   num_outputs: int = 1
   buffer_rows: int | None = None
   evaluated: Callable[[Any, Mapping[str, float]], Any] | None = None

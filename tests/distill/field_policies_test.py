@@ -86,10 +86,9 @@ def run(name, mesh_shape, num_microbatches):
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-  state = jax.device_put(
-    state_lib.init_state(STUDENT_PARAMS, OPTIMIZER, method, batch=BATCH),
-    shardings,
-  )
+  state = state_lib.init_state(STUDENT_PARAMS, OPTIMIZER, method, batch=BATCH)
+  # Donated: a copy, each time.
+  state = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
   frozen = state_lib.Frozen(
     jax.device_put(TEACHER_PARAMS, partitioning.replicated(mesh))
   )
