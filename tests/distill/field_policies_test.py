@@ -139,6 +139,7 @@ def test_a_policy_is_the_same_on_every_mesh_and_in_microbatches(name):
     assert CHUNK_TOKENS * tiny.VOCAB_SIZE <= max(sizes)
     assert max(sizes) < B * T * tiny.VOCAB_SIZE
   assert any(m['on_policy'] > 0 for _, m in one[0])
+  assert {*POLICIES[name]().metrics} <= one[0][0][1].keys()
 
 
 class Counting:
