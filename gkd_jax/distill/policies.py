@@ -130,7 +130,8 @@ class Policy:
     student_data_fraction: expected fraction of outputs that the student writes,
       lambda in the paper. None: it is not 0, and it changes during training or
       models write outputs together.
-    needs_teacher: whether `write` may call `sample_teacher` or `sample_pair`.
+    needs_teacher: whether `write` may call `sample_teacher`, `sample_pair` or
+      `compare`.
     init: shapes of a batch -> initial state of the policy. `write` reads it in
       `Draw.carried` and returns the next one in `Rollouts.carried`. None: the
       policy has no state.
