@@ -331,7 +331,9 @@ class Checkpoints:
       late_metrics = None
       if to_evaluate and (folder / _METRICS).exists():  # added since
         to_evaluate = False
-        late_metrics = json.loads((folder / _METRICS).read_text())
+        late_metrics = json.loads(
+          (folder / _METRICS).read_text(encoding='utf-8')
+        )
       return Saved(
         state,
         restored.description['train_seconds'],

@@ -613,13 +613,7 @@ def replay(
     return written._replace(metrics=metrics)
 
   def evaluated(state, values):
-    loss, level = values[_VALIDATION_LOSS], float(state.level)
-    if level == math.inf:
-      return state._replace(level=np.float32(loss))
-    if loss < level + tolerance:
-      return state
-    raised = min(float(state.fraction) + increment, 1.0)
-    return state._replace(fraction=np.float32(raised), level=np.float32(loss))
+    return _raise_fraction(state, values, increment, tolerance)
 
   is_schedule = callable(fresh_share)
   adapts = increment > 0.0
@@ -634,6 +628,22 @@ def replay(
     evaluated=evaluated if adapts else None,
     reads_metrics=(_VALIDATION_LOSS,) if adapts else (),
   )
+
+
+def _raise_fraction(
+  state: ReplayState,
+  values: Mapping[str, float],
+  increment: float,
+  tolerance: float,
+) -> ReplayState:
+  """Raises phi if the validation loss is above its level; see `replay`."""
+  loss, level = values[_VALIDATION_LOSS], float(state.level)
+  if level == math.inf:  # the first evaluation
+    return state._replace(level=np.float32(loss))
+  if loss < level + tolerance:
+    return state
+  fraction = min(float(state.fraction) + increment, 1.0)
+  return state._replace(fraction=np.float32(fraction), level=np.float32(loss))
 
 
 def check_buffer(buffer_rows: int, batch_size: int) -> None:
