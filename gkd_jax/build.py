@@ -7,6 +7,7 @@ Training, evaluation, inference and planning share these functions.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -597,15 +598,21 @@ def _initial_params(
     params = source.load(plan.state.params, 'float32')
     console.log(f'Student: {source}')
     return params
-  params = jax.jit(
-    lambda: init_params(plan.student, jax.random.key(experiment.schedule.seed)),
-    out_shardings=shardings(plan.state.params),
-  )()
+  params = _init_program(plan.student, experiment.schedule.seed)()
   console.log(
     f'Student: {registry.describe(experiment.student.config)}, '
     f'{count_params(params):,} float32 parameters, from random initialisation'
   )
   return params
+
+
+@functools.lru_cache(maxsize=4)
+def _init_program(student: interface.Model, seed: int) -> Callable[[], Params]:
+  """Returns the jitted initialisation, shared by a process's runs."""
+  return jax.jit(
+    lambda: init_params(student, jax.random.key(seed)),
+    out_shardings=shardings(abstract_params(student)),
+  )
 
 
 def initial_state(

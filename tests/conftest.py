@@ -8,6 +8,7 @@ tests of the core need not wait for. So they are imported inside fixtures.
 import atexit
 import contextlib
 import dataclasses
+import gc
 import io
 import itertools
 import logging
@@ -40,6 +41,8 @@ def configure_jax() -> None:
   given = os.environ.get('XLA_FLAGS', '')
   if QUICK_TO_COMPILE[0] not in given:  # else a worker of pytest-xdist
     os.environ['XLA_FLAGS'] = ' '.join([*QUICK_TO_COMPILE, given])
+  # No program needs the Python lines that its operations come from.
+  os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     folder = tempfile.mkdtemp(prefix='gkd_jax_tests_')
@@ -48,6 +51,16 @@ def configure_jax() -> None:
 
 
 configure_jax()
+# Tracing makes millions of short-lived objects beside the libraries' lasting
+# ones; with Python's thresholds the collector takes 6 % of a test's time.
+gc.set_threshold(200_000, 50, 1000)
+
+
+def pytest_collection_finish() -> None:
+  """Takes what the imports left out of all later collections."""
+  gc.collect()
+  gc.freeze()
+
 
 # A tiny model of Hugging Face's; stands for the models that a command names.
 BYT5 = ROOT / 'tests/checkpoints/formats/huggingface_fixtures/byt5'
@@ -152,19 +165,18 @@ def save_model(
   run_dir: pathlib.Path, config, vocabulary: str = 'ByteVocabulary 259 ids'
 ) -> None:
   """Leaves what a run leaves: a checkpoint, here of random parameters."""
-  import jax
   import optax
 
   from gkd_jax.checkpoints import checkpoint
   from gkd_jax.distill import state as state_lib
-  from gkd_jax.models.params import init_params
   from gkd_jax.models.t5 import T5
+  from tests import tiny
 
   class NoData:
     def save(self, directory):
       pass
 
-  params = init_params(T5(config), jax.random.key(5))
+  params = tiny.params(T5(config), 5)
   checkpoints = checkpoint.Checkpoints(
     run_dir, checkpoint.ModelDescription(config, vocabulary)
   )
@@ -371,7 +383,7 @@ def train_letters(letters) -> Callable[..., str]:
     experiment = experiments.experiment(**(settings | changes))
     with (
       contextlib.redirect_stderr(said),
-      experiments.compiled_once(experiment),
+      experiments.steps_compiled_once(),
     ):
       train.train(experiment, run_folder.Run(model_dir=str(run_dir), **of_run))
     return said.getvalue()
@@ -397,6 +409,7 @@ def run_main() -> Callable[..., Finished]:
   from absl.testing import flagsaver
 
   from gkd_jax import main
+  from tests import experiments
 
   def run(*arguments: str) -> Finished:
     out, err = io.StringIO(), io.StringIO()
@@ -405,6 +418,7 @@ def run_main() -> Callable[..., Finished]:
       contextlib.redirect_stdout(out),
       contextlib.redirect_stderr(err),
       flagsaver.flagsaver(),
+      experiments.steps_compiled_once(),
     ):
       rest = flags.FLAGS(main.expand_gin_flags(['main', *arguments]))
       code = 0

@@ -57,6 +57,7 @@ def test_an_unknown_name_is_an_attribute_error():
     _ = gkd_jax.divergence
 
 
+@pytest.mark.slow
 def test_the_step_of_the_readme_runs_without_tensorflow(tmp_path):
   shutil.copytree(FIXTURES / 't5_1_1', tmp_path / 'student')
   shutil.copytree(FIXTURES / 'byt5', tmp_path / 'teacher')
@@ -74,6 +75,7 @@ def test_the_step_of_the_readme_runs_without_tensorflow(tmp_path):
   assert printed.endswith('loaded:\n')
 
 
+@pytest.mark.slow
 def test_generated_outputs_are_those_of_evaluation():
   model, params = gkd_jax.load_model(FIXTURES / 'madlad')
   want = np.load(FIXTURES / 'madlad/expected.npz')

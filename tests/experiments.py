@@ -4,9 +4,13 @@
 import contextlib
 import dataclasses
 import functools
+import re
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gin
 import jax
 import pytest
 
@@ -94,37 +98,90 @@ def experiment(
   return experiment_lib.Experiment(**made)
 
 
-_compiled = {}
+_compiled = {}  # what determines a step -> the compiled step
+_kept = []  # objects that are known by their id
+# Settings of gin that no step depends on.
+NOT_OF_THE_STEP = re.compile(
+  r'#|$|import |MODEL_DIR|EVAL|FINAL_EVAL|CHECKPOINT_PERIOD|BEST_|TRAIN_NUM_'
+  r'|(INITIAL|TEACHER)_CHECKPOINT_PATH|(final_)?eval/|experiment.Keep|run_folder.'
+)
 
 
 @contextlib.contextmanager
-def compiled_once(experiment: experiment_lib.Experiment) -> Iterator[None]:
-  """Within it a step is not compiled again that an equal experiment had.
+def steps_compiled_once() -> Iterator[None]:
+  """Within it no step is compiled again that an equal experiment had.
 
-  Tracing takes most of the time of a tiny run. Equal are parts made of the same
-  objects: `policies.student()` is another one each time.
+  Tracing takes most of the time of a tiny run.
   """
-  compile_step = build.compile_step
+  make_train_step, compile_step = build.make_train_step, build.compile_step
+  keys = {}
+
+  def make_and_remember(experiment, plan, *, reward_fn, **settings):
+    step = make_train_step(experiment, plan, reward_fn=reward_fn, **settings)
+    keys[step] = (*_of_the_step(experiment), plan.student, str(settings))
+    return step
 
   def compile_or_find(train_step, *arguments):
-    parts = {
-      field.name: getattr(experiment, field.name)
-      for field in dataclasses.fields(experiment)
-      if field.name not in ('data', 'schedule', 'evaluation', 'keep')
-    }
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), arguments)
-    schedule = experiment.schedule
-    key = (*parts.values(), schedule.seed, schedule.total_steps, str(shapes))
+    if train_step not in keys:
+      return compile_step(train_step, *arguments)
+    kinds = jax.tree.map(
+      lambda x: (x.shape, x.dtype.name, x.sharding), arguments
+    )
+    key = (*keys[train_step], str(kinds))
     if key not in _compiled:
       _compiled[key] = compile_step(train_step, *arguments)
     return _compiled[key]
 
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, 'make_train_step', make_and_remember)
     patch.setattr(build, 'compile_step', compile_or_find)
     yield
 
 
-STUDENT = T5Config(264, 12, 2, 4, 10, 1, 1)
+@contextlib.contextmanager
+def all_steps_compiled() -> Iterator[None]:
+  """Within it `steps_compiled_once` finds nothing."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys.modules[__name__], '_compiled', {})
+    yield
+
+
+def _of_the_step(experiment: experiment_lib.Experiment) -> tuple[Any, ...]:
+  """Returns what an experiment determines of its step: equal if that is."""
+  lines = gin.config_str(max_line_length=10**6).splitlines()
+  if lines:
+    # The functions that gin makes read their settings when they are called.
+    return tuple(x for x in lines if not NOT_OF_THE_STEP.match(x))
+  schedule, optimization = experiment.schedule, experiment.optimization
+  return _description(
+    (
+      experiment.method,
+      experiment.reward_model,
+      optimization,
+      schedule.seed,
+      optimization.schedule or schedule.total_steps,
+    )
+  )
+
+
+def _description(x: Any) -> Any:
+  """Returns a key of a setting; equal keys are of settings that do the same."""
+  if isinstance(x, types.FunctionType):
+    cells = [cell.cell_contents for cell in x.__closure__ or ()]
+    keywords = tuple((x.__kwdefaults__ or {}).items())
+    return x.__code__, _description((*cells, x.__defaults__, keywords))
+  if isinstance(x, functools.partial):
+    return _description((x.func, x.args, *x.keywords.items()))
+  if dataclasses.is_dataclass(x) and not isinstance(x, type):
+    return type(x), _description(tuple(vars(x).values()))
+  if isinstance(x, tuple):
+    return type(x), *map(_description, x)
+  if isinstance(x, type(None) | bool | int | float | str):
+    return type(x), x
+  _kept.append(x)
+  return id(x)
+
+
 NLI = functools.partial(
   entailment.entailment, premise='p:', hypothesis=' h:', entailed='1'
 )
@@ -133,7 +190,7 @@ NLI = functools.partial(
 def learning_from(reward, **changes):
   """Settings of a run with a reward and no divergence."""
   settings = {
-    'student': STUDENT,
+    'student': dataclasses.replace(STUDENT, dropout_rate=0.0),
     'policy': policies.student(),
     'objective': objectives.Objective(divergence_weight=0.0),
     'credit': credit.reinforce(reward, 1.0),

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from gkd_jax.checkpoints import checkpoint
 from gkd_jax.data.tasks import cmudict_g2p
 from gkd_jax.models.t5 import T5Config
 from gkd_jax.runtime import metrics as metrics_lib
-from tests import conftest
+from tests import conftest, experiments
 from tests.conftest import gin_flags
 
 TEACHER = '--gin_file=configs/cmudict_g2p/teacher.gin'
@@ -31,7 +32,7 @@ FORWARD_KL = '--gin_file=configs/cmudict_g2p/on_policy_forward_kl.gin'
 JSD = '--gin_file=configs/cmudict_g2p/on_policy_jsd_0.9.gin'
 EVAL = '--gin_file=configs/cmudict_g2p/eval.gin'
 INFER = '--gin_file=configs/cmudict_g2p/infer.gin'
-NUM_STEPS = 60
+NUM_STEPS = 40
 NUM_EXAMPLES = 48
 
 
@@ -50,7 +51,7 @@ SMALL = (
     BATCH_SIZE=32,
     LEARNING_RATE=0.03,
     WARMUP_STEPS=5,
-    EVAL_PERIOD=30,
+    EVAL_PERIOD=20,
     EVAL_BATCH_SIZE=32,  # 48 examples: the second batch is filled up
     EVALUATOR_NUM_EXAMPLES=NUM_EXAMPLES,
   ),
@@ -106,13 +107,14 @@ def command(teacher, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(command):
-  """The finished process, and its folder."""
-  finished = run_python('-m', 'gkd_jax.main', *command)
-  assert finished.returncode == 0, finished.stderr
+def run(command, start_main, tmp_path_factory):
+  """A finished process: its folder and what it logged."""
+  process = start_main(command, tmp_path_factory.mktemp('log') / 'log')
+  assert process.wait() == 0, process.text()
   (folder,) = (f for f in command if f.startswith('--gin.MODEL_DIR='))
-  finished.folder = pathlib.Path(folder.partition('=')[2])
-  return finished
+  return types.SimpleNamespace(
+    folder=pathlib.Path(folder.partition('=')[2]), log=process.text()
+  )
 
 
 @pytest.mark.slow
@@ -182,7 +184,7 @@ def test_the_versions_and_the_command_are_saved(run, command):
 
 @pytest.mark.slow
 def test_samples_and_progress_are_shown(run):
-  lines = run.stderr.splitlines()
+  lines = run.log.splitlines()
 
   assert lines.count('| input | reference | teacher | student |') == 2
   (last,) = (line for line in lines if line.startswith(f'step {NUM_STEPS}/'))
@@ -329,12 +331,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 ):
   arguments, folder = elsewhere
   # Saving as often as this, a run is mostly killed while it saves.
-  arguments = (*arguments, '--gin.CHECKPOINT_PERIOD=2')
+  arguments = (*arguments, '--gin.CHECKPOINT_PERIOD=4')
   moments = random.Random(0)
 
   codes = [
     start_and_end(arguments, signal.SIGKILL, moments.uniform(0.0, 1.0)).poll()
-    for _ in range(3)
+    for _ in range(2)
   ]
 
   assert -signal.SIGKILL in codes
@@ -350,7 +352,8 @@ def test_other_settings_for_the_same_folder_are_refused(run, command, run_main):
 
   assert other.code == 1
   assert 'holds another run' in other.err
-  assert '-TRAIN_STEPS = 60' in other.err and '+TRAIN_STEPS = 70' in other.err
+  assert f'-TRAIN_STEPS = {NUM_STEPS}' in other.err
+  assert '+TRAIN_STEPS = 70' in other.err
   assert '-RANDOM_SEED = 0' in other.err and '+RANDOM_SEED = 7' in other.err
   assert conftest.tree_of(run.folder) == before
 
@@ -513,7 +516,7 @@ def same_run(run, command, teacher, run_main, tmp_path_factory):
   """
   folder = tmp_path_factory.mktemp('same')
   elsewhere = export(run_main, teacher, folder / 'teacher', 't5x')
-  with programs_not_in_the_cache() as misses:
+  with programs_not_in_the_cache() as misses, experiments.all_steps_compiled():
     again = run_main(
       *command,
       *gin_flags(MODEL_DIR=folder / 'run', TEACHER_CHECKPOINT_PATH=elsewhere),
@@ -571,6 +574,7 @@ def test_an_exported_student_measures_the_same(run, run_main, tmp_path):
     assert got[name] == want[name]
 
 
+@pytest.mark.slow
 def test_a_students_shape_can_be_that_of_its_checkpoint(run_main, tmp_path):
   config = T5Config(384, 8, 1, 4, 8, 1, 1)
   conftest.save_model(tmp_path / 'start', config)
@@ -579,11 +583,15 @@ def test_a_students_shape_can_be_that_of_its_checkpoint(run_main, tmp_path):
   finished = run_main(
     STUDENT,
     '--gin_file=gin/models/from_checkpoint.gin',
-    *SMALL[7:],
     *gin_flags(
       INITIAL_CHECKPOINT_PATH=start,
       MODEL_DIR=tmp_path / 'run',
-      TRAIN_STEPS=6,
+      BATCH_SIZE=32,
+      WARMUP_STEPS=1,
+      TRAIN_STEPS=2,
+      EVAL=None,
+      FINAL_EVAL=None,
+      BEST_METRIC=None,
     ),
   )
 
@@ -761,6 +769,7 @@ def test_an_interruption_is_one_line(run_main, monkeypatch):
   assert 'Traceback' not in finished.err
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_not_measured_cannot_choose_the_best(refused, letters):
   message = refused(
     STUDENT,

@@ -2,7 +2,7 @@
 """Processes that run gkd_jax.main, forked from one that has imported all.
 
 Imports and the default task's words take longer than a tiny run does. A start
-with nothing imported is tested in main_test.
+with nothing imported is tested in quickstart_test.
 """
 
 import atexit

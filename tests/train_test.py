@@ -135,7 +135,6 @@ def terminate_in_evaluation(distil, folder):
 
 def damage(distil, folder):
   """Truncates the files of a run's last checkpoint to half."""
-  distil(folder)
   for path in (folder / 'checkpoint_6').rglob('*'):
     if path.is_file():
       os.truncate(path, path.stat().st_size // 2)
@@ -145,7 +144,6 @@ def damage(distil, folder):
 
 def damage_data_position(distil, folder):
   """Truncates the data position in a run's last checkpoint."""
-  distil(folder)
   (path,) = (folder / 'checkpoint_6' / 'data').glob('*.data-*')
   os.truncate(path, path.stat().st_size // 2)
   for name in ('eval_test.json', 'samples_test.json'):
@@ -188,6 +186,8 @@ def resumed(request, distil, whole, tmp_path_factory):
   """The same run, interrupted and resumed."""
   end, step = request.param
   folder = tmp_path_factory.mktemp('resumed')
+  if end in (damage, damage_data_position):
+    shutil.copytree(whole.folder, folder, dirs_exist_ok=True)
   end(distil, folder)
   return types.SimpleNamespace(folder=folder, said=distil(folder), step=step)
 
@@ -220,9 +220,9 @@ def test_a_resumed_run_ends_with_the_same_arrays_bit_for_bit(
 def test_a_resumed_run_ends_at_the_same_place_in_the_data(
   whole, resumed, train_letters
 ):
+  iterator = iterators.TrainIterator(train_letters.dataset('train'), seed=0)
   batches = []
   for folder in (whole.folder, resumed.folder):
-    iterator = iterators.TrainIterator(train_letters.dataset('train'), seed=0)
     iterator.restore(checkpoint.find(folder) / 'data')
     batches.append(next(iterator))
 
@@ -355,7 +355,13 @@ def test_layers_as_a_loop_change_no_metric(distil, tmp_path):
     config = dataclasses.replace(
       experiments.STUDENT, dropout_rate=0.0, scan_layers=scan_layers
     )
-    distil(folder, student=config, total_steps=2)
+    distil(
+      folder,
+      student=config,
+      policy=policies.dataset(),  # evaluation writes, too
+      total_steps=2,
+      final_eval_dataset=None,
+    )
     return [without_timing(line) for line in metrics_lib.read(folder)]
 
   for got, want in zip(metrics_of(True), metrics_of(False), strict=True):
@@ -611,7 +617,6 @@ def test_teacher_and_student_may_fill_their_embeddings_up_differently(
   train_letters(
     tmp_path / 'run',
     student=T5Config(288, 12, 2, 4, 10, 1, 1),
-    policy=policies.student(),
     objective=objectives.Objective(divergences.forward_kl),
     teacher_checkpoint_path=str(tmp_path / 'teacher'),
     eval_dataset=train_letters.dataset('validation'),

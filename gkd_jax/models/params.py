@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters of any model: initialization, shapes, names and axes."""
 
+import functools
 from typing import Any
 
 import jax
@@ -17,8 +18,7 @@ def init_params(model: Model, rng: jax.Array) -> Params:
 
 def logical_axes(model: Model) -> Params:
   """Returns, for each parameter, the names of its axes: a PartitionSpec."""
-  boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
-  return nn.get_partition_spec(boxed)
+  return nn.get_partition_spec(_boxed_shapes(model))
 
 
 def abstract_params(model: Model) -> Params:
@@ -30,7 +30,7 @@ def abstract_params(model: Model) -> Params:
   Raises:
     ValueError: the mesh does not divide an axis of a parameter.
   """
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  shapes = jax.eval_shape(nn.unbox, _boxed_shapes(model))
   shardings = model.placement.shardings(logical_axes(model))
   named_shardings = named_params(shardings)
   for name, x in named_params(shapes).items():
@@ -52,6 +52,12 @@ def abstract_params(model: Model) -> Params:
   )
 
 
+@functools.lru_cache(maxsize=32)
+def _boxed_shapes(model: Model) -> Params:
+  """Returns the abstract result of `_boxed_params`: traced once a process."""
+  return jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
+
+
 def _boxed_params(model: Model, rng: jax.Array) -> Params:
   one_token = jnp.ones((1, 1), jnp.int32)
   return model.init(rng, one_token, one_token)['params']
@@ -67,7 +73,7 @@ def named_params(params: Params) -> dict[str, Any]:
 
 def param_shapes(model: Model) -> dict[str, tuple[int, ...]]:
   """Returns {name: shape} of all parameters of a model; allocates nothing."""
-  abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  abstract = jax.eval_shape(nn.unbox, _boxed_shapes(model))
   return {name: x.shape for name, x in named_params(abstract).items()}
 
 

@@ -222,7 +222,6 @@ SHAPE = {
   'num_heads': 4,
   'head_dim': 16,
   'mlp_dim': 128,
-  'num_decoder_layers': 2,
 }
 NUM_TOKENS = 5
 # (data, model, parameter partitioning dims, microbatches)

@@ -19,6 +19,8 @@ from gkd_jax.models.registry import SIZES
 from gkd_jax.models.t5 import T5
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 B, S, T = 3, 5, 4
 STUDENTS = {
   'T5 1.1': tiny.config(num_encoder_layers=2, num_decoder_layers=3),

@@ -13,6 +13,8 @@ from gkd_jax.runtime import files
 from tests import conftest, tiny
 from tests.conftest import LENGTHS, take, words
 
+pytestmark = pytest.mark.slow  # reads data by TensorFlow
+
 
 @pytest.fixture(scope='module')
 def train_config(letters):

@@ -10,6 +10,8 @@ from gkd_jax.data import datasets, iterators, vocabularies
 from tests import conftest
 from tests.conftest import LENGTHS, take, words
 
+pytestmark = pytest.mark.slow  # reads data by TensorFlow
+
 
 def of_host(config, i):
   """Returns the rows that the i-th of two hosts reads."""

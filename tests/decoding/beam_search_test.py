@@ -12,6 +12,8 @@ from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.decoding.beam_search import BeamConfig
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 EOS = 1
 IMPOSSIBLE = -1e8  # scores below it belong to what cannot occur
 

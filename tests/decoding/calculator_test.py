@@ -314,6 +314,7 @@ def test_every_annotation_of_gsm8k_is_reproduced(gsm8k_answers):
   assert other_notation == {'9.9', '.9'}  # 144.00 and .5
 
 
+@pytest.mark.slow
 def test_plain_text_of_gsm8k_is_computed_as_its_authors_did(gsm8k_answers):
   # What follows `=` is not always the result: `2 * 2 + 6 = 4 + 6 = 10`.
   equations = computed = equal = 0
@@ -871,7 +872,9 @@ def miscalculator(tmp_path_factory):
   )
   state = state_lib.init_state(tiny.params(model, 0), optimizer)
   for _ in range(500):
-    state, _ = train_step(state, state_lib.Frozen(), batch)
+    state, metrics = train_step(state, state_lib.Frozen(), batch)
+    if metrics['loss'] < 0.02:
+      break
 
   class NoData:
     def save(self, directory):

@@ -126,9 +126,12 @@ def test_outputs_occur_as_often_as_their_probability_says(chain, config):
   rollout = draw(chain, SamplerConfig(**config))
 
   counts = dict.fromkeys(expected, 0)
-  for row, weights in zip(rollout.tokens, rollout.weights, strict=True):
+  rows = np.where(rollout.weights > 0, rollout.tokens, -1)
+  for row, count in zip(
+    *np.unique(rows, axis=0, return_counts=True), strict=True
+  ):
     # KeyError: an output of probability 0 was drawn.
-    counts[tuple(row[weights > 0].tolist())] += 1
+    counts[tuple(row[row >= 0].tolist())] += count
   n = NUM_ROWS * np.array(list(expected.values()))
   k = np.array(list(counts.values()))
   # Chi-square over all outputs; its mean is the degrees of freedom, its
@@ -240,7 +243,7 @@ def test_loop_ends_with_the_last_row():
 )
 def test_pad_and_unused_ids_are_never_drawn(config):
   # T5's vocabulary: 32100 pieces in 32128 rows.
-  logits_BV = jax.random.normal(jax.random.key(0), (64, 32_128))
+  logits_BV = jax.random.normal(jax.random.key(0), (16, 32_128))
   logits_BV = logits_BV.at[:, 0].set(1e4).at[:, 32_100:].set(1e4)
 
   rollout = jax.jit(
@@ -252,14 +255,14 @@ def test_pad_and_unused_ids_are_never_drawn(config):
       (),
       jax.random.key(1),
       SamplerConfig(**config),
-      row_ids_B=jnp.arange(64),
+      row_ids_B=jnp.arange(16),
       max_decode_len=8,
       ids=tiny.IDS,
     )
   )()
 
   tokens = np.asarray(rollout.tokens)[np.asarray(rollout.weights) > 0]
-  assert tokens.size > 400
+  assert tokens.size > 100
   assert tokens.min() >= 1
   assert tokens.max() < 32_100
 

@@ -158,18 +158,6 @@ def test_the_state_is_updated_in_place(compiled):
   assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
 
 
-def test_one_compilation_serves_all_steps_and_draws():
-  step = jitted_step(policies.mixture(0.5))
-  state, seen = start(), set()
-
-  for _ in range(8):
-    state, metrics = step(state, state_lib.Frozen(TEACHER_PARAMS), BATCH)
-    seen.add(float(metrics['on_policy']))
-
-  assert seen == {0.0, 1.0}
-  assert step._cache_size() == 1
-
-
 def loss_memory(length: int) -> int:
   """Returns the temporary bytes of the value and gradient of a loss."""
   objective = Objective(

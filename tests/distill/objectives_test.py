@@ -532,6 +532,7 @@ def chunked_grad(name, total, by):
   return jax.grad(loss), {field: getattr(arrays, field) for field in by}
 
 
+@pytest.mark.slow
 def test_gradient_is_the_same_with_and_without_jit():
   grad, student = chunked_grad(
     'likelihood', lambda sums: sums['loss'], by=('student_head',)

@@ -408,7 +408,9 @@ def run(aim, batch=None, **changes):
     Frozen(TEACHER_PARAMS),
     dataset_of(6) if batch is None else batch,
   )
-  gradient = jax.tree.map(jnp.subtract, STUDENT_PARAMS, state.params)
+  gradient = jax.tree.map(
+    lambda a, b: np.asarray(a) - np.asarray(b), STUDENT_PARAMS, state.params
+  )
   return gradient, {name: float(value) for name, value in metrics.items()}
 
 
@@ -420,13 +422,14 @@ def rows(*which):
 def reinforce(outputs, coefficients_B):
   """Returns the gradient of -sum coefficients * log Q(y), without chunks."""
   inputs = dataset_of(len(outputs.tokens)).encoder_input_tokens
-  return jax.jit(
-    jax.grad(
-      lambda params: (
-        -(log_probs(params, inputs, *outputs) * coefficients_B).sum()
-      )
-    )
-  )(STUDENT_PARAMS)
+  coefficients_B = np.broadcast_to(np.float32(coefficients_B), len(inputs))
+  return _reinforce(STUDENT_PARAMS, inputs, outputs, coefficients_B)
+
+
+@jax.jit
+@jax.grad
+def _reinforce(params, inputs, outputs, coefficients_B):
+  return -(log_probs(params, inputs, *outputs) * coefficients_B).sum()
 
 
 WRITTEN = rows(0, 2, 6, 14, 5, 9)
@@ -444,10 +447,8 @@ def rewards_of(outputs):
 @pytest.mark.parametrize(
   ('reduction', 'normalization', 'count', 'per_token'),
   [
-    ('sequence', 'sequence', 6, 1.0),
     ('sequence', 'token', 6, LENGTHS),
     ('token', 'sequence', LENGTHS.sum(), 1.0),
-    ('token', 'token', LENGTHS.sum(), LENGTHS),
   ],
 )
 def test_an_output_counts_by_reduction_and_normalization(
@@ -536,15 +537,9 @@ def greedy_probabilities():
   return chosen
 
 
-@pytest.mark.parametrize(
-  ('baseline', 'reduction'), [('self_critical', 'sequence'), ('none', 'token')]
-)
-def test_microbatches_change_nothing(baseline, reduction):
-  aim = of_reward(
-    weight=1.0,
-    baseline=baseline,
-    reduction=reduction,
-  )
+def test_microbatches_change_nothing():
+  # What a token counts is known for the whole batch alone.
+  aim = of_reward(weight=1.0, baseline='self_critical', reduction='token')
 
   got = run(aim, num_microbatches=3)
 

@@ -7,6 +7,8 @@ import pytest
 from gkd_jax.models import layers
 from tests import t5_reference, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 
 def softmax(logits):
   weights = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -306,9 +306,6 @@ def test_put_batch_spreads_rows_over_the_data_axis():
 # (data, model): (parameter and activation dims of the student, of the teacher)
 MESHES = {
   (1, 1): ((1, 1), (1, 1)),
-  (2, 1): ((1, 1), (2, 1)),
-  (1, 2): ((1, 1), (1, 1)),
-  (4, 1): ((2, 1), (2, 1)),
   (2, 2): ((1, 1), (1, 1)),
   (1, 4): ((0, 1), (1, 1)),
   (8, 1): ((1, 1), (2, 1)),
@@ -356,7 +353,7 @@ def steps_on_each_mesh():
       optimizer=optimizer,
       ids=tiny.IDS,
       seed=0,
-      num_microbatches=2,
+      num_microbatches=2 if min(mesh_shape) > 1 else 1,
     )
     abstract = (
       state_lib.abstract_state(abstract_params(student), optimizer, mesh),

@@ -697,7 +697,9 @@ final_eval/datasets.DatasetConfig.num_examples = 4
 
 
 @pytest.mark.slow
-def test_a_student_learns_from_its_teachers_outputs_in_a_sweep(tmp_path):
+def test_a_student_learns_from_its_teachers_outputs_in_a_sweep(
+  run_main, tmp_path
+):
   """Teacher, outputs, SeqKD: printed and pasted, then run; real processes."""
   little = tmp_path / 'little.gin'
   little.write_text(LITTLE)
@@ -724,29 +726,26 @@ SETTINGS = {{
 GRID = {{'LEARNING_RATE': (1e-2,)}}
 """
   )
-  command = [
-    *(sys.executable, '-m', 'gkd_jax.main', '--run_mode=sweep'),
-    *(f'--gin_file={config}', f'--gin.MODEL_DIR={tmp_path}/out'),
-  ]
+  command = (
+    *('--run_mode=sweep', f'--gin_file={config}'),
+    f'--gin.MODEL_DIR={tmp_path}/out',
+  )
 
-  def python(*arguments, **settings):
-    finished = subprocess.run(
-      arguments,
-      cwd=conftest.ROOT,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-      capture_output=True,
-      text=True,
-      **settings,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished
-
-  (printed,) = python(*command, '--gin.PRINT_COMMANDS=True').stdout.splitlines()
-  assert printed.startswith('python -m gkd_jax.main')
-  python('bash', '-c', printed.replace('python', sys.executable, 1))
+  (printed,) = run_main(*command, '--gin.PRINT_COMMANDS=True').out.splitlines()
+  python, pasted = shlex.split(printed)[:3], shlex.split(printed)[3:]
+  assert python == ['python', '-m', 'gkd_jax.main']
+  assert run_main(*pasted).code == 0
   assert (tmp_path / 'out' / 'teacher' / 'eval_test.json').exists()
 
-  said = python(*command).stderr
+  finished = subprocess.run(
+    [sys.executable, '-m', 'gkd_jax.main', *command],
+    cwd=conftest.ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 0, finished.stderr
+  said = finished.stderr
 
   assert '1 of 3 runs are done already' in said
   assert 'All 3 runs are done' in said

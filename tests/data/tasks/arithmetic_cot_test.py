@@ -133,6 +133,7 @@ def test_lengths_16_and_48_truncate_nothing(rows):
   assert max(len(target) for _, target in everything) + 1 == 45
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_order():
   def first_50(seed):
     batches = model_batches('train', shuffle=True, seed=seed)

@@ -184,6 +184,7 @@ def test_truncated_targets_still_end_with_eos():
   np.testing.assert_array_equal(example['decoder_target_tokens'], want)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_order():
   def first_50(seed):
     batches = model_batches('train', shuffle=True, seed=seed)

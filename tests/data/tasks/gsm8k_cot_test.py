@@ -428,15 +428,19 @@ def test_every_annotation_of_gsm8k_is_stripped(real_rows):
 @pytest.mark.slow
 def test_no_prompt_and_no_answer_of_gsm8k_is_cut_at_512_and_320(real):
   examples = [
-    pair
+    example
     for split in ('train', 'validation')
-    for pair in texts(real, split, {'inputs': 512, 'targets': 320})
+    for example in datasets.get_task(dataclasses.replace(real, split=split))
+    .get_dataset(real.task_feature_lengths, split=split, shuffle=False)
+    .as_numpy_iterator()
   ]
 
   assert len(examples) == 7473 - 4
-  encode = real.vocabulary.encode
-  assert max(len(encode(prompt)) + 1 for prompt, _ in examples) <= 512
-  assert max(len(encode(target)) + 1 for _, target in examples) <= 320
-  shots = [prompt.count('Q: ') - 1 for prompt, _ in examples]
+  # What is cut has these lengths.
+  assert max(len(example['inputs']) for example in examples) < 512
+  assert max(len(example['targets']) for example in examples) < 320
+  shots = [
+    example['inputs_pretokenized'].count(b'Q: ') - 1 for example in examples
+  ]
   assert sorted(set(shots)) == [3, 4]
   assert shots.count(3) == 1

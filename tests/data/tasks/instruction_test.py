@@ -172,6 +172,7 @@ def test_the_last_percent_is_validation(config):
   assert not set(train) & set(validation)
 
 
+@pytest.mark.slow
 def test_sources_are_drawn_from_in_proportion_to_their_examples(config):
   # 99, 119 and 198 examples; the shares of 1200 rows have standard errors of
   # up to 1.5. Four of them.
@@ -179,6 +180,7 @@ def test_sources_are_drawn_from_in_proportion_to_their_examples(config):
   assert shares(config()) == pytest.approx(want, abs=6)
 
 
+@pytest.mark.slow
 def test_a_source_counts_as_the_maximum_at_most(config, tmp_path):
   few = write_json_lines(tmp_path / 'few.jsonl', 25)
 
