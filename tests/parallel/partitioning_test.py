@@ -298,7 +298,9 @@ def test_put_batch_spreads_rows_over_the_data_axis():
   placed = partitioning.put_batch(batch, partitioning.make_mesh(), 4)
 
   jax.tree.map(np.testing.assert_array_equal, placed, batch)
-  assert {x.sharding.spec for x in placed} == {PartitionSpec('data')}
+  assert {x.sharding.spec for x in jax.tree.leaves(placed)} == {
+    PartitionSpec('data')
+  }
 
 
 # --- The same numbers everywhere ---------------------------------------------
