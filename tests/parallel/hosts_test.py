@@ -21,32 +21,27 @@ from gkd_jax.runtime import metrics as metrics_lib
 from tests import conftest
 
 NUM_STEPS = 8
-# Batches are the same for 1, 2 and 4 hosts.
-ARGUMENTS = (
-  *(
-    f'--gin.{name}={value}'
-    for name, value in {
-      'EMB_DIM': 16,
-      'NUM_HEADS': 2,
-      'HEAD_DIM': 8,
-      'MLP_DIM': 32,
-      'NUM_ENCODER_LAYERS': 1,
-      'NUM_DECODER_LAYERS': 1,
-      'TRAIN_STEPS': NUM_STEPS,
-      'BATCH_SIZE': 32,
-      'experiment.Data.num_shards': 4,
-      'LEARNING_RATE': 0.01,
-      'WARMUP_STEPS': 2,
-      'experiment.Schedule.log_period': 1,
-      'EVAL_PERIOD': 0,
-      'CHECKPOINT_PERIOD': 2,
-      'EVAL_BATCH_SIZE': 32,
-      'EVALUATOR_NUM_EXAMPLES': 40,
-      'INITIAL_CHECKPOINT_PATH': None,
-      'experiment.Student.parameter_partitioning_dims': 2,
-    }.items()
-  ),
-  '--gin.final_eval/datasets.DatasetConfig.num_examples=40',
+# Batches are the same for one host and for two.
+ARGUMENTS = conftest.gin_flags(
+  **{
+    'EMB_DIM': 16,
+    'NUM_HEADS': 2,
+    'HEAD_DIM': 8,
+    'MLP_DIM': 32,
+    'NUM_ENCODER_LAYERS': 1,
+    'NUM_DECODER_LAYERS': 1,
+    'TRAIN_STEPS': NUM_STEPS,
+    'BATCH_SIZE': 32,
+    'experiment.Data.num_shards': 4,
+    'LEARNING_RATE': 0.01,
+    'WARMUP_STEPS': 2,
+    'experiment.Schedule.log_period': 1,
+    'CHECKPOINT_PERIOD': 2,
+    'EVAL_BATCH_SIZE': 32,
+    'INITIAL_CHECKPOINT_PATH': None,
+    'experiment.Student.parameter_partitioning_dims': 2,
+    'final_eval/datasets.DatasetConfig.num_examples': 40,
+  }
 )
 
 
@@ -124,31 +119,33 @@ def on_policy(tmp_path_factory):
   conftest.save_model(teacher, T5Config(384, 24, 4, 8, 32, 1, 1))
   return (
     '--gin_file=configs/cmudict_g2p/on_policy_forward_kl.gin',
-    f'--gin.TEACHER_CHECKPOINT_PATH={teacher}',
+    *conftest.gin_flags(
+      TEACHER_CHECKPOINT_PATH=teacher, EVAL=None, BEST_METRIC=None
+    ),
   )
 
 
 @pytest.fixture(scope='module')
-def one(start, on_policy):
-  """The folder of a run of one process with four devices."""
-  folder, started = start('one', *on_policy, count=1, devices=4)
-  assert started.wait() == [0], started.logs[0].read_text()
-  return folder
+def two(start, on_policy):
+  """A run of two hosts with two devices each: its folder, and their logs."""
+  folder, started = start('two', *on_policy, count=2, devices=2)
+  assert started.wait() == [0, 0], started.logs[0].read_text()
+  return folder, [log.read_text() for log in started.logs]
 
 
 @pytest.fixture(scope='module')
 def killed(start, on_policy):
-  """A run of four hosts, one of which was killed; two hosts resumed it."""
-  folder, started = start('killed', *on_policy, count=4, devices=1)
+  """A run of two hosts, one of which was killed; one host resumed it."""
+  folder, started = start('killed', *on_policy, count=2, devices=1)
   started.wait_for((folder / 'checkpoint_4').exists)
-  started.send(signal.SIGKILL, 2)
+  started.send(signal.SIGKILL, 1)
   time.sleep(0.5)
-  started.send(signal.SIGKILL, 0, 1, 3)  # as a scheduler does
+  started.send(signal.SIGKILL, 0)  # as a scheduler does
   started.wait()
 
-  _, started = start('killed', *on_policy, count=2, devices=1)
-  assert started.wait() == [0, 0], started.logs[0].read_text()
-  return folder, [log.read_text() for log in started.logs]
+  _, started = start('killed', *on_policy, count=1, devices=4)
+  assert started.wait() == [0], started.logs[0].read_text()
+  return folder, started.logs[0].read_text()
 
 
 def params_of(folder):
@@ -158,24 +155,24 @@ def params_of(folder):
 
 
 @pytest.mark.slow
-def test_killed_hosts_go_on_in_another_number_and_end_as_one(one, killed):
-  folder, logs = killed
+def test_killed_hosts_go_on_in_another_number_and_end_as_others(two, killed):
+  folder, log = killed
 
-  assert re.search(r'Resuming after step [2468]\.', logs[0])
+  assert re.search(r'Resuming after step [2468]\.', log)
   # The same sums, but for the order of their parts.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
     params_of(folder),
-    params_of(one),
+    params_of(two[0]),
   )
 
 
 @pytest.mark.slow
-def test_several_hosts_measure_what_one_does(one, killed):
-  folder, _ = killed
-
+def test_several_hosts_measure_what_one_does(two, killed):
   for path in ('eval_test.json', 'samples_test.json'):
-    results = [json.loads((run / path).read_text()) for run in (folder, one)]
+    results = [
+      json.loads((folder / path).read_text()) for folder, _ in (two, killed)
+    ]
     for values in results:
       values.pop('train_seconds', None)
     if path == 'eval_test.json':
@@ -186,15 +183,16 @@ def test_several_hosts_measure_what_one_does(one, killed):
 
 
 @pytest.mark.slow
-def test_one_host_alone_writes_metrics_and_speaks(one, killed):
-  folder, logs = killed
+def test_one_host_alone_writes_metrics_and_speaks(two, killed):
+  folder, (first, second) = two
 
-  steps = [
-    [line['step'] for line in metrics_lib.read(run)] for run in (folder, one)
-  ]
-  assert steps[0] == steps[1]
-  assert 'Resuming' not in logs[1]
-  assert len(list(folder.glob('events.*'))) == 2  # one each time it started
+  steps = [line['step'] for line in metrics_lib.read(folder)]
+  assert steps == list(range(1, NUM_STEPS + 1))
+  assert 'Done: ' in first and 'Done: ' not in second
+  assert len(list(folder.glob('events.*'))) == 1
+  # One each time it started.
+  assert len(list(killed[0].glob('events.*'))) == 2
+  assert [line['step'] for line in metrics_lib.read(killed[0])] == steps
 
 
 # How a run ends does not depend on the method: the one that compiles least.
@@ -225,6 +223,7 @@ def test_sigterm_on_one_host_saves_on_all(start):
     # Whatever else asks JAX, or counts: it stops in time.
     '--gin.CHECKPOINT_PERIOD=1',
     '--gin.EVAL_PERIOD=2',
+    '--gin.EVALUATOR_NUM_EXAMPLES=40',
     count=2,
     devices=1,
   )
