@@ -415,7 +415,11 @@ def test_no_file_need_be_named_where_the_shapes_are(
   assert count_params(frozen.teacher) == 247_577_856
   assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {'float32'}
   assert {x.dtype.name for x in jax.tree.leaves(frozen.teacher)} == {'bfloat16'}
-  assert [x.shape for x in batch] == [(32, 1024), (32, 64), (32, 64)]
+  assert [x.shape for x in jax.tree.leaves(batch)] == [
+    (32, 1024),
+    (32, 64),
+    (32, 64),
+  ]
 
 
 @pytest.fixture
