@@ -872,9 +872,7 @@ def miscalculator(tmp_path_factory):
   )
   state = state_lib.init_state(tiny.params(model, 0), optimizer)
   for _ in range(500):
-    state, metrics = train_step(state, state_lib.Frozen(), batch)
-    if metrics['loss'] < 0.02:
-      break
+    state, _ = train_step(state, state_lib.Frozen(), batch)
 
   class NoData:
     def save(self, directory):
