@@ -66,6 +66,8 @@ class Batch(NamedTuple):
   decoder_loss_weights: jax.Array  # [B, T] float32
   # [B, S'] int32 inputs of the teacher; None: those of the student
   teacher_input_tokens: jax.Array | None = None
+  # [B] int32, which of several teachers grades the row; None: all or the only
+  teacher_ids: jax.Array | None = None
 
   @property
   def teacher_inputs(self) -> jax.Array:

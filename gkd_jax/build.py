@@ -7,7 +7,7 @@ Training, evaluation, inference and planning share these functions.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from gkd_jax.distill import rewards
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.state import Frozen, TrainState
-from gkd_jax.experiment import Data, Experiment
+from gkd_jax.experiment import Data, Experiment, Teacher, setting_of
 from gkd_jax.models import interface, registry
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.layer_stack import stack_layers
@@ -59,6 +59,8 @@ class Task(NamedTuple):
 class Model(NamedTuple):
   """A model and its parameters.
 
+  Of several teachers all three are {name: ...}.
+
   Attributes:
     module: see `models.interface`.
     params: arrays; in planning: shapes, dtypes and shardings.
@@ -71,6 +73,21 @@ class Model(NamedTuple):
 
 
 NO_MODEL = Model(None, None)
+
+
+def together(models: Mapping[str, Model]) -> Model:
+  """Returns several teachers as one; the only teacher has the name ''."""
+  if [*models] == ['']:
+    return models['']
+  parts = zip(*models.values(), strict=True)
+  return Model(*(dict(zip(models, part, strict=True)) for part in parts))
+
+
+def apart(model: Model) -> dict[str, Model]:
+  """Returns {name: model}, the argument of `together`."""
+  if not isinstance(model.module, Mapping):
+    return {'': model}
+  return {name: Model(*(part[name] for part in model)) for name in model.module}
 
 
 # --- The task -----------------------------------------------------------------
@@ -97,10 +114,13 @@ def open_task(dataset: datasets.DatasetConfig, config: ModelConfig) -> Task:
 def check_data(experiment: Experiment, task: Task) -> None:
   """Checks the data of an experiment. Reads the first example of each split.
 
+  If the examples name their teachers, all examples are read.
+
   Raises:
     ValueError: the vocabulary is larger than the student's embedding, a split
-      is empty, or the student would be evaluated on the split for which its
-      training outputs (TRAIN_ON_PREDICTIONS) were written.
+      is empty, an example names an unknown teacher, or the student would be
+      evaluated on the split for which its training outputs
+      (TRAIN_ON_PREDICTIONS) were written.
   """
   train, evaluated = experiment.data.train, experiment.evaluation.all_datasets
   embeds = experiment.student.config.vocab_size
@@ -113,6 +133,7 @@ def check_data(experiment: Experiment, task: Task) -> None:
     )
   for dataset in (train, *evaluated):
     datasets.check_not_empty(dataset)
+    datasets.check_teachers(dataset)
   if train.predictions is None:
     return
   for split in predictions.splits_of(train.predictions):
@@ -156,18 +177,19 @@ class Sources(NamedTuple):
 
   Attributes:
     student: None: random initialisation.
-    teacher: None: no teacher.
+    teachers: {name: checkpoint}; the only teacher has the name ''.
     reward: None: no reward model.
   """
 
   student: pretrained.Pretrained | None
-  teacher: pretrained.Pretrained | None
+  teachers: Mapping[str, pretrained.Pretrained]
   reward: pretrained.Pretrained | None
 
   @property
   def folders(self) -> list[epath.Path]:
     """Folders that hold the student's tokenizer files, the student's first."""
-    return [x.folder for x in (self.student, self.teacher) if x is not None]
+    found = (self.student, *self.teachers.values())
+    return [x.folder for x in found if x is not None]
 
 
 def open_sources(experiment: Experiment, task: Task) -> Sources:
@@ -182,17 +204,20 @@ def open_sources(experiment: Experiment, task: Task) -> Sources:
       return None
     return open_source(path, task, setting, config, config_setting)
 
-  student, teacher = experiment.student, experiment.teacher
-  reward = experiment.reward_model
-  # The teacher first, because errors in its settings are the most likely.
-  opened = source(
-    teacher.checkpoint_path,
-    _TEACHER,
-    teacher.config,
-    'experiment.Teacher.config (None takes any)',
-  )
+  student, reward = experiment.student, experiment.reward_model
+  # The teachers first, because errors in their settings are the most likely.
+  opened = {
+    name: source(
+      one.checkpoint_path,
+      setting_of(_TEACHER, name),
+      one.config,
+      'experiment.Teacher.config (None takes any)',
+    )
+    for name, one in experiment.teacher.named.items()
+    if one.checkpoint_path is not None
+  }
   return Sources(
-    teacher=opened,
+    teachers=opened,
     student=source(
       student.initial_checkpoint_path,
       _INITIAL,
@@ -228,6 +253,10 @@ def with_pinned_steps(
 
   student, teacher = experiment.student, experiment.teacher
   reward = experiment.reward_model
+  paths = {
+    name: at(setting_of(_TEACHER, name), one.checkpoint_path)
+    for name, one in teacher.named.items()
+  }
   return dataclasses.replace(
     experiment,
     student=dataclasses.replace(
@@ -235,7 +264,7 @@ def with_pinned_steps(
       initial_checkpoint_path=at(_INITIAL, student.initial_checkpoint_path),
     ),
     teacher=dataclasses.replace(
-      teacher, checkpoint_path=at(_TEACHER, teacher.checkpoint_path)
+      teacher, checkpoint_path=paths if teacher.names else paths['']
     ),
     reward_model=dataclasses.replace(
       reward, checkpoint_path=at(_REWARD, reward.checkpoint_path)
@@ -254,8 +283,12 @@ def pin(
     sources: of the experiment.
   """
   train = experiment.data.train
+  teachers = experiment.teacher.named
   checkpoints = (
-    (_TEACHER, sources.teacher, experiment.teacher.checkpoint_path),
+    *(
+      (setting_of(_TEACHER, name), source, teachers[name].checkpoint_path)
+      for name, source in sources.teachers.items()
+    ),
     (_INITIAL, sources.student, experiment.student.initial_checkpoint_path),
     (_REWARD, sources.reward, experiment.reward_model.checkpoint_path),
   )
@@ -355,7 +388,7 @@ def load_model(
 
 
 def _make_frozen_model(
-  config: ModelConfig, experiment: Experiment, mesh: Mesh
+  config: ModelConfig, experiment: Experiment, mesh: Mesh, like: Teacher
 ) -> interface.Model:
   """Makes a teacher or reward model with the student's dtype and layer scan."""
   student = experiment.student.config
@@ -363,7 +396,7 @@ def _make_frozen_model(
     config, dtype=student.dtype, scan_layers=student.scan_layers
   )
   return registry.make_model(
-    config, partitioning.Placement(mesh, experiment.teacher.axis_rules)
+    config, partitioning.Placement(mesh, like.axis_rules)
   )
 
 
@@ -372,18 +405,20 @@ def load_frozen(
   dtype: str | None,
   experiment: Experiment,
   mesh: Mesh,
+  like: Teacher,
 ) -> Model:
-  """Loads a frozen model: the teacher, or the model of the reward.
+  """Loads a frozen model: a teacher, or the model of the reward.
 
   Args:
     source: its checkpoint; None: no such model.
     dtype: of the parameters; None: as saved.
-    experiment: determines the model's dtype, layer scan and sharding rules.
+    experiment: determines the model's dtype and layer scan.
     mesh: of the parameters.
+    like: one teacher, with the model's sharding rules.
   """
   if source is None:
     return NO_MODEL
-  module = _make_frozen_model(source.config, experiment, mesh)
+  module = _make_frozen_model(source.config, experiment, mesh, like)
   params = source.load(abstract_params(module), dtype)
   if module.config.scan_layers:
     params = stack_layers(params)
@@ -395,18 +430,20 @@ def plan_frozen(
   dtype: str | None,
   experiment: Experiment,
   mesh: Mesh,
+  like: Teacher,
 ) -> Model:
   """Returns the result of `load_frozen` with abstract parameters.
 
   Args:
     config: of the model; None: no such model.
     dtype: of the parameters; None: float32.
-    experiment: determines the model's dtype, layer scan and sharding rules.
+    experiment: determines the model's dtype and layer scan.
     mesh: of the parameters.
+    like: one teacher, with the model's sharding rules.
   """
   if config is None:
     return NO_MODEL
-  module = _make_frozen_model(config, experiment, mesh)
+  module = _make_frozen_model(config, experiment, mesh, like)
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape, dtype or 'float32', sharding=x.sharding
@@ -435,18 +472,23 @@ def load_models(
   experiment: Experiment, plan: 'Plan', sources: Sources, mesh: Mesh
 ) -> Models:
   """Loads the parameters of all models of a run, and logs their sources."""
-  teacher = load_frozen(
-    sources.teacher, experiment.teacher.dtype, experiment, mesh
-  )
-  if sources.teacher is not None:
-    console.log(f'Teacher: {sources.teacher}')
+  teachers = {}
+  for name, one in experiment.teacher.named.items():
+    source = sources.teachers.get(name)
+    teachers[name] = load_frozen(source, one.dtype, experiment, mesh, one)
+    if source is not None:
+      console.log(f'Teacher{" " * bool(name)}{name}: {source}')
   reward = load_frozen(
-    sources.reward, experiment.reward_model.dtype, experiment, mesh
+    sources.reward,
+    experiment.reward_model.dtype,
+    experiment,
+    mesh,
+    experiment.teacher.of_the_reward,
   )
   if sources.reward is not None:
     console.log(f'Reward: {sources.reward}')
   student_params = _initial_params(experiment, plan, sources.student)
-  return Models(student_params, teacher, reward)
+  return Models(student_params, together(teachers), reward)
 
 
 def plan_reward_fn(
@@ -456,7 +498,11 @@ def plan_reward_fn(
   model = NO_MODEL
   if sources.reward is not None:
     model = plan_frozen(
-      sources.reward.config, experiment.reward_model.dtype, experiment, mesh
+      sources.reward.config,
+      experiment.reward_model.dtype,
+      experiment,
+      mesh,
+      experiment.teacher.of_the_reward,
     )
   return make_reward_fn(
     experiment.method.reward, task, model, experiment.data.train
@@ -553,7 +599,7 @@ def make_train_step(
   experiment: Experiment,
   plan: Plan,
   *,
-  teacher: interface.Model | None,
+  teacher: interface.Model | Mapping[str, interface.Model] | None,
   ids: SpecialIds,
   reward_fn: rewards.RewardFn | None,
 ) -> step_lib.TrainStep:
@@ -585,6 +631,11 @@ def abstract_batch(dataset: datasets.DatasetConfig, mesh: Mesh) -> Batch:
     teacher_input_tokens=(
       rows(seqio_tasks.TEACHER_INPUTS, jnp.int32)
       if dataset.has_teacher_inputs
+      else None
+    ),
+    teacher_ids=(
+      jax.ShapeDtypeStruct((dataset.batch_size,), jnp.int32, sharding=sharding)
+      if dataset.teachers is not None
       else None
     ),
   )

@@ -9,6 +9,7 @@ opened.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import optax
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets
 from gkd_jax.decoding import beam_search, sampler
-from gkd_jax.distill import rewards, rules
+from gkd_jax.distill import rewards, rules, teachers
 from gkd_jax.distill.methods import Method
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.parallel import partitioning
@@ -62,27 +63,87 @@ class Student:
 class Teacher:
   """The teacher: distilled from, or only compared with in evaluations.
 
+  Of several teachers `checkpoint_path` is {name: path}. Every other setting is
+  then one value for all of them, or {name: value}.
+
   Attributes:
-    checkpoint_path: its parameters; None: no teacher.
+    checkpoint_path: its parameters; None: no teacher, or in planning parameters
+      of the shape of `config`.
     config: the shape that the checkpoint must have; None: any.
     dtype: of its parameters, 'float32' or 'bfloat16'; None: as saved.
     parameter_partitioning_dims: see `partitioning.standard_logical_axis_rules`.
-    activation_partitioning_dims: likewise. Both also apply to the reward model.
+    activation_partitioning_dims: likewise. Both also apply to the reward model,
+      if they are not {name: value}.
   """
 
-  checkpoint_path: str | None = None
-  config: ModelConfig | None = None
-  dtype: str | None = None
-  parameter_partitioning_dims: int = 1
-  activation_partitioning_dims: int = 1
+  checkpoint_path: str | Mapping[str, str | None] | None = None
+  config: ModelConfig | Mapping[str, ModelConfig | None] | None = None
+  dtype: str | Mapping[str, str | None] | None = None
+  parameter_partitioning_dims: int | Mapping[str, int] = 1
+  activation_partitioning_dims: int | Mapping[str, int] = 1
 
   def __post_init__(self):
+    for name, value in vars(self).items():
+      if isinstance(value, Mapping) and sorted(value) != self.names:
+        raise ValueError(
+          f'experiment.Teacher.{name} has the names '
+          f'{", ".join(sorted(value)) or "(none)"}, but '
+          'TEACHER_CHECKPOINT_PATH has '
+          f'{", ".join(self.names) or "none: it must be {name: path}"}.'
+        )
+    for name in self.names:
+      if not re.fullmatch(r'[\w.-]+', name):
+        raise ValueError(
+          f'TEACHER_CHECKPOINT_PATH has a teacher named {name!r}: a name '
+          'consists of letters, digits and any of _.- because metrics have it.'
+        )
+      try:
+        self._settings_of(name)
+      except ValueError as e:
+        raise ValueError(f'Teacher {name!r}: {e}') from e
+    if self.names:
+      return
+    if not isinstance(self.checkpoint_path, str | None):
+      raise ValueError(
+        'TEACHER_CHECKPOINT_PATH must be a path, or {name: path} of several '
+        f'teachers, got {self.checkpoint_path!r}.'
+      )
     pretrained.check_dtype('experiment.Teacher.dtype', self.dtype)
     _ = self.axis_rules  # raises
 
   @property
+  def names(self) -> list[str]:
+    """The names of several teachers, sorted; empty for one teacher or none."""
+    is_several = isinstance(self.checkpoint_path, Mapping)
+    return sorted(self.checkpoint_path) if is_several else []
+
+  @property
+  def named(self) -> dict[str, 'Teacher']:
+    """{name: settings of one teacher}; one teacher has the name ''."""
+    if not self.names:
+      return {'': self}
+    return {name: self._settings_of(name) for name in self.names}
+
+  def _settings_of(self, name: str) -> 'Teacher':
+    return Teacher(
+      **{
+        setting: value[name] if isinstance(value, Mapping) else value
+        for setting, value in vars(self).items()
+      }
+    )
+
+  @property
+  def of_the_reward(self) -> 'Teacher':
+    """Settings with the sharding rules of the reward model."""
+    names = ('parameter_partitioning_dims', 'activation_partitioning_dims')
+    values = {name: getattr(self, name) for name in names}
+    return Teacher(
+      **{k: v for k, v in values.items() if not isinstance(v, Mapping)}
+    )
+
+  @property
   def axis_rules(self) -> partitioning.AxisRules:
-    """The mesh axes that its arrays are sharded over."""
+    """The mesh axes that the arrays of one teacher are sharded over."""
     return _axis_rules(self)
 
 
@@ -484,6 +545,15 @@ def evaluations_that_the_policy_reads_are_made(experiment: Experiment) -> None:
     )
 
 
+def the_methods_teachers_are_those_of_the_run(experiment: Experiment) -> None:
+  """Checkpoints, inputs and routes are those that the method combines."""
+  check_teachers(
+    experiment.method.teacher,
+    experiment.teacher.names,
+    [experiment.data.train, *experiment.evaluation.all_datasets],
+  )
+
+
 RULES: tuple[Callable[[Experiment], None], ...] = (
   parts_of_the_method_fit_together,
   divergence_compares_logits_of_the_students_size,
@@ -493,6 +563,7 @@ RULES: tuple[Callable[[Experiment], None], ...] = (
   best_metric_is_measured,
   shares_of_the_policy_are_in_0_and_1,
   evaluations_that_the_policy_reads_are_made,
+  the_methods_teachers_are_those_of_the_run,
 )
 
 
@@ -501,22 +572,26 @@ RULES: tuple[Callable[[Experiment], None], ...] = (
 
 def needed_teacher_has_a_checkpoint(experiment: Experiment) -> None:
   """A divergence, and a policy with teacher outputs, need a teacher."""
-  path = experiment.teacher.checkpoint_path
-  if experiment.method.needs_teacher_checkpoint and path is None:
-    raise ValueError(
-      'This method needs a teacher: set TEACHER_CHECKPOINT_PATH to a run, '
-      'Hugging Face or T5X folder.'
-    )
+  if not experiment.method.needs_teacher_checkpoint:
+    return
+  for name, one in experiment.teacher.named.items():
+    if one.checkpoint_path is None:
+      raise ValueError(
+        'This method needs a teacher: set '
+        f'{setting_of("TEACHER_CHECKPOINT_PATH", name)} to a run, Hugging Face '
+        'or T5X folder.'
+      )
 
 
 def settings_of_the_teacher_have_a_checkpoint(experiment: Experiment) -> None:
   """The teacher's shape and dtype have no effect without a checkpoint."""
-  teacher = experiment.teacher
-  for name in ('config', 'dtype'):
-    if getattr(teacher, name) is not None and teacher.checkpoint_path is None:
-      raise ValueError(
-        f'experiment.Teacher.{name} is set, but TEACHER_CHECKPOINT_PATH is not.'
-      )
+  for name, one in experiment.teacher.named.items():
+    for setting in ('config', 'dtype'):
+      if getattr(one, setting) is not None and one.checkpoint_path is None:
+        raise ValueError(
+          f'experiment.Teacher.{setting} is set, but '
+          f'{setting_of("TEACHER_CHECKPOINT_PATH", name)} is not.'
+        )
 
 
 def reward_model_is_set_where_needed(experiment: Experiment) -> None:
@@ -612,6 +687,64 @@ def _check_int(name: str, value: Any, least: int) -> None:
 
 def _is_multiple(step: int, period: int) -> bool:
   return period > 0 and step % period == 0
+
+
+def check_teachers(
+  teacher: teachers.Teacher | teachers.Several,
+  names: Sequence[str],
+  all_datasets: Sequence[datasets.DatasetConfig],
+) -> None:
+  """Checks several teachers against their checkpoints and the data.
+
+  Args:
+    teacher: of the method.
+    names: of TEACHER_CHECKPOINT_PATH = {name: path}; empty for one path.
+    all_datasets: that the teachers grade.
+
+  Raises:
+    ValueError: the names differ, the examples name other teachers, or members
+      that differ in what they read would read the same.
+  """
+  is_several = isinstance(teacher, teachers.Several)
+  needed = teachers.checkpoint_names(teacher)
+  if names and needed in ([], [None]):
+    raise ValueError(
+      f'TEACHER_CHECKPOINT_PATH names several teachers, {", ".join(names)}, '
+      'but the method has one. Set how they are combined, e.g. by '
+      'gin/methods/multi_teacher.gin or mopd.gin; or set one path.'
+    )
+  if needed not in ([], [None]) and sorted(needed) != sorted(names):
+    raise ValueError(
+      f'The method combines the teachers {", ".join(sorted(needed))}, but '
+      f'TEACHER_CHECKPOINT_PATH has {", ".join(names) or "no names"}. Set '
+      "TEACHER_CHECKPOINT_PATH = {'name': path, ...} with these names."
+    )
+  for dataset in all_datasets:
+    if is_several and teacher.reads_both and not dataset.has_teacher_inputs:
+      raise ValueError(
+        'The method combines readings of teacher_inputs and of the inputs, but '
+        'the data has no teacher_inputs: both would be equal. Set '
+        'datasets.DatasetConfig.teacher_inputs, as '
+        'gin/methods/cfg_distillation.gin does.'
+      )
+    routes = sorted(teacher.members) if is_several and teacher.is_routed else []
+    if sorted(dataset.teachers or ()) != routes:
+      raise ValueError(
+        'datasets.DatasetConfig.teachers must be the teachers that the method '
+        f'routes examples to, {", ".join(routes) or "none"}; got '
+        f'{", ".join(sorted(dataset.teachers or ())) or "none"}. See '
+        'gin/methods/mopd.gin.'
+      )
+
+
+def setting_of(setting: str, name: str) -> str:
+  """Returns the name of a setting of one of several teachers, for errors.
+
+  Args:
+    setting: {name: value}, or a value.
+    name: of the teacher; '' if there is one.
+  """
+  return f'{setting}[{name!r}]' if name else setting
 
 
 def _axis_rules(part) -> partitioning.AxisRules:

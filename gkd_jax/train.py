@@ -14,7 +14,7 @@ from gkd_jax import build
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, iterators, vocabularies
-from gkd_jax.distill import rewards
+from gkd_jax.distill import rewards, teachers
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill.state import Frozen, TrainState
 from gkd_jax.distill.step import TrainStep
@@ -374,6 +374,9 @@ def _evaluations(
       mesh=mesh,
       mean_reward=mean_reward,
       divergence=experiment.method.objective.divergence,
+      grades=teachers.without_student(
+        experiment.method.teacher, experiment.teacher.names
+      ),
       before_batch=before_batch,
     )
 

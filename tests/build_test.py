@@ -11,7 +11,13 @@ import pytest
 from gkd_jax import build
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets
-from gkd_jax.distill import divergences, objectives, policies, rewards
+from gkd_jax.distill import (
+  divergences,
+  objectives,
+  policies,
+  rewards,
+  teachers,
+)
 from gkd_jax.models.t5 import T5Config
 from gkd_jax.runtime import pins
 from tests import conftest, experiments
@@ -261,6 +267,19 @@ def test_a_run_keeps_the_checkpoint_of_a_teacher_that_is_trained_on(
   assert resumed.teacher.checkpoint_path == f'{run}/checkpoint_0'
   assert build.with_pinned_steps(experiment, None) == experiment
 
+  several = dataclasses.replace(
+    experiment.teacher, checkpoint_path={'a': str(run), 'b': str(run)}
+  )
+  resumed = build.with_pinned_steps(
+    dataclasses.replace(experiment, teacher=several),
+    {"TEACHER_CHECKPOINT_PATH['b']": pins.Pin({}, str(run), 'checkpoint_0')},
+  )
+
+  assert resumed.teacher.checkpoint_path == {
+    'a': str(run),
+    'b': f'{run}/checkpoint_0',
+  }
+
 
 def test_a_pin_of_our_checkpoint_is_of_what_a_model_is_read_from(teacher_run):
   source = pretrained.open_checkpoint(str(teacher_run))
@@ -322,3 +341,27 @@ def test_a_model_that_gives_rewards_with_another_vocabulary(refused, tmp_path):
   )
 
   assert 'vocabulary: SentencePiece 264 ids in the checkpoint' in message
+
+
+def test_several_teachers_of_different_vocabularies(refused, judge, tmp_path):
+  conftest.save_model(
+    tmp_path / 'other', experiments.STUDENT, 'SentencePiece 264 ids'
+  )
+  paths = {'math': str(judge), 'code': str(tmp_path / 'other')}
+
+  message = refused(
+    teacher_checkpoint_path=paths, method_teacher=teachers.averaged(paths)
+  )
+
+  assert "TEACHER_CHECKPOINT_PATH['code']" in message
+  assert 'vocabulary: SentencePiece 264 ids in the checkpoint' in message
+
+
+def test_settings_of_several_teachers_are_apart():
+  model = build.Model({'a': 'A', 'b': 'B'}, {'a': 1, 'b': 2}, {'a': 3, 'b': 4})
+
+  found = build.apart(model)
+
+  assert found['b'] == ('B', 2, 4)
+  assert build.together(found) == model
+  assert build.together({'': found['a']}) == found['a']

@@ -18,6 +18,7 @@ from gkd_jax.distill import (
   objectives,
   policies,
   rewards,
+  teachers,
 )
 from gkd_jax.models.t5 import T5Config
 from tests import conftest, experiments
@@ -68,6 +69,11 @@ BROKEN = [
     'microbatches_divide_the_batch',
     {'num_microbatches': 3},
     'BATCH_SIZE 8 must be divisible by',
+  ),
+  (
+    'the_methods_teachers_are_those_of_the_run',
+    {'method_teacher': teachers.averaged({'math': 'm', 'code': 'c'})},
+    'the teachers code, math, but TEACHER_CHECKPOINT_PATH has no names',
   ),
   (
     'learning_rates_are_numbers_from_zero',
@@ -321,3 +327,81 @@ def test_rules_need_no_tensorflow():
   )
 
   assert finished.stdout.strip() == 'set()'
+
+
+# --- Several teachers ---------------------------------------------------------
+
+PATHS = {'math': 'm', 'code': 'c'}
+AVERAGED = teachers.averaged(PATHS)
+
+
+def test_a_setting_of_several_teachers_is_shared_or_has_their_names():
+  teacher = experiment_lib.Teacher(
+    checkpoint_path=PATHS,
+    dtype={'math': 'bfloat16', 'code': None},
+    parameter_partitioning_dims=2,
+  )
+
+  assert teacher.names == ['code', 'math']
+  assert teacher.named['math'] == experiment_lib.Teacher(
+    checkpoint_path='m', dtype='bfloat16', parameter_partitioning_dims=2
+  )
+  assert teacher.named['code'].dtype is None
+  assert teacher.of_the_reward.parameter_partitioning_dims == 2
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'dtype': {'math': None}}, 'Teacher.dtype has the names math, but'),
+    (
+      {'dtype': {'math': 'int8', 'code': None}},
+      "Teacher 'math': .*dtype must be",
+    ),
+    ({'checkpoint_path': {'a/b': 'x'}}, "a teacher named 'a/b'"),
+    ({'checkpoint_path': {'a': 3}}, "Teacher 'a': .* must be a path, .* 3"),
+    ({'checkpoint_path': {}}, 'must be a path, .* got {}'),
+    ({'checkpoint_path': 'x', 'dtype': {'a': None}}, 'must be {name: path}'),
+  ],
+)
+def test_settings_of_several_teachers_that_do_not_fit(settings, message):
+  with pytest.raises(ValueError, match=message):
+    experiment_lib.Teacher(**({'checkpoint_path': PATHS} | settings))
+
+
+@pytest.mark.parametrize(
+  ('teacher', 'names', 'changes', 'message'),
+  [
+    (
+      teachers.checkpoint(),
+      ['a', 'b'],
+      {},
+      'names several teachers, a, b, but',
+    ),
+    (teachers.ema(), ['a', 'b'], {}, 'names several teachers, a, b, but'),
+    (AVERAGED, [], {}, 'TEACHER_CHECKPOINT_PATH has no names'),
+    (AVERAGED, ['code'], {}, 'combines the teachers code, math, but'),
+    (teachers.guided(3.0), [], {}, 'both would be equal'),
+    (teachers.routed(PATHS), [*PATHS], {}, 'examples to, code, math; got none'),
+    (AVERAGED, [*PATHS], {'teachers': PATHS}, 'none; got code, math'),
+  ],
+)
+def test_teachers_that_do_not_fit_the_run(teacher, names, changes, message):
+  dataset = dataclasses.replace(DATASET, **changes)
+
+  with pytest.raises(ValueError, match=message):
+    experiment_lib.check_teachers(teacher, names, [dataset])
+
+
+def test_each_of_several_teachers_needs_a_checkpoint():
+  experiment = experiments.experiment(
+    **SETTINGS
+    | {
+      'method_teacher': AVERAGED,
+      'teacher_checkpoint_path': {'math': 'm', 'code': None},
+    }
+  )
+
+  experiment_lib.check(experiment, with_checkpoints=False)
+  with pytest.raises(ValueError, match=r"TEACHER_CHECKPOINT_PATH\['code'\]"):
+    experiment_lib.check(experiment)

@@ -5,6 +5,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from gkd_jax import experiment as experiment_lib
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
+from gkd_jax.distill import teachers
 from gkd_jax.distill.state import Frozen
 from tests import conftest, tiny
 
@@ -28,6 +30,9 @@ MISSING = {
     'REWARD': '@rewards.rouge_l()',
   },
   'rlef': {'INITIAL_CHECKPOINT_PATH': 'x'},
+  'multi_teacher': {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}},
+  'mopd': {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}},
+  'aligndistil': {'TEACHER_CHECKPOINT_PATH': {'dpo': 'x', 'reverse_dpo': 'y'}},
   'seqkd': {'TRAIN_ON_PREDICTIONS': 'x'},
 }
 OPTIMIZER = optax.adam(1e-3)
@@ -64,6 +69,20 @@ def method_of(run_main, monkeypatch):
   return method_of
 
 
+def teachers_of(method):
+  """Returns the model and parameters of a method's checkpoint, or several."""
+  made = {
+    name: tiny.model_and_params(1 + i, '1.0', emb_dim=12 + 4 * i)
+    for i, name in enumerate(teachers.checkpoint_names(method.teacher))
+  }
+  if len(made) < 2:
+    return made.get(None, (None, None))
+  models, params = zip(*made.values(), strict=True)
+  return dict(zip(made, models, strict=True)), dict(
+    zip(made, params, strict=True)
+  )
+
+
 @pytest.mark.parametrize('name', [path.stem for path in FRAGMENTS])
 def test_a_method_trains_tiny_models_in_one_program(method_of, name):
   method = method_of(name)
@@ -73,8 +92,10 @@ def test_a_method_trains_tiny_models_in_one_program(method_of, name):
   objective = dataclasses.replace(method.objective, chunk_tokens=8)
   method = dataclasses.replace(method, objective=objective)
   student, params = tiny.model_and_params(0)
-  teacher, teacher_params = tiny.model_and_params(1, '1.0', emb_dim=12)
+  teacher, teacher_params = teachers_of(method)
   batch = tiny.batch()
+  if method.is_routed:
+    batch = batch._replace(teacher_ids=jnp.int32([0, 1, 1, 0]))
   step = jax.jit(
     step_lib.make_train_step(
       student=student,

@@ -28,17 +28,24 @@ from gkd_jax import build
 from gkd_jax.batch import Batch
 from gkd_jax.capacity import collectives, costs, roofline
 from gkd_jax.checkpoints import pretrained
+from gkd_jax.distill.grading import make_grader
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.state import Frozen
-from gkd_jax.experiment import Experiment, RewardModel, Teacher, check
+from gkd_jax.experiment import (
+  Experiment,
+  RewardModel,
+  Teacher,
+  check,
+  setting_of,
+)
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import count_params
-from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console, files, paths
 
 # Takes the place of the compiler's error message.
 _NOT_COMPILED = 'not compiled: the arguments of the program alone are too large'
+_NO_COST = costs.Cost(0.0, 0.0)
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -128,15 +135,25 @@ def _plan(experiment: Experiment, mesh: jax.sharding.Mesh) -> _Planned:
   """Builds the step of `train` without reading data or parameters."""
   plan = build.make_plan(experiment, mesh)
   student = experiment.student.config
-  teacher, reward_model = _shapes(experiment)
+  teachers, reward_model = _shapes(experiment)
   ids = student.special_ids(
-    min(model.vocab_size for model in (student, teacher) if model)
+    min(model.vocab_size for model in (student, *teachers.values()) if model)
   )
-  teacher = build.plan_frozen(
-    teacher, experiment.teacher.dtype, experiment, mesh
+  settings = experiment.teacher.named
+  teacher = build.together(
+    {
+      name: build.plan_frozen(
+        config, settings[name].dtype, experiment, mesh, settings[name]
+      )
+      for name, config in teachers.items()
+    }
   )
   reward_model = build.plan_frozen(
-    reward_model, experiment.reward_model.dtype, experiment, mesh
+    reward_model,
+    experiment.reward_model.dtype,
+    experiment,
+    mesh,
+    experiment.teacher.of_the_reward,
   )
   reward_fn = None
   if experiment.method.reward is not None:
@@ -154,29 +171,32 @@ def _plan(experiment: Experiment, mesh: jax.sharding.Mesh) -> _Planned:
 
 def _shapes(
   experiment: Experiment,
-) -> tuple[ModelConfig | None, ModelConfig | None]:
-  """Returns the shapes of the teacher and of the reward's model.
+) -> tuple[dict[str, ModelConfig | None], ModelConfig | None]:
+  """Returns the shapes of the teachers, by name, and of the reward's model.
 
   Raises:
     ValueError: one is needed, and neither its shape nor a checkpoint is named.
   """
   method = experiment.method
-  teacher = _shape(experiment.teacher, 'TEACHER_CHECKPOINT_PATH')
-  if teacher is None and method.needs_teacher_checkpoint:
+  teachers = {
+    name: _shape(one, setting_of('TEACHER_CHECKPOINT_PATH', name))
+    for name, one in experiment.teacher.named.items()
+  }
+  if None in teachers.values() and method.needs_teacher_checkpoint:
     raise ValueError(
       'This method needs a teacher: set its shape, experiment.Teacher.config '
       '(see TEACHER_SIZE in gin/models/published.gin), or '
       'TEACHER_CHECKPOINT_PATH.'
     )
   if method.reward is None or not method.reward.needs_model:
-    return teacher, None
+    return teachers, None
   reward = _shape(experiment.reward_model, 'REWARD_CHECKPOINT_PATH')
   if reward is None:
     raise ValueError(
       'This REWARD needs a model: set its shape, experiment.RewardModel.config '
       '(see configs/xsum/rl_gkd.gin), or REWARD_CHECKPOINT_PATH.'
     )
-  return teacher, reward
+  return teachers, reward
 
 
 def _shape(part: Teacher | RewardModel, setting: str) -> ModelConfig | None:
@@ -188,9 +208,17 @@ def _shape(part: Teacher | RewardModel, setting: str) -> ModelConfig | None:
 def _describe_run(experiment: Experiment, planned: _Planned) -> dict[str, Any]:
   """Returns the part of the report that describes the program."""
   dataset = experiment.data.train
+  teacher = planned.teacher
   models = {
     'student': (planned.plan.student, planned.plan.state.params),
-    'teacher': planned.teacher[:2],
+    **(
+      {
+        f'teacher {name}': (module, teacher.params[name])
+        for name, module in teacher.module.items()
+      }
+      if experiment.teacher.names
+      else {'teacher': teacher[:2]}
+    ),
     'reward': planned.reward[:2],
   }
   return {
@@ -221,26 +249,42 @@ def _costs(
     'input_length': dataset.task_feature_lengths['inputs'],
     'target_length': dataset.task_feature_lengths['targets'],
   }
-  teacher = experiment.method.needs_teacher and planned.teacher.module
-  teacher_placement = partitioning.Placement(
-    planned.mesh, experiment.teacher.axis_rules
-  )
   caches = costs.cache_bytes(
     student.config, **lengths | {'batch_size': dataset.batch_size // data}
   )
-  phases = roofline.on_a_device(
-    student.config,
-    teacher.config if teacher else None,
-    **lengths,
-    num_microbatches=experiment.optimization.num_microbatches,
-    data=data,
-    student_model=student.placement.num_shards('mlp'),
-    teacher_model=teacher_placement.num_shards('mlp'),
-    teacher_weight_bytes=_itemsize(planned.teacher.params),
-    # Reads gradient, parameters and optimizer state; writes the latter two.
-    optimizer_bytes=3 * _bytes_on_a_device(planned.plan.state.params)
-    + 2 * _bytes_on_a_device(planned.plan.state.opt_state),
+
+  def with_teacher(config, model_shards=1, weight_bytes=4):
+    return roofline.on_a_device(
+      student.config,
+      config,
+      **lengths,
+      num_microbatches=experiment.optimization.num_microbatches,
+      data=data,
+      student_model=student.placement.num_shards('mlp'),
+      teacher_model=model_shards,
+      teacher_weight_bytes=weight_bytes,
+      # Reads gradient, parameters and optimizer state; writes the latter two.
+      optimizer_bytes=3 * _bytes_on_a_device(planned.plan.state.params)
+      + 2 * _bytes_on_a_device(planned.plan.state.opt_state),
+    )
+
+  alone, *of_teachers = (
+    with_teacher(None),
+    *(
+      with_teacher(
+        model.module.config,
+        model.module.placement.num_shards('mlp'),
+        _itemsize(model.params),
+      )
+      for model in _graders(experiment.method, planned)
+    ),
   )
+  phases = of_teachers[0] if of_teachers else alone
+  for more in of_teachers[1:]:
+    phases = {
+      name: cost + more[name] + alone.get(name, _NO_COST).times(-1)
+      for name, cost in phases.items()
+    }
   return {
     'caches': caches // student.placement.num_shards('heads'),
     **_times(
@@ -251,6 +295,21 @@ def _costs(
       samples=experiment.method.policy.student_may_write,
     ),
   }
+
+
+def _graders(method: Method, planned: _Planned) -> list[build.Model]:
+  """Returns a model for each pass of a teacher over the outputs."""
+  if not method.needs_teacher:
+    return []
+  state, teacher = planned.plan.state, planned.teacher
+  params = method.teacher.params(
+    teacher.params, state.params, state.carried.teacher
+  )
+  grader = make_grader(method.teacher, planned.plan.student, teacher.module)
+  return [
+    build.Model(reading.model, reading.params_of(params))
+    for reading in grader.readings
+  ]
 
 
 def find_devices(topology: str) -> Sequence[jax.Device]:
@@ -484,8 +543,8 @@ def format_report(report: dict[str, Any]) -> str:
     f'{report["topology"]}: {report["num_devices"]} x '
     f'{report["device_kind"]}, mesh {mesh}'
   ]
-  for role in ('student', 'teacher', 'reward'):
-    if model := report[role]:
+  for role, model in report.items():
+    if isinstance(model, dict) and 'architecture' in model:
       lines.append(
         f'{role}: {model["architecture"]}, {model["num_params"]:,} '
         f'{model["dtype"]} parameters'

@@ -23,6 +23,8 @@ _DESCRIPTIONS = {
   'tuple': 'a list',
   'Callable': 'a function (@module.name)',
   'Policy': 'a policy, such as @policies.student()',
+  'Teacher': 'a teacher, such as @teachers.checkpoint()',
+  'Several': 'several teachers, such as @teachers.averaged()',
   'Divergence': 'a divergence, such as @divergences.forward_kl',
   'Credit': 'a credit, such as @credit.reinforce()',
   'Method': 'a method, such as @methods.Method()',

@@ -113,6 +113,9 @@ class DatasetConfig:
     predictions: path or glob of files with outputs of a model (see
       `predictions`); they and their inputs replace the examples of the split.
     teacher_inputs: what the teacher reads; None: the inputs.
+    teachers: names of several teachers; the text `teacher` of each example
+      names its own. Of {name: value} the names are read. None: examples name
+      none.
   """
 
   mixture_or_task_name: str
@@ -127,8 +130,19 @@ class DatasetConfig:
   task_arguments: Mapping[str, Any] | None = None
   predictions: str | None = None
   teacher_inputs: TeacherInputs | None = None
+  teachers: Sequence[str] | Mapping[str, Any] | None = None
 
   def __post_init__(self):
+    if isinstance(self.teachers, str) or self.teachers == ():
+      raise ValueError(
+        'datasets.DatasetConfig.teachers must be a list of names or '
+        f"{{'name': path}}, got {self.teachers!r}."
+      )
+    if self.teachers is not None and self.predictions is not None:
+      raise ValueError(
+        'datasets.DatasetConfig.teachers is set together with '
+        'TRAIN_ON_PREDICTIONS, whose rows name no teacher. Unset one of them.'
+      )
     if self.teacher_inputs is not None and self.predictions is not None:
       raise ValueError(
         'datasets.DatasetConfig.teacher_inputs is set together with '
@@ -170,6 +184,8 @@ class DatasetConfig:
     lengths = dict(self.task_feature_lengths)
     if self.teacher_inputs is not None:
       lengths[seqio_tasks.TEACHER_INPUTS] = self.teacher_inputs.length
+    if self.teachers is not None:
+      lengths[seqio_tasks.TEACHER_IDS] = 1
     return lengths
 
 
@@ -211,6 +227,8 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
     )
   if config.teacher_inputs is not None:
     task = _with_teacher_inputs(task, config.teacher_inputs)
+  if config.teachers is not None:
+    task = seqio_tasks.with_teacher_ids(task, sorted(config.teachers))
   return task
 
 
@@ -259,6 +277,32 @@ def _texts(values: Any) -> Iterator[str]:
   elif isinstance(values, Sequence):
     for value in values:
       yield from _texts(value)
+
+
+def check_teachers(config: DatasetConfig) -> None:
+  """Raises ValueError if an example names an unknown teacher.
+
+  Reads the texts of all examples of the split, once per process.
+  """
+  if config.teachers is None:
+    return
+  names = sorted(config.teachers)
+  task = get_task(config).name
+  found = _teachers_of(task, config.split, config.num_examples)
+  if unknown := sorted(found - {*names}):
+    raise ValueError(
+      f'Examples of task {config.mixture_or_task_name!r}, split '
+      f'{config.split!r}, name the teacher '
+      f'{", ".join(map(repr, unknown))}, but the teachers are '
+      f'{", ".join(names)}: add it to TEACHER_CHECKPOINT_PATH = '
+      '{\'name\': path}, or correct the field "teacher" of the examples.'
+    )
+
+
+@functools.lru_cache
+def _teachers_of(name: str, split: str, num_examples: int | None) -> set[str]:
+  task = seqio.get_mixture_or_task(name)
+  return seqio_tasks.teachers_of(task, split, num_examples)
 
 
 def check_not_empty(config: DatasetConfig) -> None:

@@ -62,7 +62,7 @@ class TrainIterator(Iterator[Batch]):
       ds = seqio.get_dataset(
         task,
         task_feature_lengths=config.lengths,
-        feature_converter=_feature_converter(config.has_teacher_inputs),
+        feature_converter=_feature_converter(config.lengths),
         dataset_split=config.split,
         use_cached=config.use_cached,
         shuffle=config.shuffle,
@@ -167,7 +167,14 @@ def _reading_options() -> tf.data.Options:
   return options
 
 
-def _feature_converter(teacher_inputs: bool) -> seqio.FeatureConverter:
+# Optional features of a task -> their names in a batch.
+_OPTIONAL = {
+  seqio_tasks.TEACHER_INPUTS: 'teacher_input_tokens',
+  seqio_tasks.TEACHER_IDS: 'teacher_ids',
+}
+
+
+def _feature_converter(lengths: Mapping[str, int]) -> seqio.FeatureConverter:
   """Returns seqio's feature converter, for vocabularies with any pad id.
 
   seqio pads with 0 and treats every 0 as padding, but 0 is a token in some
@@ -175,28 +182,25 @@ def _feature_converter(teacher_inputs: bool) -> seqio.FeatureConverter:
   and decremented by `_to_batch`.
   """
 
-  encoder_feature = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
-  names = seqio_tasks.FEATURES
-  if teacher_inputs:
-    names += (seqio_tasks.TEACHER_INPUTS,)
+  ids = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+  optional = {k: v for k, v in _OPTIONAL.items() if k in lengths}
+  names = (*seqio_tasks.FEATURES, *optional)
 
   class FeatureConverter(seqio.EncDecFeatureConverter):
-    if teacher_inputs:
-      TASK_FEATURES = {
-        **seqio.EncDecFeatureConverter.TASK_FEATURES,
-        seqio_tasks.TEACHER_INPUTS: encoder_feature,
-      }
-      MODEL_FEATURES = {
-        **seqio.EncDecFeatureConverter.MODEL_FEATURES,
-        'teacher_input_tokens': encoder_feature,
-      }
+    TASK_FEATURES = {
+      **seqio.EncDecFeatureConverter.TASK_FEATURES,
+      **dict.fromkeys(optional, ids),
+    }
+    MODEL_FEATURES = {
+      **seqio.EncDecFeatureConverter.MODEL_FEATURES,
+      **dict.fromkeys(optional.values(), ids),
+    }
 
     def _convert_example(self, features):
       converted = super()._convert_example(features)
-      if teacher_inputs:
-        of_teacher = features[seqio_tasks.TEACHER_INPUTS]
-        converted['teacher_input_tokens'] = of_teacher
-      return converted
+      return converted | {
+        in_batch: features[name] for name, in_batch in optional.items()
+      }
 
     def _convert_features(self, ds, task_feature_lengths):
       def shift(features):
@@ -206,10 +210,10 @@ def _feature_converter(teacher_inputs: bool) -> seqio.FeatureConverter:
 
     def get_model_feature_lengths(self, task_feature_lengths):
       lengths = super().get_model_feature_lengths(task_feature_lengths)
-      if teacher_inputs:
-        length = task_feature_lengths[seqio_tasks.TEACHER_INPUTS]
-        lengths['teacher_input_tokens'] = length
-      return lengths
+      return lengths | {
+        in_batch: task_feature_lengths[name]
+        for name, in_batch in optional.items()
+      }
 
   return FeatureConverter(pack=False)
 
@@ -220,7 +224,7 @@ def _to_batch(
   """Converts results of `_feature_converter`; pads with the model's pad id.
 
   Raises:
-    ValueError: see `_check_padding`.
+    ValueError: see `_check_padding`; or a row has no known teacher.
   """
 
   def ids(name):
@@ -235,7 +239,16 @@ def _to_batch(
   teacher_inputs = None
   if 'teacher_input_tokens' in features:
     teacher_inputs = ids('teacher_input_tokens')
-  return Batch(inputs, targets, weights.astype(np.float32), teacher_inputs)
+  teacher_ids = None
+  if 'teacher_ids' in features:
+    teacher_ids = features['teacher_ids'][:, 0].astype(np.int32) - 1
+    if (teacher_ids < 0).any():
+      raise ValueError(
+        f'An example of task {task_name!r} names a teacher that is not in '
+        'datasets.DatasetConfig.teachers.'
+      )
+  weights = weights.astype(np.float32)
+  return Batch(inputs, targets, weights, teacher_inputs, teacher_ids)
 
 
 def _check_padding(tokens: np.ndarray, pad_id: int, task_name: str) -> None:
@@ -311,7 +324,8 @@ class EvalDataset:
         return None
       x = x[start : start + self.batch_size]
       missing = self.batch_size - len(x)
-      return np.pad(x, ((0, missing), (0, 0)), constant_values=fill)
+      widths = ((0, missing), *((0, 0) for _ in x.shape[1:]))
+      return np.pad(x, widths, constant_values=fill)
 
     rows, pad = self._rows, self._pad_id
     return Batch(
@@ -319,6 +333,7 @@ class EvalDataset:
       cut(rows.decoder_target_tokens, pad),
       cut(rows.decoder_loss_weights, 0.0),
       cut(rows.teacher_input_tokens, pad),
+      cut(rows.teacher_ids, -1),
     )
 
   def predict(
@@ -425,9 +440,7 @@ def _read_split(
   """
   evaluator = seqio.Evaluator(
     registered_name,
-    feature_converter=_feature_converter(
-      seqio_tasks.TEACHER_INPUTS in dict(lengths)
-    ),
+    feature_converter=_feature_converter(dict(lengths)),
     eval_split=split,
     use_cached=use_cached,
     sequence_length=dict(lengths),

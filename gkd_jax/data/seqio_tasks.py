@@ -34,6 +34,8 @@ with epy.lazy_imports():
 
 FEATURES = ('inputs', 'targets')
 TEACHER_INPUTS = 'teacher_inputs'  # the feature that only a teacher reads
+TEACHER_IDS = 'teacher_ids'  # the number of the example's teacher
+_TEACHER = 'teacher'  # the text of an example that names its teacher
 
 
 def set_tfds_data_dir(folder: str) -> None:
@@ -301,6 +303,96 @@ def with_teacher_inputs(
       output_features=features,
     )
   )
+
+
+def with_teacher_ids(
+  task: seqio.Task | seqio.Mixture, names: Sequence[str]
+) -> seqio.Task | seqio.Mixture:
+  """Returns the task with a feature `teacher_ids`, under a new name.
+
+  It is [1] int32: the place in `names` of the text `teacher` of the example; -1
+  if it is not among them.
+
+  Raises:
+    ValueError: when its data is read: the examples have no text `teacher`.
+  """
+  name = f'{task.name}__teachers_{_digest(json.dumps(names))}'
+  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+    return seqio.get_mixture_or_task(name)
+  if isinstance(task, seqio.Mixture):
+    return _register(
+      _changed_mixture(task, name, lambda part: with_teacher_ids(part, names))
+    )
+  before, after = _split_for_teachers(task)
+
+  def number(ds):
+    _check_names_a_teacher(task.name, ds)
+
+    def add(features):
+      is_name = tf.equal(tf.constant(names), features[_TEACHER])
+      place = tf.argmax(is_name, output_type=tf.int32)
+      place = tf.where(tf.reduce_any(is_name), place, -1)
+      return {**features, TEACHER_IDS: place[None]}
+
+    return ds.map(add)
+
+  features = {**task.output_features}
+  features[TEACHER_IDS] = seqio.Feature(
+    seqio.PassThroughVocabulary(size=len(names)), add_eos=False
+  )
+  return _register(
+    task.replace(
+      name=name,
+      preprocessors=[*before, number, *after],
+      output_features=features,
+    )
+  )
+
+
+def teachers_of(
+  task: seqio.Task | seqio.Mixture, split: str, num_examples: int | None
+) -> set[str]:
+  """Returns the teachers that the examples of a split name. Reads all of them.
+
+  Args:
+    task: whose examples have a text `teacher`.
+    split: of the task.
+    num_examples: only the first examples of each task; None: all.
+  """
+  found = set()
+  for part in seqio.get_subtasks(task):
+    before, _ = _split_for_teachers(part)
+    ds = part.source.get_dataset(split, shuffle=False)
+    if num_examples is not None:
+      ds = ds.take(num_examples)
+    # seqio has no public function for this.
+    ds = part._preprocess_dataset(ds, before)
+    _check_names_a_teacher(part.name, ds)
+    names = ds.map(lambda features: features[_TEACHER]).unique()
+    found |= {
+      name.decode(errors='replace') for name in names.as_numpy_iterator()
+    }
+  return found
+
+
+def _split_for_teachers(task: seqio.Task) -> tuple[list, list]:
+  """Returns the preprocessors before tokenization, where it is known."""
+  try:
+    return split_at_tokenization(task)
+  except ValueError:
+    return [*task.preprocessors], []
+
+
+def _check_names_a_teacher(name: str, ds: tf.data.Dataset) -> None:
+  spec = ds.element_spec.get(_TEACHER)
+  if spec is None or spec.dtype != tf.string or spec.shape.rank != 0:
+    texts = (k for k, v in ds.element_spec.items() if v.dtype == tf.string)
+    raise ValueError(
+      'datasets.DatasetConfig.teachers is set, but the examples of task '
+      f'{name!r} have no text {_TEACHER!r} that names their teacher. They have '
+      f'the texts {", ".join(sorted(texts))}. For JSON lines list it in '
+      'other_fields of datasets.DatasetConfig.task_arguments.'
+    )
 
 
 def exemplars(

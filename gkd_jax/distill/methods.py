@@ -16,7 +16,7 @@ class Method:
     policy: who writes the outputs.
     objective: the divergence from the teacher, the likelihood, their weights
       and their reduction.
-    teacher: who grades the outputs.
+    teacher: who grades the outputs: one teacher, or `teachers.Several`.
     credit: an additional gradient on the outputs, such as REINFORCE; None:
       there is none.
     student_sampler: draws outputs from the student; in the paper at
@@ -26,7 +26,7 @@ class Method:
 
   policy: policies.Policy
   objective: objectives.Objective
-  teacher: teachers.Teacher = teachers.checkpoint()
+  teacher: teachers.Teacher | teachers.Several = teachers.checkpoint()
   credit: credit_lib.Credit | None = None
   student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL
   teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL
@@ -46,6 +46,12 @@ class Method:
   @property
   def needs_teacher_checkpoint(self) -> bool:
     return self.needs_teacher and self.teacher.needs_checkpoint
+
+  @property
+  def is_routed(self) -> bool:
+    """Whether each row of a batch names its teacher."""
+    several = isinstance(self.teacher, teachers.Several)
+    return several and self.teacher.is_routed
 
   @property
   def reward(self):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from gkd_jax.batch import SpecialIds, mask_unused_ids
 from gkd_jax.distill.chunked_sums import Extras, Terms
 from gkd_jax.distill.divergences import Divergence
+from gkd_jax.distill.teachers import Weighted
 
 REDUCTIONS = ('sequence', 'token')
 
@@ -94,7 +95,10 @@ class Objective:
     """Returns the per-token function of logits: 'loss' and its parts, nats."""
 
     def terms(student_logits, teacher_logits, tokens, extras=None):
+      weight = None
       if self.needs_teacher:
+        if isinstance(teacher_logits, Weighted):
+          weight = teacher_logits.weight
         student_logits, teacher_logits = comparable_logits(
           student_logits, teacher_logits, ids
         )
@@ -108,7 +112,10 @@ class Objective:
           student_logits=student_logits / self.student_temperature,
           **self._keywords(tokens, extras or Extras()),
         )
-        loss += self.divergence_weight * out['divergence']
+        divergence = out['divergence']
+        if weight is not None:
+          divergence *= weight
+        loss += self.divergence_weight * divergence
       return {'loss': loss, **out}
 
     return terms
@@ -124,7 +131,9 @@ class Objective:
 
 
 def comparable_logits(
-  student_logits: jax.Array, teacher_logits: jax.Array, ids: SpecialIds
+  student_logits: jax.Array,
+  teacher_logits: jax.Array | Weighted,
+  ids: SpecialIds,
 ) -> tuple[jax.Array, jax.Array]:
   """Masks unused ids of both models and truncates both to the smaller width.
 
@@ -133,12 +142,14 @@ def comparable_logits(
 
   Args:
     student_logits: [..., V].
-    teacher_logits: [..., V'].
+    teacher_logits: [..., V']; weights of tokens are dropped.
     ids: with `num_ids` at most V and V'.
 
   Returns:
     Student and teacher logits, [..., min(V, V')].
   """
+  if isinstance(teacher_logits, Weighted):
+    teacher_logits = teacher_logits.logits
   width = min(student_logits.shape[-1], teacher_logits.shape[-1])
   return (
     mask_unused_ids(student_logits[..., :width], ids),

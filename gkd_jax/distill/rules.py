@@ -14,6 +14,7 @@ from gkd_jax.decoding import sampler
 from gkd_jax.distill import policies
 from gkd_jax.distill.divergences import Divergence
 from gkd_jax.distill.methods import Method
+from gkd_jax.distill.teachers import Several
 
 
 class Setup(NamedTuple):
@@ -156,6 +157,18 @@ def credit_of_the_teacher_has_a_divergence(setup: Setup) -> None:
       )
 
 
+def one_teacher_writes(setup: Setup) -> None:
+  """Only one teacher can write outputs; several grade them."""
+  method = setup.method
+  if isinstance(method.teacher, Several) and method.policy.needs_teacher:
+    raise ValueError(
+      'POLICY lets the teacher write outputs, but the method has several '
+      f'teachers, {", ".join(method.teacher.members)}, which only grade '
+      'outputs. Set POLICY to a policy of dataset and student, such as '
+      '@policies.student().'
+    )
+
+
 def compared_outputs_are_in_one_microbatch(setup: Setup) -> None:
   """A microbatch has at least as many rows as the credit compares."""
   credit, batch_size = setup.method.credit, setup.batch_size
@@ -189,6 +202,7 @@ RULES = (
   training_outputs_are_drawn_from_a_model,
   a_live_teacher_has_no_dropout,
   credit_of_the_teacher_has_a_divergence,
+  one_teacher_writes,
   compared_outputs_are_in_one_microbatch,
   the_policys_buffer_holds_a_batch,
 )

@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
 class Frozen(NamedTuple):
   """Parameters that no step changes."""
 
-  teacher: Params = None
+  teacher: Params = None  # of several checkpoints {name: parameters}
   reward: Params = None
 
 

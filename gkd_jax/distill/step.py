@@ -24,6 +24,15 @@ from gkd_jax.distill import (
 )
 from gkd_jax.distill import credit as credit_lib
 from gkd_jax.distill import state as state_lib
+from gkd_jax.distill.grading import (
+  Grader,
+  OfSeveral,
+  hidden_states,
+  make_grader,
+  microbatches_keyword,
+  repeat_rows,
+  unembed,
+)
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.policies import Comparison, Draw, Rollouts
 from gkd_jax.distill.state import Carried, Frozen, Trained, TrainState
@@ -38,7 +47,8 @@ class Models(NamedTuple):
 
   Attributes:
     student: model that learns; see `models.interface`.
-    teacher: model of the teacher; None if the method needs none.
+    teacher: model of the teacher; None if the method needs none; of several
+      checkpoints {name: model}.
     method: policy, teacher, objective and credit.
     ids: the special ids of both models and their vocabulary.
     reward_fn: of the method's reward, from `Reward.make_reward_fn`.
@@ -53,6 +63,11 @@ class Models(NamedTuple):
   @property
   def has_dropout(self) -> bool:
     return self.student.config.dropout_rate > 0.0
+
+  @property
+  def grader(self) -> Grader:
+    """The teacher, or several, that the objective compares the student with."""
+    return make_grader(self.method.teacher, self.student, self.teacher)
 
 
 class Rngs(NamedTuple):
@@ -72,7 +87,7 @@ class Rows(NamedTuple):
 
   batch: Batch
   rollouts: Rollouts
-  teacher_hidden: jax.Array | None  # [B, T, D'] on the rollouts
+  teacher_hidden: jax.Array | OfSeveral | None  # [B, T, D'] on the rollouts
   row_ids_B: jax.Array
 
 
@@ -111,7 +126,8 @@ def make_train_step(
   Args:
     student: model that learns; see `models.interface`.
     teacher: model of the teacher's checkpoint, or None if the method needs no
-      checkpoint. Its parameters are `frozen.teacher`.
+      checkpoint; of several checkpoints {name: model}. Its parameters are
+      `frozen.teacher`, of several {name: parameters}.
     method: policy, teacher, divergence and credit.
     optimizer: any optax optimizer; it receives the batch's mean gradient.
     ids: the special ids of both models and their vocabulary.
@@ -240,81 +256,13 @@ def _check(models: Models) -> Models:
   if method.needs_teacher and teacher is None:
     raise ValueError('This method needs a teacher, and `teacher` is None.')
   if method.objective.needs_teacher:
+    graders = (reading.model for reading in models.grader.readings)
     widths = (
       getattr(model.config, 'vocab_size', models.ids.num_ids)
-      for model in (student, teacher)
+      for model in (student, *graders)
     )
     rules.check_divergence(method, min(widths))
   return models
-
-
-def unembed(model) -> chunked_sums.Unembed:
-  """Returns (head parameters, hidden [..., D]) -> logits [..., V]."""
-
-  def apply(head, hidden):
-    return model.apply({'params': head}, hidden, method='unembed')
-
-  return apply
-
-
-def hidden_states(
-  model,
-  params: Params,
-  encoder_input_tokens: jax.Array,
-  target_tokens: jax.Array,
-  *,
-  encoded: jax.Array | None = None,
-  dropout_rng: jax.Array | None = None,
-  num_microbatches: int = 1,
-) -> jax.Array:
-  """Returns a model's hidden states before the projection, of each target row.
-
-  Args:
-    model: encoder-decoder.
-    params: its parameters.
-    encoder_input_tokens: [B, S] int32.
-    target_tokens: [B, T] int32; or [n B, T], n rows for each input in turn.
-    encoded: [B, S, D] encoder output; None: the encoder runs here, on B rows.
-    dropout_rng: enables dropout; None: no dropout.
-    num_microbatches: each layer processes the rows in this many parts.
-  """
-  keywords = {'deterministic': dropout_rng is None}
-  keywords |= _microbatches(num_microbatches)
-  if dropout_rng is not None:
-    encoder_rng, decoder_rng = jax.random.split(dropout_rng)
-  apply = functools.partial(model.apply, {'params': params})
-  if encoded is None:
-    rngs = None if dropout_rng is None else {'dropout': encoder_rng}
-    encoded = apply(
-      encoder_input_tokens, method='encode', rngs=rngs, **keywords
-    )
-  encoded, encoder_input_tokens = _repeat(
-    (encoded, encoder_input_tokens), target_tokens
-  )
-  rngs = None if dropout_rng is None else {'dropout': decoder_rng}
-  return apply(
-    encoded,
-    encoder_input_tokens,
-    target_tokens,
-    method='decode',
-    rngs=rngs,
-    **keywords,
-  )
-
-
-def _repeat(of_inputs, outputs: jax.Array):
-  """Repeats arrays [B, ...] of the inputs for each row of outputs [n B, T]."""
-
-  def repeat(x):
-    number = outputs.shape[0] // x.shape[0]
-    return x if number == 1 else jnp.repeat(x, number, axis=0)
-
-  return jax.tree.map(repeat, of_inputs)
-
-
-def _microbatches(number: int) -> dict[str, int]:
-  """Returns the keyword of a model's methods; none for 1 microbatch."""
-  return {'num_microbatches': number} if number > 1 else {}
 
 
 def _encode(models: Models, params: Params, batch: Batch) -> jax.Array:
@@ -378,17 +326,13 @@ def _write_and_grade(
   rollouts = rollouts._replace(batch=None, carried=(), metrics={})
   teacher_hidden = teacher_head = None
   if method.objective.needs_teacher:
-    teacher = models.teacher
+    grader = models.grader
     with jax.named_scope('teacher'):
-      teacher_hidden = hidden_states(
-        teacher,
-        teacher_params,
-        batch.teacher_inputs,
-        rollouts.outputs.tokens,
-        num_microbatches=num_microbatches,
+      teacher_hidden = grader.hidden_states(
+        teacher_params, batch, rollouts.outputs.tokens, num_microbatches
       )
       # Gathered once, because each chunk of tokens reads it.
-      teacher_head = teacher.head_params(teacher.gather_params(teacher_params))
+      teacher_head = grader.heads(teacher_params, gather=True)
   return (
     Rows(
       batch,
@@ -428,7 +372,7 @@ def _draw(
         {'params': params},
         inputs,
         method='encode',
-        **_microbatches(num_microbatches),
+        **microbatches_keyword(num_microbatches),
       )
 
   def student(config=None):
@@ -539,7 +483,7 @@ def _make_loss_sums(models: Models):
   objective, credit = method.objective, method.credit
   unembeds = (
     unembed(student),
-    unembed(models.teacher) if objective.needs_teacher else None,
+    models.grader.unembed(ids) if objective.needs_teacher else None,
   )
 
   def loss_sums(trained, encoded, rows, shared):
@@ -575,8 +519,8 @@ def _make_loss_sums(models: Models):
             models,
             log_probs,
             params,
-            _repeat(encoded, outputs.tokens),
-            rows._replace(batch=_repeat(rows.batch, outputs.tokens)),
+            repeat_rows(encoded, outputs.tokens),
+            rows._replace(batch=repeat_rows(rows.batch, outputs.tokens)),
             shared,
             coefficients_BT,
           )

@@ -23,15 +23,22 @@ from gkd_jax import build
 from gkd_jax.batch import Batch
 from gkd_jax.data import datasets, iterators
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, rewards
+from gkd_jax.distill import divergences, grading, rewards, teachers
 from gkd_jax.evaluation import diversity, programs
-from gkd_jax.experiment import RewardModel, check_decodings
+from gkd_jax.experiment import (
+  RewardModel,
+  Teacher,
+  check_decodings,
+  check_teachers,
+  setting_of,
+)
 from gkd_jax.models.interface import Model
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console, files, paths, run_folder
 
 _RESULTS = ('eval', 'samples')  # names of files: <name>_<split>.json
 _NO_REWARD_MODEL = RewardModel()
+_ONE_TEACHER = teachers.checkpoint()
 _NUM_SHOWN = 16  # examples of samples_<split>.json
 
 
@@ -101,6 +108,7 @@ class Evaluation:
     self_bleu_tokenize: str = diversity.WORDS,
     mean_reward: programs.MeanReward | None = None,
     divergence: divergences.Divergence | None = None,
+    grades: teachers.Teacher | teachers.Several = _ONE_TEACHER,
     before_batch: Callable[[], None] = lambda: None,
   ):
     """Reads the split.
@@ -108,8 +116,8 @@ class Evaluation:
     Args:
       config: task and split.
       student: the model to evaluate.
-      teacher: adds its task metrics and the divergences; `build.NO_MODEL`: no
-        teacher.
+      teacher: adds its task metrics and the divergences, of several teachers
+        those of each; `build.NO_MODEL`: no teacher.
       decodings: {name: SamplerConfig or BeamConfig}.
       seed: of sampling.
       mesh: of devices.
@@ -118,6 +126,7 @@ class Evaluation:
       self_bleu_tokenize: see `diversity.self_bleu`.
       mean_reward: adds the mean reward of the outputs.
       divergence: the method's own, measured beside the standard ones.
+      grades: how `teacher` is used, see `teachers.without_student`.
       before_batch: called before each batch is read; it may raise an exception
         to stop the evaluation.
 
@@ -132,7 +141,6 @@ class Evaluation:
       config, before_batch, pad_id=self._ids.pad
     )
     self._mean_reward = mean_reward
-    self._teacher_params = teacher.params
     shape = {
       'ids': self._ids,
       'seed': seed,
@@ -160,18 +168,27 @@ class Evaluation:
     self._student_writes = writes(
       student, lambda batch: batch.encoder_input_tokens
     )
-    self._divergences = self._of_teacher = None
-    self._divergence_names = programs.divergence_names(divergence)
+    self._divergences = self._of_teachers = None
     if teacher.module is not None:
-      self._divergences = programs.make_divergences(
-        student, teacher.module, own=divergence, **shape
+      grader = grading.make_grader(grades, student, teacher.module)
+      self._divergence_names = programs.divergence_names(
+        divergence, grader.names
       )
-      self._teacher_writes = writes(
-        teacher.module, lambda batch: batch.teacher_inputs
+      self._teacher_params = grades.params(teacher.params, None, ())
+      self._divergences = programs.make_divergences(
+        student, grader, own=divergence, **shape
       )
       self._disagreement = programs.make_disagreement(
-        student, teacher.module, ids=self._ids, mesh=mesh
+        student, grader, ids=self._ids, mesh=mesh
       )
+      # {name: (writes, params)} of each checkpoint; '' is the only one.
+      self._teachers = {
+        name: (
+          writes(one.module, lambda batch: batch.teacher_inputs),
+          one.params,
+        )
+        for name, one in build.apart(teacher).items()
+      }
     # Rows of a batch for the samples: a multiple of the number of data shards.
     spread = mesh.shape['data']
     self._few = min(config.batch_size, -(-_NUM_SHOWN // spread) * spread)
@@ -191,7 +208,7 @@ class Evaluation:
     return [
       *of_task,
       *self._divergence_names,
-      *(f'teacher/{n}' for n in of_task),
+      *(f'{_prefix(name)}{n}' for name in self._teachers for n in of_task),
     ]
 
   def __call__(
@@ -212,13 +229,19 @@ class Evaluation:
     if self._divergences is not None:
       values |= self._divergences(params, self._teacher_params, self._dataset)
       if with_teacher:
-        if self._of_teacher is None:
-          self._of_teacher = self._task_metrics(
-            self._teacher_writes, self._teacher_params
-          )
-        teacher_values, all_texts, _ = self._of_teacher
-        values |= {f'teacher/{k}': v for k, v in teacher_values.items()}
-        teacher_texts = next(iter(all_texts.values()))
+        if self._of_teachers is None:
+          self._of_teachers = {
+            name: self._task_metrics(*teacher)
+            for name, teacher in self._teachers.items()
+          }
+        for name, (of_teacher, _, _) in self._of_teachers.items():
+          values |= {f'{_prefix(name)}{k}': v for k, v in of_teacher.items()}
+        teacher_texts = _side_by_side(
+          {
+            name: next(iter(all_texts.values()))
+            for name, (_, all_texts, _) in self._of_teachers.items()
+          }
+        )
     table = sample_table(
       self._dataset.examples(), next(iter(texts.values())), teacher_texts
     )
@@ -273,13 +296,18 @@ class Evaluation:
   def _teacher_texts(
     self, decoding: str, row_ids_B: np.ndarray, batch: Batch
   ) -> list[str]:
-    """Returns the teacher's outputs for some rows; reuses earlier ones."""
-    if self._of_teacher is not None:
-      _, texts, _ = self._of_teacher
-      return texts[decoding][row_ids_B[0] : row_ids_B[-1] + 1]
-    write = self._teacher_writes[decoding]
-    tokens = write(self._teacher_params, row_ids_B, batch)[:, 0]
-    return self._dataset.decode(tokens)
+    """Returns the teachers' outputs for some rows; reuses earlier ones."""
+
+    def of(name, writes, params):
+      if self._of_teachers is not None:
+        _, texts, _ = self._of_teachers[name]
+        return texts[decoding][row_ids_B[0] : row_ids_B[-1] + 1]
+      tokens = writes[decoding](params, row_ids_B, batch)[:, 0]
+      return self._dataset.decode(tokens)
+
+    return _side_by_side(
+      {name: of(name, *teacher) for name, teacher in self._teachers.items()}
+    )
 
   def _tokens(
     self, tokens_T: np.ndarray, values: Mapping[str, np.ndarray]
@@ -313,6 +341,21 @@ class Evaluation:
       self_bleu_tokenize=self._self_bleu_tokenize,
       mean_reward=self._mean_reward,
     )
+
+
+def _prefix(teacher: str) -> str:
+  """Returns what the names of a teacher's task metrics start with."""
+  return f'teacher/{teacher}/' if teacher else 'teacher/'
+
+
+def _side_by_side(texts: Mapping[str, Sequence[str]]) -> list[str]:
+  """Returns one text per row from {teacher: texts}."""
+  if [*texts] == ['']:
+    return list(texts[''])
+  return [
+    '; '.join(f'{name}: {text}' for name, text in zip(texts, row, strict=True))
+    for row in zip(*texts.values(), strict=True)
+  ]
 
 
 def _num_outputs(
@@ -375,7 +418,7 @@ def evaluate_checkpoint(
   output_dir: str,
   dataset: datasets.DatasetConfig,
   decodings: Mapping[str, programs.Decoding],
-  teacher_checkpoint_path: str | None = None,
+  teacher_checkpoint_path: str | Mapping[str, str] | None = None,
   seed: int = 0,
   temperatures: Sequence[float] | None = None,
   num_samples: int = 1,
@@ -391,7 +434,9 @@ def evaluate_checkpoint(
     output_dir: created if it does not exist.
     dataset: task and split.
     decodings: {name: SamplerConfig or BeamConfig}.
-    teacher_checkpoint_path: adds this teacher and the divergences from it.
+    teacher_checkpoint_path: adds this teacher and the divergences from it. Of
+      several, {name: path}: the divergences from each and from the mean of
+      their probabilities.
     seed: of sampling.
     temperatures: sampling temperatures, see `at_temperatures`; None: those of
       the decodings.
@@ -416,6 +461,9 @@ def evaluate_checkpoint(
     raise ValueError(
       'experiment.RewardModel.dtype is set, but no REWARD_CHECKPOINT_PATH.'
     )
+  of_teacher = Teacher(checkpoint_path=teacher_checkpoint_path)
+  grades = teachers.without_student(teachers.checkpoint(), of_teacher.names)
+  check_teachers(grades, of_teacher.names, [dataset])
   mesh = partitioning.make_mesh()
   partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   source, task = build.open_model_and_task(checkpoint_path, dataset)
@@ -431,9 +479,16 @@ def evaluate_checkpoint(
     'checkpoint': str(student.folder),
     'task': dataset.mixture_or_task_name,
   }
-  teacher = load(teacher_checkpoint_path, 'TEACHER_CHECKPOINT_PATH')
+  teacher = build.together(
+    {
+      name: load(
+        one.checkpoint_path, setting_of('TEACHER_CHECKPOINT_PATH', name)
+      )
+      for name, one in of_teacher.named.items()
+    }
+  )
   if teacher.folder is not None:
-    origin['teacher_checkpoint'] = str(teacher.folder)
+    origin['teacher_checkpoint'] = jax.tree.map(str, teacher.folder)
   mean_reward = None
   if reward is not None:
     model = load(
@@ -456,23 +511,22 @@ def evaluate_checkpoint(
     num_samples=num_samples,
     self_bleu_tokenize=self_bleu_tokenize,
     mean_reward=mean_reward,
+    grades=grades,
   )
   values, table = evaluation(student.params)
   write_samples(folder, dataset.split, evaluation.samples(student.params))
   path = write_results(
     folder, dataset.split, {**origin, **values, **evaluation.notes}
   )
-  texts = {k: v for k, v in evaluation.notes.items() if isinstance(v, str)}
   console.log(
-    '\n'.join(
-      [
-        table,
-        format_metrics(values),
-        *(f'{name} {text}' for name, text in texts.items()),
-        f'Written: {path}',
-      ]
-    )
+    f'{table}\n{_format_all(values, evaluation.notes)}\nWritten: {path}'
   )
+
+
+def _format_all(values: Mapping[str, float], notes: Mapping[str, Any]) -> str:
+  """Returns a line of the metrics, and one for each note that is a text."""
+  texts = (f'{k} {v}' for k, v in notes.items() if isinstance(v, str))
+  return '\n'.join([format_metrics(values), *texts])
 
 
 def _free_folder(output_dir: str, split: str, overwrite: bool) -> pathlib.Path:

@@ -6,7 +6,7 @@ must have the same shape.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,14 @@ from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, generation, sampler
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding.calculator import Calculator
-from gkd_jax.distill import chunked_sums, divergences, objectives, rewards
-from gkd_jax.distill import step as step_lib
+from gkd_jax.distill import (
+  chunked_sums,
+  divergences,
+  grading,
+  objectives,
+  rewards,
+)
+from gkd_jax.distill.grading import Grader
 from gkd_jax.models.interface import Model
 from gkd_jax.parallel import partitioning
 
@@ -32,12 +38,14 @@ MeanReward = Callable[[iterators.EvalDataset, np.ndarray], float]
 _MEASURED_ON = ('on_dataset_outputs', 'on_student_outputs')
 
 
-def divergence_names(own: divergences.Divergence | None = None) -> list[str]:
+def divergence_names(
+  own: divergences.Divergence | None = None, teachers: Sequence[str] = ()
+) -> list[str]:
   """Returns the metric names of `make_divergences`."""
+  names = [*divergences.reported(own)]
+  of_each = [f'{teacher}/{name}' for teacher in teachers for name in names]
   return [
-    f'{on}/{name}'
-    for on in _MEASURED_ON
-    for name in ('nll', *divergences.reported(own))
+    f'{on}/{name}' for on in _MEASURED_ON for name in ('nll', *names, *of_each)
   ]
 
 
@@ -146,7 +154,7 @@ def _write_program(
 
 def make_divergences(
   student: Model,
-  teacher: Model,
+  grader: Grader,
   *,
   own: divergences.Divergence | None = None,
   ids: SpecialIds,
@@ -160,51 +168,71 @@ def make_divergences(
   temperature 1. The unit is nats per token: the mean over each output's tokens,
   then over outputs (Eq. 2). `own` is the method's divergence, measured in
   addition under its own name.
+
+  Several teachers are compared as their combination, and each by itself as
+  `on_student_outputs/<teacher>/<divergence>`: on all rows, or on the rows that
+  are routed to it (NaN without any).
   """
   if divergences.reported(own).keys() == divergences.reported().keys():
-    return _make_divergences(student, teacher, None, ids, seed, mesh)
+    return _make_divergences(student, grader, None, ids, seed, mesh)
   # Not cached: a user's function may not be hashable.
   make = _make_divergences.__wrapped__
-  return make(student, teacher, own, ids, seed, mesh)
+  return make(student, grader, own, ids, seed, mesh)
 
 
 @functools.lru_cache(maxsize=16)
-def _make_divergences(student, teacher, own, ids, seed, mesh):
+def _make_divergences(student, grader, own, ids, seed, mesh):
   """See `make_divergences`; all runs of a process share the result."""
   measured = divergences.reported(own)
 
-  def terms(student_logits, teacher_logits, tokens):
-    student_logits, teacher_logits = objectives.comparable_logits(
-      student_logits, teacher_logits, ids
-    )
-    return {
-      'nll': objectives.negative_log_likelihood(student_logits, tokens),
-      **{
-        name: divergence(
-          teacher_logits=teacher_logits, student_logits=student_logits
-        )
+  def terms(student_logits, graded, tokens):
+    def compare(teacher_logits):
+      both = objectives.comparable_logits(student_logits, teacher_logits, ids)
+      values = {
+        name: divergence(teacher_logits=both[1], student_logits=both[0])
         for name, divergence in measured.items()
+      }
+      return both[0], values
+
+    masked, values = compare(graded.combined)
+    of_each = {name: compare(x)[1] for name, x in graded.members.items()} | {
+      name: {k: jnp.where(is_own, v, 0.0) for k, v in values.items()}
+      for name, is_own in graded.own_rows.items()
+    }
+    return {
+      'nll': objectives.negative_log_likelihood(masked, tokens),
+      **values,
+      **{
+        f'{name}/{k}': v for name, of in of_each.items() for k, v in of.items()
       },
     }
 
+  def counts_of(batch, outputs):
+    """Returns the number of outputs; of a routed teacher those of its rows."""
+    counts = {'count': objectives.coefficients(outputs.weights, 'sequence')[1]}
+    for i, name in enumerate(grader.names if grader.is_routed else []):
+      of_teacher = outputs.weights * (batch.teacher_ids == i)[:, None]
+      _, counts[f'{name}/count'] = objectives.coefficients(
+        of_teacher, 'sequence'
+      )
+    return counts
+
   def sums_on(student_params, teacher_params, batch, outputs):
     inputs = batch.encoder_input_tokens
-    weights_BT, count = objectives.coefficients(outputs.weights, 'sequence')
+    weights_BT, _ = objectives.coefficients(outputs.weights, 'sequence')
     sums = chunked_sums.weighted_sums(
       terms,
-      step_lib.unembed(student),
-      step_lib.unembed(teacher),
+      grading.unembed(student),
+      grader.unembed_each(ids),
       objectives.Objective.chunk_tokens,
       student.head_params(student_params),
-      step_lib.hidden_states(student, student_params, inputs, outputs.tokens),
-      teacher.head_params(teacher_params),
-      step_lib.hidden_states(
-        teacher, teacher_params, batch.teacher_inputs, outputs.tokens
-      ),
+      grading.hidden_states(student, student_params, inputs, outputs.tokens),
+      grader.heads(teacher_params),
+      grader.hidden_states(teacher_params, batch, outputs.tokens),
       outputs.tokens,
       weights_BT,
     )
-    return {'count': count, **sums}
+    return {**counts_of(batch, outputs), **sums}
 
   @jax.jit
   def measure_batch(student_params, teacher_params, row_ids_B, batch):
@@ -233,11 +261,16 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
       row_ids_B, batch = partitioning.put_global_batch((row_ids_B, batch), mesh)
       sums = measure_batch(student_params, teacher_params, row_ids_B, batch)
       totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+
+    def mean(sums, name):
+      of_teacher = f'{name.partition("/")[0]}/count'
+      return float(sums[name] / sums.get(of_teacher, sums['count']))
+
     return {
-      f'{on}/{name}': float(total / sums['count'])
+      f'{on}/{name}': mean(sums, name)
       for on, sums in totals.items()
-      for name, total in sums.items()
-      if name != 'count'
+      for name in sums
+      if name.rpartition('/')[2] != 'count'
     }
 
   return measure
@@ -245,9 +278,11 @@ def _make_divergences(student, teacher, own, ids, seed, mesh):
 
 @functools.lru_cache(maxsize=16)
 def make_disagreement(
-  student: Model, teacher: Model, *, ids: SpecialIds, mesh: Mesh
+  student: Model, grader: Grader, *, ids: SpecialIds, mesh: Mesh
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Returns a function that compares student and teacher token by token.
+
+  Several teachers are compared as their combination.
 
   It maps (student params, teacher params, batch, tokens [B, T]) to arrays
   [B, T], one value per token given the tokens before it: `kl`, KL(student ||
@@ -255,18 +290,16 @@ def make_disagreement(
   `student_probability` and `teacher_probability` of the token; `teacher_id`,
   the teacher's most probable token, and its `teacher_id_probability`.
   """
-  student_unembed = step_lib.unembed(student)
-  teacher_unembed = step_lib.unembed(teacher)
+  student_unembed = grading.unembed(student)
+  teacher_unembed = grader.unembed(ids)
 
   @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
-  def disagreement(
-    student_params, teacher_params, inputs, teacher_inputs, tokens
-  ):
+  def disagreement(student_params, teacher_params, batch, tokens):
     def at_place(place):
       student_hidden_BD, teacher_hidden_BD, tokens_B = place
       student_logits, teacher_logits = objectives.comparable_logits(
         student_unembed(student.head_params(student_params), student_hidden_BD),
-        teacher_unembed(teacher.head_params(teacher_params), teacher_hidden_BD),
+        teacher_unembed(grader.heads(teacher_params), teacher_hidden_BD),
         ids,
       )
       teacher_id_B = jnp.argmax(teacher_logits, axis=-1)
@@ -287,8 +320,10 @@ def make_disagreement(
     places = jax.tree.map(
       lambda x: x.swapaxes(0, 1),
       (
-        step_lib.hidden_states(student, student_params, inputs, tokens),
-        step_lib.hidden_states(teacher, teacher_params, teacher_inputs, tokens),
+        grading.hidden_states(
+          student, student_params, batch.encoder_input_tokens, tokens
+        ),
+        grader.hidden_states(teacher_params, batch, tokens),
         tokens,
       ),
     )
@@ -298,9 +333,7 @@ def make_disagreement(
     )
 
   def place_and_compare(student_params, teacher_params, batch, tokens):
-    placed = partitioning.put_global_batch(
-      (batch.encoder_input_tokens, batch.teacher_inputs, tokens), mesh
-    )
+    placed = partitioning.put_global_batch((batch, tokens), mesh)
     values = disagreement(student_params, teacher_params, *placed)
     return jax.tree.map(np.asarray, values)
 

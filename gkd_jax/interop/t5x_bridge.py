@@ -29,7 +29,7 @@ from t5x.examples.t5 import network
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import vocabularies
-from gkd_jax.distill import policies, rules
+from gkd_jax.distill import policies, rules, teachers
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.state import Frozen
@@ -85,6 +85,11 @@ class GKDModel(models.EncoderDecoderModel):
       raise ValueError(
         "Method.credit is set, but T5X's trainer does not support rewards. "
         'Train with gkd_jax.main, or leave Method.credit None.'
+      )
+    if isinstance(method.teacher, teachers.Several):
+      raise ValueError(
+        "Method.teacher is several teachers, which T5X's trainer does not "
+        'support. Train with gkd_jax.main, or set one teacher.'
       )
     if method.needs_teacher_checkpoint and teacher_checkpoint_path is None:
       raise ValueError(

@@ -67,6 +67,7 @@ class Run:
     teacher: folder of the run or checkpoint of its teacher, or of the teacher
       that an evaluation compared it with.
     initial: folder of the run or checkpoint of its initial student.
+    teachers: {name: folder} of several teachers; `teacher` is then None.
   """
 
   folder: pathlib.Path
@@ -76,6 +77,7 @@ class Run:
   curve: Sequence[Mapping[str, float]] = ()
   teacher: pathlib.Path | None = None
   initial: pathlib.Path | None = None
+  teachers: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
 
   @property
   def seed(self) -> int | None:
@@ -187,6 +189,7 @@ def _read(folder: pathlib.Path) -> Run:
     ),
     _resolve(folder, settings, _TEACHER),
     _resolve(folder, settings, _INITIAL),
+    _resolve_several(folder, settings),
   )
   run = _with_evaluation(run, folder)
   steps = settings.get('TRAIN_STEPS')
@@ -221,7 +224,7 @@ def _with_evaluation(run: Run, folder: pathlib.Path) -> Run:
   """Adds the results of an evaluation; keeps results that the run has."""
   samples = _json_files(folder, 'samples')
   results, all_samples = dict(run.results), dict(run.samples)
-  teacher = run.teacher
+  teacher, teachers = run.teacher, run.teachers
   for split, values in _json_files(folder, 'eval').items():
     where = (values.get('task', run.task), split)
     numbers = {
@@ -234,10 +237,21 @@ def _with_evaluation(run: Run, folder: pathlib.Path) -> Run:
       known = all_samples.get(where, {'examples': []})['examples']
       if not any('tokens' in example for example in known):
         all_samples[where] = samples[split]
-    if teacher is None and 'teacher_checkpoint' in values:
-      teacher = _without_step(pathlib.Path(values['teacher_checkpoint']))
+    compared = values.get('teacher_checkpoint')
+    if teacher is None and not teachers and compared is not None:
+      if isinstance(compared, Mapping):
+        teachers = {
+          name: _without_step(pathlib.Path(path))
+          for name, path in compared.items()
+        }
+      else:
+        teacher = _without_step(pathlib.Path(compared))
   return dataclasses.replace(
-    run, results=results, samples=all_samples, teacher=teacher
+    run,
+    results=results,
+    samples=all_samples,
+    teacher=teacher,
+    teachers=teachers,
   )
 
 
@@ -288,7 +302,7 @@ def _resolve(
   first.
   """
   path = settings.get(name)
-  if path is None:
+  if path is None or isinstance(path, Mapping):
     return None
   path = _without_step(pathlib.Path(os.path.expanduser(path)))
   candidates = [path]
@@ -297,6 +311,20 @@ def _resolve(
     candidates.insert(0, folder / os.path.relpath(path, own))
   found = [c.resolve() for c in candidates if c.exists()]
   return found[0] if found else path
+
+
+def _resolve_several(
+  folder: pathlib.Path, settings: Mapping[str, Any]
+) -> dict[str, pathlib.Path]:
+  """Returns {name: folder} of several teachers; empty for one."""
+  teachers = settings.get(_TEACHER)
+  if not isinstance(teachers, Mapping):
+    return {}
+  found = {
+    name: _resolve(folder, {**settings, _TEACHER: path}, _TEACHER)
+    for name, path in sorted(teachers.items())
+  }
+  return {name: path for name, path in found.items() if path is not None}
 
 
 def _without_step(path: pathlib.Path) -> pathlib.Path:
@@ -337,8 +365,12 @@ def _key(
     for name, value in settings.items()
     if value is not None and name not in free
   }
-  for name in (_INITIAL, _TEACHER):
-    origin = _resolve(folder, settings, name)
+  origins = {
+    _INITIAL: _resolve(folder, settings, _INITIAL),
+    _TEACHER: _resolve(folder, settings, _TEACHER),
+    **_resolve_several(folder, settings),
+  }
+  for name, origin in origins.items():
     if origin is None:
       continue
     path = origin / 'config.gin'
@@ -461,4 +493,8 @@ def method(run: Run) -> str:
     name += " on the teacher's outputs"
   if likelihood := settings.get('LIKELIHOOD_WEIGHT'):
     name += f' + {likelihood:g} likelihood'
+  if run.teachers:
+    how = str(settings.get('methods.Method.teacher', '')).strip('@()')
+    how = f'{how.rpartition(".")[2]} teachers'.strip()
+    name += f', {how} {", ".join(run.teachers)}'
   return name

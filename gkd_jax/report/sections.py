@@ -293,6 +293,7 @@ def _without_repeats(runs) -> tuple[list[Run], list[str]]:
       run,
       initial=repeats.get(run.initial, run.initial),
       teacher=repeats.get(run.teacher, run.teacher),
+      teachers={n: repeats.get(x, x) for n, x in run.teachers.items()},
     )
     for run in runs
     if run.folder not in repeats
@@ -303,11 +304,11 @@ def _without_repeats(runs) -> tuple[list[Run], list[str]]:
 
 def _roles(runs: Sequence[Run]) -> dict[Any, str]:
   """Returns {folder: role}. A run that starts from a student is a method."""
-  teachers = {run.teacher for run in runs}
+  teachers = {x for run in runs for x in (run.teacher, *run.teachers.values())}
   started_from = {
     run.initial
     for run in runs
-    if run.folder not in teachers or run.teacher is not None
+    if run.folder not in teachers or run.teacher is not None or run.teachers
   } - {None}
   roles = {}
   for run in runs:
@@ -365,13 +366,15 @@ def _teacher_from_students(section: Section) -> list[Group]:
   found = {}
   for group in section.groups:
     for run in group.runs:
-      values = {
-        name.removeprefix('teacher/'): value
-        for name, value in section.values(run).items()
-        if name.startswith('teacher/')
-      }
-      if values:
-        found.setdefault(run.teacher, values)
+      origins = {f'teacher/{name}/': x for name, x in run.teachers.items()}
+      for prefix, folder in (origins or {'teacher/': run.teacher}).items():
+        values = {
+          name.removeprefix(prefix): value
+          for name, value in section.values(run).items()
+          if name.startswith(prefix)
+        }
+        if values:
+          found.setdefault(folder, values)
   return [
     Group(
       'teacher' if len(found) == 1 else f'teacher {folder.name}',
@@ -434,6 +437,10 @@ def _named_settings(run: Run) -> dict[str, Any]:
   }
   settings['from'] = run.initial and run.initial.name
   settings['teacher'] = run.teacher and run.teacher.name
+  if run.teachers:
+    settings['teacher'] = ' and '.join(
+      f'{name} ({folder.name})' for name, folder in run.teachers.items()
+    )
   if not run.settings:
     settings['folder'] = str(run.folder)
   return settings

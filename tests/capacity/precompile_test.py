@@ -24,6 +24,7 @@ from gkd_jax.distill import (
   entailment,
   objectives,
   policies,
+  teachers,
 )
 from gkd_jax.models.params import count_params
 from gkd_jax.models.t5 import T5Config
@@ -138,6 +139,32 @@ def test_the_program_is_the_one_that_train_runs(
       jax.jit(f).lower(*abstract).as_text() for f in (run, precompiled)
     )
     assert got == want
+
+
+def test_the_passes_of_all_teachers_are_counted():
+  names = {'a': None, 'b': None}
+
+  def reported(method_teacher, shape, path=None):
+    experiment = experiments.experiment(
+      **SETTINGS | {'policy': policies.student(), 'train_dataset': DATASET},
+      method_teacher=method_teacher,
+      teacher=shape,
+      teacher_checkpoint_path=path,
+      total_steps=7,
+    )
+    plan = precompile._plan(experiment, experiment.mesh.make())
+    return precompile._describe_run(experiment, plan) | precompile._costs(
+      experiment, plan, None, 'cpu:1'
+    )
+
+  shapes = {'a': TEACHER, 'b': STUDENT}
+  alone = [reported(teachers.checkpoint(), x) for x in shapes.values()]
+  both = reported(teachers.averaged(names), shapes, names)
+
+  passes = [x['phases']['teacher']['flops'] for x in (*alone, both)]
+  assert passes[2] == passes[0] + passes[1]
+  assert both['teacher a']['num_params'] == num_params(TEACHER)
+  assert both['teacher b']['num_params'] == num_params(STUDENT)
 
 
 def test_a_rewards_model_is_compiled_in(what_is_compiled):

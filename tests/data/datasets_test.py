@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 
 from gkd_jax.batch import Batch
 from gkd_jax.data import datasets, iterators, vocabularies
@@ -830,3 +831,95 @@ def test_a_task_without_files_has_none(letters):
   config = datasets.DatasetConfig(letters, LENGTHS, batch_size=1)
 
   assert datasets.files_of(config) == []
+
+
+# --- The teacher of an example ------------------------------------------------
+
+TEACHERS = {'short': 'a path', 'long': 'a path'}
+
+
+def with_a_teacher(ds):
+  def add(features):
+    is_long = tf.strings.length(features['inputs']) > 3
+    return {**features, 'teacher': tf.where(is_long, 'long', 'short')}
+
+  return ds.map(add)
+
+
+@pytest.fixture(scope='module')
+def routed_config():
+  name = conftest.register(
+    'letters_of_two_teachers',
+    conftest.letter_words,
+    preprocessors=[
+      with_a_teacher,
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+  )
+  return datasets.DatasetConfig(name, LENGTHS, batch_size=8, teachers=TEACHERS)
+
+
+def numbers_of(texts):
+  """The places of their teachers among the sorted names, long and short."""
+  return [0 if len(text) > 3 else 1 for text in texts]
+
+
+def test_a_row_has_the_number_of_the_teacher_that_its_example_names(
+  routed_config,
+):
+  datasets.check_teachers(routed_config)
+
+  batch = next(iterators.TrainIterator(routed_config, seed=0))
+
+  assert {*batch.teacher_ids.tolist()} == {0, 1}
+  assert batch.teacher_ids.tolist() == numbers_of(words([batch]))
+
+
+def test_a_row_that_fills_a_batch_up_has_no_teacher(routed_config):
+  config = dataclasses.replace(routed_config, split='validation', batch_size=4)
+  dataset = iterators.EvalDataset(config)
+
+  *_, (_, last) = dataset.batches()
+
+  rows = len(dataset) % 4
+  assert last.teacher_ids[:rows].tolist() == numbers_of(words([last])[:rows])
+  assert last.teacher_ids[rows:].tolist() == [-1] * (4 - rows)
+
+
+def test_a_mixture_has_the_teachers_of_its_examples(routed_config):
+  name = 'mixture_of_two_teachers'
+  task = routed_config.mixture_or_task_name
+  seqio.MixtureRegistry.add(name, [(task, 1.0)])
+  config = dataclasses.replace(routed_config, mixture_or_task_name=name)
+  datasets.check_teachers(config)
+
+  batch = next(iterators.TrainIterator(config, seed=0))
+
+  assert batch.teacher_ids.tolist() == numbers_of(words([batch]))
+
+
+def test_an_unknown_teacher_is_named_with_the_known_ones(routed_config):
+  config = dataclasses.replace(routed_config, teachers=('long', 'longer'))
+
+  with pytest.raises(ValueError, match="'short', but the.* are long, longer:"):
+    datasets.check_teachers(config)
+  with pytest.raises(ValueError, match='names a teacher that is not in'):
+    next(iterators.TrainIterator(config, seed=0))
+
+
+def test_examples_without_a_teacher_are_refused(train_config):
+  config = dataclasses.replace(train_config, teachers=TEACHERS)
+
+  with pytest.raises(ValueError, match="no text 'teacher'.* inputs, targets"):
+    datasets.check_teachers(config)
+
+
+@pytest.mark.parametrize(
+  'settings', [{'teachers': 'x'}, {'teachers': ['a'], 'predictions': 'x'}]
+)
+def test_settings_of_teachers_without_a_meaning_are_refused(
+  train_config, settings
+):
+  with pytest.raises(ValueError, match='DatasetConfig.teachers'):
+    dataclasses.replace(train_config, **settings)

@@ -121,6 +121,13 @@ BROKEN = {
       'no teacher grades the outputs',
     )
   ],
+  'one_teacher_writes': [
+    (
+      {'teacher': teachers.guided(3.0), 'policy': policies.teacher()},
+      {},
+      'several teachers, with_context, without_context, which only grade',
+    )
+  ],
   'compared_outputs_are_in_one_microbatch': [
     (
       {'credit': REINFORCE},

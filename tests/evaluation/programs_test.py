@@ -12,7 +12,13 @@ from gkd_jax.batch import Batch
 from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.decoding import rollout as rollout_lib
-from gkd_jax.distill import divergences, objectives, rewards
+from gkd_jax.distill import (
+  divergences,
+  grading,
+  objectives,
+  rewards,
+  teachers,
+)
 from gkd_jax.evaluation import programs
 from tests import references
 from tests.letter_models import (
@@ -159,13 +165,14 @@ def largest_ratio_reference(*, teacher_logits, student_logits):
   return ratios.max(axis=-1)
 
 
+GRADER = grading.make_grader(teachers.checkpoint(), STUDENT, TEACHER)
 OWN = divergences.Divergence(largest_ratio)
 
 
 @pytest.fixture(scope='module')
 def measured(dataset, student_params, teacher_params):
   measure = programs.make_divergences(
-    STUDENT, TEACHER, own=OWN, ids=IDS, **SETTINGS
+    STUDENT, GRADER, own=OWN, ids=IDS, **SETTINGS
   )
   return measure(student_params, teacher_params, dataset)
 
@@ -226,6 +233,26 @@ def test_the_likelihood_of_the_datasets_outputs_is_measured(
   )
 
 
+def test_several_teachers_are_compared_together_and_each(
+  dataset, student_params, teacher_params, measured
+):
+  several = teachers.averaged({'a': None, 'b': None})
+  grader = grading.make_grader(several, STUDENT, {'a': TEACHER, 'b': STUDENT})
+  measure = programs.make_divergences(STUDENT, grader, ids=IDS, **SETTINGS)
+
+  found = measure(
+    student_params, {'a': teacher_params, 'b': student_params}, dataset
+  )
+
+  assert {*found} == {*programs.divergence_names(None, ['a', 'b'])}
+  for on in ('on_dataset_outputs', 'on_student_outputs'):
+    of_a = found[f'{on}/a/reverse_kl']
+    np.testing.assert_allclose(of_a, measured[f'{on}/reverse_kl'], rtol=1e-5)
+    assert abs(found[f'{on}/b/reverse_kl']) < 1e-6  # the student itself
+    # KL is convex: half of the way is less than half of the divergence.
+    assert 0.0 < found[f'{on}/reverse_kl'] < of_a / 2.0
+
+
 def test_logits_exist_for_one_place_at_a_time(
   student_params, teacher_params, examples, greedy, monkeypatch
 ):
@@ -238,7 +265,7 @@ def test_logits_exist_for_one_place_at_a_time(
   kept = objectives.comparable_logits
   monkeypatch.setattr(objectives, 'comparable_logits', comparable_logits)
   compare = programs.make_disagreement(
-    STUDENT, TEACHER, ids=IDS, mesh=SETTINGS['mesh']
+    STUDENT, GRADER, ids=IDS, mesh=SETTINGS['mesh']
   )
   values = compare(student_params, teacher_params, examples, greedy)
 

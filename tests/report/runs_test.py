@@ -224,6 +224,21 @@ def test_a_model_that_is_not_there_keeps_its_name(tmp_path):
   assert run.teacher == pathlib.Path('gone/models/flan-t5-xl')
 
 
+def test_several_teachers_are_found_by_their_names(tmp_path):
+  teacher = run_folders.write(tmp_path / 'runs/math', {'greedy/wer': 30.0})
+
+  run = began(
+    tmp_path,
+    MODEL_DIR='runs/method',
+    TEACHER_CHECKPOINT_PATH={'math': 'runs/math', 'code': 'gone/code'},
+    **run_folders.gkd(1.0, 'reverse_kl'),
+  )
+
+  assert run.teacher is None
+  assert run.teachers == {'code': pathlib.Path('gone/code'), 'math': teacher}
+  assert runs.method(run) == 'on-policy GKD, reverse KL, teachers code, math'
+
+
 # --- Evaluations apart from the run -------------------------------------------
 
 

@@ -260,6 +260,24 @@ def test_a_teacher_that_is_no_run_is_known_from_beside_a_student(tmp_path):
   assert method.means['gap_closed'].value == pytest.approx(10 / 40)
 
 
+def test_several_teachers_that_are_no_runs_are_groups_of_their_own(tmp_path):
+  run_folders.write(
+    tmp_path / 'm',
+    {
+      'greedy/wer': 50.0,
+      'teacher/math/greedy/wer': 20.0,
+      'teacher/code/greedy/wer': 30.0,
+    },
+    TEACHER_CHECKPOINT_PATH={'math': '/models/m', 'code': '/models/c'},
+    **gkd(1.0),
+  )
+
+  groups = by_name(section_of(tmp_path))
+
+  assert groups['teacher m'].means['greedy/wer'].value == 20.0
+  assert groups['teacher c'].means['greedy/wer'].value == 30.0
+
+
 def test_pretrained_models_that_were_evaluated_are_teacher_and_student(
   tmp_path,
 ):
