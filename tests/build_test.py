@@ -353,8 +353,8 @@ def test_several_teachers_of_different_vocabularies(refused, judge, tmp_path):
     teacher_checkpoint_path=paths, method_teacher=teachers.averaged(paths)
   )
 
-  assert "TEACHER_CHECKPOINT_PATH['code']" in message
-  assert 'vocabulary: SentencePiece 264 ids in the checkpoint' in message
+  assert f'{paths["code"]}/checkpoint_0 does not fit' in message
+  assert 'SentencePiece 264 ids in the checkpoint, ByteVocab' in message
 
 
 def test_settings_of_several_teachers_are_apart():
