@@ -111,14 +111,19 @@ def open_task(dataset: datasets.DatasetConfig, config: ModelConfig) -> Task:
   )
 
 
-def check_data(experiment: Experiment, task: Task) -> None:
-  """Checks the data of an experiment. Reads the first example of each split.
+def check_data(experiment: Experiment, task: Task, num_shards: int) -> None:
+  """Checks the data of an experiment. Reads the first examples of each split.
 
-  If the examples name their teachers, all examples are read.
+  Args:
+    experiment: all its settings.
+    task: of the experiment.
+    num_shards: into which the training data is split. If the examples name
+      their teachers, all examples are read.
 
   Raises:
     ValueError: the vocabulary is larger than the student's embedding, a split
-      is empty, an example names an unknown teacher, or the student would be
+      is empty or has fewer examples than shards, an example names an unknown
+      teacher, or the student would be
       evaluated on the split for which its training outputs
       (TRAIN_ON_PREDICTIONS) were written.
   """
@@ -131,8 +136,10 @@ def check_data(experiment: Experiment, task: Task) -> None:
       'to that or more. If a checkpoint determines the shape, reduce '
       'VOCABULARY_EXTRA_IDS instead.'
     )
-  for dataset in (train, *evaluated):
+  datasets.check_not_empty(train, num_shards)
+  for dataset in evaluated:
     datasets.check_not_empty(dataset)
+  for dataset in (train, *evaluated):
     datasets.check_teachers(dataset)
   if train.predictions is None:
     return
@@ -338,9 +345,7 @@ def open_source(
     ValueError: the checkpoint is missing, or has another shape or vocabulary.
   """
   source = pretrained.open_checkpoint(path, setting)
-  pretrained.check_fits(
-    source, task.description, task.ids, config, config_setting
-  )
+  _check_fits(source, task, config, config_setting)
   return source
 
 
@@ -359,8 +364,22 @@ def open_model_and_task(
   """
   source = pretrained.open_checkpoint(path)
   task = open_task(dataset, source.config)
-  pretrained.check_fits(source, task.description, task.ids)
+  _check_fits(source, task)
   return source, task
+
+
+def _check_fits(
+  source: pretrained.Pretrained,
+  task: Task,
+  config: ModelConfig | None = None,
+  config_setting: str = 'STUDENT',
+) -> None:
+  """Raises ValueError unless a checkpoint has a task's vocabulary and shape."""
+  # The tokenizer first: ids that differ follow from another tokenizer.
+  vocabularies.check_tokenizer(task.vocabulary, source.tokenizer)
+  pretrained.check_fits(
+    source, task.description, task.ids, config, config_setting
+  )
 
 
 def make_model(config: ModelConfig, mesh: Mesh) -> interface.Model:

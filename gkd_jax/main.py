@@ -261,6 +261,8 @@ def _experiment() -> Any:
 def _start_hosts(mode: str) -> None:
   from gkd_jax.parallel import hosts
 
+  if mode in (*_MULTIHOST_MODES, 'export', 'precompile'):
+    hosts.check_jax_settings()
   given = [_COORDINATOR_ADDRESS, _PROCESS_COUNT, _PROCESS_INDEX]
   if mode in _MULTIHOST_MODES:
     hosts.initialize(*(flag.value for flag in given))

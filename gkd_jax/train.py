@@ -13,7 +13,7 @@ import optax
 from gkd_jax import build
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import checkpoint, pretrained
-from gkd_jax.data import datasets, iterators, vocabularies
+from gkd_jax.data import datasets, iterators, tokenization, vocabularies
 from gkd_jax.distill import rewards, teachers
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill.state import Frozen, TrainState
@@ -51,8 +51,8 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   plan = build.make_plan(experiment, mesh)
   import_seconds = run.import_seconds + vocabularies.import_libraries()
   task = build.open_task(experiment.data.train, experiment.student.config)
-  build.check_data(experiment, task)
   shards = build.data_shards(experiment.data, mesh)
+  build.check_data(experiment, task, shards['num_shards'])
   run_folder.check_same_config(run.folder, run.config_text())
   has_checkpoint = bool(checkpoint.steps(run.folder))
   if not has_checkpoint and not run.overwrite:
@@ -67,6 +67,10 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   pinned = build.pin(experiment, task, sources)
   pins.check_same(run.folder, started_with, pinned)
   reward_fn = build.plan_reward_fn(experiment, task, sources, mesh)
+
+  lost = tokenization.log(experiment.data.train).scalars()
+  for dataset in experiment.evaluation.all_datasets:
+    tokenization.log(dataset)
 
   # From here on parameters are loaded and the run's folder is written.
   models = build.load_models(experiment, plan, sources, mesh)
@@ -120,6 +124,7 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
         evaluation=validation,
         checkpoints=checkpoints,
         signals=signals,
+        lost=lost,
         log=_log_settings(experiment, started, import_seconds),
         after_evaluation=functools.partial(
           state_lib.after_evaluation, experiment.method
@@ -162,6 +167,7 @@ class _Training(NamedTuple):
     evaluation: of the validation split; None: no evaluation.
     checkpoints: of the run.
     signals: that stop the run.
+    lost: shares of the training data that tokenizing lost, {metric: value}.
     log: settings of the metrics.
     after_evaluation: (state, values) -> state.
   """
@@ -175,6 +181,7 @@ class _Training(NamedTuple):
   evaluation: evaluate.Evaluation | None
   checkpoints: checkpoint.Checkpoints
   signals: Signals
+  lost: Mapping[str, float]
   log: train_log.LogSettings
   after_evaluation: Callable[[TrainState, dict[str, float]], TrainState]
 
@@ -192,6 +199,8 @@ def _loop(
   if first_step == total_steps and not to_evaluate:
     return state, train_seconds
   writer = metrics.MetricWriter(training.run_dir, first_step)
+  if first_step == 0 and training.lost:
+    writer.write(0, dict(training.lost))
   if to_evaluate:  # the run was interrupted during this evaluation
     values = _evaluate(training, writer, state, first_step)
     training.checkpoints.add_metrics(first_step, values)

@@ -41,6 +41,7 @@ from gkd_jax.experiment import (
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import count_params
+from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import console, files, paths
 
 # Takes the place of the compiler's error message.
@@ -368,7 +369,7 @@ def _simulated_devices(number: int) -> Sequence[jax.Device]:
     jax.config.update('jax_num_cpu_devices', number)
   except RuntimeError:
     pass  # JAX is initialised: its number of devices is fixed
-  devices = jax.devices('cpu')
+  devices = partitioning.available_devices('cpu')
   if len(devices) < number:
     raise ValueError(
       f'--topology=cpu:{number}: JAX is already initialised with '

@@ -73,10 +73,10 @@ def export(
   if export_format == 'huggingface':
     beside = pretrained.side_files(source.folder)
     huggingface.save(partial, source.config, params, dtype=dtype, source=beside)
-    tokenizer = huggingface.tokenizer_files(partial)
+    tokenizer = huggingface.tokenizer_file_names(partial)
     if not tokenizer and 'ByteVocabulary' in (source.vocabulary or ''):
       huggingface.write_byte_tokenizer(partial, source.config.vocab_size)
-      tokenizer = huggingface.tokenizer_files(partial)
+      tokenizer = huggingface.tokenizer_file_names(partial)
     console.log(
       f'Tokenizer: {", ".join(tokenizer)}'
       if tokenizer

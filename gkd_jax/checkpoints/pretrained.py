@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from gkd_jax.batch import SpecialIds
-from gkd_jax.checkpoints import checkpoint
+from gkd_jax.checkpoints import checkpoint, mistaken
 from gkd_jax.checkpoints.formats import huggingface, t5x, tensors
+from gkd_jax.data import tokenizer_files
+from gkd_jax.data.tokenizer_files import TokenizerFiles
 from gkd_jax.models import registry
 from gkd_jax.models.interface import EXECUTION_FIELDS, Model, ModelConfig
 from gkd_jax.models.params import abstract_params
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.parallel.partitioning import Placement
-from gkd_jax.runtime import pins
+from gkd_jax.runtime import paths, pins
 
 Params = Any
 
-_PACKAGE = pathlib.Path(__file__).parent
+_PACKAGE = pathlib.Path(__file__).parents[1]
 # In a run folder: the tokenizer and configs of a Hugging Face checkpoint.
 _SIDE_FOLDER = 'huggingface_files'
 
@@ -46,6 +48,7 @@ class Pretrained(NamedTuple):
     num_params: number of parameters.
     load: (abstract parameters, dtype or None) -> parameters; None keeps the
       checkpoint's dtype.
+    tokenizer: its tokenizer files, if it is a Hugging Face folder with some.
   """
 
   folder: epath.Path
@@ -55,6 +58,7 @@ class Pretrained(NamedTuple):
   dtype: str
   num_params: int
   load: Callable[[Params, str | None], Params]
+  tokenizer: TokenizerFiles | None = None
 
   def __str__(self) -> str:
     vocabulary = '' if self.vocabulary else ' (its vocabulary is not known)'
@@ -75,7 +79,20 @@ def open_checkpoint(path: str, setting: str = 'CHECKPOINT_PATH') -> Pretrained:
   Raises:
     ValueError: it is none of these, or is not whole.
   """
-  folder = checkpoint.find(path, _is_checkpoint, setting)
+  if reason := mistaken.explain_address(path):
+    raise ValueError(f'{setting}: {reason}')
+  try:
+    folder = checkpoint.find(path, _is_checkpoint, setting)
+  except ValueError as e:
+    if reason := mistaken.explain(path, setting):
+      raise ValueError(f'{setting}: {reason}') from e
+    raise
+  except Exception as e:  # of the libraries that read gs://, of many types
+    if not paths.is_remote(path):
+      raise
+    raise ValueError(
+      f'{setting}: {path} cannot be reached: {checkpoint.first_line(e)}'
+    ) from e
   with _named(setting, folder):
     found = _open(folder)
 
@@ -111,7 +128,7 @@ def _named(setting: str, folder: epath.Path) -> Iterator[None]:
     *_, last = traceback.extract_tb(e.__traceback__)
     is_ours = pathlib.Path(last.filename).is_relative_to(_PACKAGE)
     if is_ours and isinstance(e, ValueError):
-      raise
+      raise ValueError(f'{setting}: {e}') from e
     raise ValueError(
       f'{setting}: {folder} cannot be read ({checkpoint.first_line(e)}). If it '
       'is not whole, copy it again, or name another.'
@@ -134,15 +151,19 @@ def _open(folder: epath.Path) -> Pretrained:
     )
   module = huggingface if huggingface.is_checkpoint(folder) else t5x
   config, arrays = module.open_folder(folder)
+  tokenizer = None
+  if module is huggingface:
+    tokenizer = tokenizer_files.read(folder)
   dtypes = sorted({x.dtype.name for x in arrays.values()})
   return Pretrained(
     folder,
     module.FORMAT,
     config,
-    huggingface.vocabulary(folder) if module is huggingface else None,
+    huggingface.vocabulary(tokenizer),
     ' and '.join(dtypes),
     _count({name: x.shape for name, x in arrays.items()}),
     lambda abstract, dtype: tensors.place(arrays, abstract, dtype),
+    tokenizer,
   )
 
 

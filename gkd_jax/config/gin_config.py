@@ -236,8 +236,19 @@ def _check_macros_are_read() -> None:
         if 'sweep.sweep.' in config
         else ''
       )
-      + gin_errors.nearest(name, used)
+      + gin_errors.nearest(name, used, _parameters_named(name))
     )
+
+
+def _parameters_named(name: str) -> set[str]:
+  """Returns the parameters of this name, e.g. experiment.Keep.last."""
+  return {
+    f'{".".join(selector.split(".")[-2:])}.{parameter}'
+    for _, selector in gin.config._CONFIG
+    if selector != 'gin.macro'
+    for parameter in gin_errors.parameters(gin.get_configurable(selector))
+    if parameter == name.lower()
+  }
 
 
 def resolve(setting: str, value: Any) -> tuple[str, Any]:

@@ -27,8 +27,21 @@ _LIBRARIES = tuple(
     for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')
   }
 )
-# Name in the paper -> macro.
-_FROM_PAPER = {'LAMBDA': 'STUDENT_DATA_FRACTION'}
+# Name in the paper or in other programs -> macro.
+_OTHER_NAMES = {
+  'LAMBDA': 'STUDENT_DATA_FRACTION',
+  'LMBDA': 'STUDENT_DATA_FRACTION',
+  'EPOCHS': 'TRAIN_STEPS',
+  'NUM_EPOCHS': 'TRAIN_STEPS',
+  'NUM_TRAIN_EPOCHS': 'TRAIN_STEPS',
+  'MAX_STEPS': 'TRAIN_STEPS',
+  'LR': 'LEARNING_RATE',
+  'SEED': 'RANDOM_SEED',
+  'TEMPERATURE': 'SAMPLING_TEMPERATURE',
+  'TASK': 'MIXTURE_OR_TASK_NAME',
+  'TEACHER': 'TEACHER_CHECKPOINT_PATH',
+  'LOGGING_STEPS': 'experiment.Schedule.log_period',
+}
 _CALL = '\n  In call to configurable '
 
 
@@ -119,6 +132,9 @@ def explain(message: str) -> str:
     message = f'%{match[1]} is not defined.'
     names = re.findall(r'^(\w+) =', config, re.MULTILINE)
   elif match := re.match(r"'(\w+)' was not provided by an import", message):
+    message = message.strip()
+    if near := _in_modules(match[1], config):
+      return f'{message} Did you mean @{near}?'
     names = re.findall(r'^(?:from|import) .*?(\w+)$', config, re.MULTILINE)
   elif match := re.match(r"No configurable matching \D*?'@?([\w./]+)", message):
     names = re.findall(r'^# Parameters for (.+):$', config, re.MULTILINE)
@@ -131,6 +147,16 @@ def explain(message: str) -> str:
   else:
     return message
   return message + nearest(match[match.lastindex], names)
+
+
+def _in_modules(name: str, config: str) -> str | None:
+  """Returns module.name for the name of a function of an imported module."""
+  modules = re.findall(r'^(?:from|import) .*?(\w+)$', config, re.MULTILINE)
+  of_name = {}
+  for module in modules:
+    of_name |= {function: module for function in _callables(module)}
+  near = difflib.get_close_matches(name, of_name, n=1, cutoff=0.8)
+  return f'{of_name[near[0]]}.{near[0]}' if near else None
 
 
 def _callables(package: str) -> list[str]:
@@ -174,12 +200,21 @@ def _macros_of(function: str) -> str:
   return f' {function} gets {", ".join(given)}.'
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-  """Returns ' Did you mean ...?' for an unknown name, else all valid names."""
+def nearest(name: str, names: Iterable[str], same: Iterable[str] = ()) -> str:
+  """Returns ' Did you mean ...?' for an unknown name, else all valid names.
+
+  Args:
+    name: that is unknown.
+    names: that are valid.
+    same: parameters of this name, e.g. sampler.SamplerConfig.top_p; suggested
+      unless the name stands for one of `names` in other programs.
+  """
   # Compared in capitals, because the user may have typed a macro in lower case.
   of_upper = {other.upper(): other for other in names}
-  meant = _FROM_PAPER.get(name.upper(), name.upper())
-  near = difflib.get_close_matches(meant, list(of_upper), n=1, cutoff=0.5)
+  meant = _OTHER_NAMES.get(name.upper(), name).upper()
+  if meant not in of_upper and (parameters := sorted(same)):
+    return f' Did you mean {parameters[0]}?'
+  near = difflib.get_close_matches(meant, list(of_upper), n=1, cutoff=0.6)
   near = [of_upper[other] for other in near]
   if near:
     return f' Did you mean {near[0]}?'

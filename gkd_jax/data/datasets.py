@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from etils import epy
 
 from gkd_jax.batch import Batch, SpecialIds
 from gkd_jax.data import seqio_tasks, vocabularies
+from gkd_jax.runtime import paths
 
 with epy.lazy_imports():
   import seqio
@@ -255,8 +257,8 @@ def _with_teacher_inputs(task, config: TeacherInputs):
 def files_of(config: DatasetConfig) -> list[str]:
   """Returns the local files and folders that the examples are read from.
 
-  Those that the task's arguments name, and those of seqio's file sources; data
-  of TFDS and of other sources has a version of its own.
+  Those that the task's arguments name or match, and those of seqio's file
+  sources; data of TFDS and of other sources has a version of its own.
   """
   task = get_task(dataclasses.replace(config, predictions=None))
   parts = task.tasks if isinstance(task, seqio.Mixture) else [task]
@@ -264,8 +266,8 @@ def files_of(config: DatasetConfig) -> list[str]:
   for part in parts:
     if isinstance(part.source, seqio.FileDataSource):
       named += part.source.list_shards(config.split)
-  named = map(os.path.expanduser, named)
-  return sorted({path for path in named if os.path.exists(path)})
+  found = itertools.chain.from_iterable(map(paths.find, named))
+  return sorted({path for path in found if os.path.exists(path)})
 
 
 def _texts(values: Any) -> Iterator[str]:
@@ -305,32 +307,50 @@ def _teachers_of(name: str, split: str, num_examples: int | None) -> set[str]:
   return seqio_tasks.teachers_of(task, split, num_examples)
 
 
-def check_not_empty(config: DatasetConfig) -> None:
-  """Raises ValueError if the split has no examples. Reads the first one."""
-  if _is_empty(
+def check_not_empty(config: DatasetConfig, num_shards: int = 1) -> None:
+  """Raises ValueError if the split has fewer examples than shards.
+
+  Reads the first `num_shards` examples.
+
+  Args:
+    config: of the dataset.
+    num_shards: into which it is split; each repeats its examples.
+  """
+  num_read = _num_first(
     get_task(config).name,
     config.split,
     tuple(config.lengths.items()),
     config.use_cached,
-  ):
+    num_shards,
+  )
+  num_used = min(num_read, config.num_examples or num_read)
+  split = f'Split {config.split!r} of task {config.mixture_or_task_name!r}'
+  if num_used == 0:
+    raise ValueError(f'{split} is empty.')
+  if num_used < num_shards:
     raise ValueError(
-      f'Split {config.split!r} of task {config.mixture_or_task_name!r} is '
-      'empty.'
+      f'{split} has {num_used} examples, but the data of this run is split '
+      f'into {num_shards} shards. Set experiment.Data.num_shards to {num_used} '
+      'or less; it must be a multiple of the number of hosts.'
     )
 
 
 @functools.lru_cache
-def _is_empty(
-  name: str, split: str, lengths: Sequence[tuple[str, int]], use_cached: bool
-) -> bool:
-  """Whether a split of a registered task is empty; cached in the process."""
+def _num_first(
+  name: str,
+  split: str,
+  lengths: Sequence[tuple[str, int]],
+  use_cached: bool,
+  limit: int,
+) -> int:
+  """Counts a registered task's examples up to a limit; cached."""
   ds = seqio.get_mixture_or_task(name).get_dataset(
     sequence_length=dict(lengths),
     split=split,
     shuffle=False,
     use_cached=use_cached,
   )
-  return not list(ds.take(1))
+  return sum(1 for _ in ds.take(limit))
 
 
 def get_vocabulary(config: DatasetConfig) -> seqio.Vocabulary:

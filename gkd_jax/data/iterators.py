@@ -90,7 +90,14 @@ class TrainIterator(Iterator[Batch]):
       ValueError: a row has the pad id before other ids; or, in the first call,
         the position cannot be saved.
     """
-    parts = [next(iterator) for iterator in self._iterators.values()]
+    try:
+      parts = [next(iterator) for iterator in self._iterators.values()]
+    except StopIteration as e:  # the examples repeat, if there are any
+      raise ValueError(
+        f'A data shard of task {self._task_name!r} has no example; the data is '
+        f'split into {self._num_shards} shards. Set experiment.Data.num_shards '
+        'to fewer.'
+      ) from e
     batch = _to_batch(
       {
         name: np.concatenate([part[name].numpy() for part in parts])

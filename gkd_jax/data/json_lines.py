@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads JSON lines files of users, with checks."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gkd_jax.runtime import paths
+from gkd_jax.runtime import files, paths
+
+# First bytes of a file -> its format.
+_BINARY = {
+  b'\x1f\x8b': 'compressed (gunzip it)',
+  b'PK\x03\x04': 'a zip archive (unpack it)',
+  b'BZh': 'compressed (bunzip2 it)',
+  b'\xfd7zXZ': 'compressed (unxz it)',
+  b'\x28\xb5\x2f\xfd': 'compressed (unzstd it)',
+  b'PAR1': 'Parquet',
+  b'ARROW1': 'Arrow',
+}
 
 
 def find(pattern: str, setting: str) -> list[str]:
@@ -24,13 +34,13 @@ def find(pattern: str, setting: str) -> list[str]:
       f'{setting}: a file must be a text, its path or a glob, not {pattern!r}.'
     )
   path = paths.resolve(pattern, setting)
-  files = [file for file in paths.find(pattern) if os.path.isfile(file)]
-  if not files:
+  found = [file for file in paths.find(pattern) if os.path.isfile(file)]
+  if not found:
     what = 'is a folder, not a file'
     if not path.is_dir():
       what = f'{paths.missing(path)}, and as a glob it matches no file'
     raise ValueError(f'{setting}: {pattern} {what}.')
-  return files
+  return found
 
 
 def read(
@@ -44,36 +54,63 @@ def read(
     setting: name of the path in gin, for errors.
 
   Raises:
-    ValueError: a line is not a JSON object, has a name twice, lacks a field, or
-      has a field of another type.
+    ValueError: the file cannot be read; or a line is not a JSON object, has a
+      name twice, lacks a field, or has a field of another type.
   """
-  # Binary, because text mode also splits lines at \r.
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        values = json.loads(line, object_pairs_hook=_unique)
-      except ValueError as e:
-        raise ValueError(
-          f'{setting}: line {number} of {path} is not JSON: {e}'
-        ) from e
-      if not isinstance(values, dict):
-        raise ValueError(
-          f'{setting}: line {number} of {path} is not a JSON object {{...}}.'
-        )
-      for name, kind in fields.items():
-        if name not in values:
-          raise ValueError(
-            f'{setting}: line {number} of {path} has no "{name}". It has: '
-            f'{", ".join(values)}.'
-          )
-        if not isinstance(values[name], kind):
-          raise ValueError(
-            f'{setting}: "{name}" in line {number} of {path} is '
-            f'{type(values[name]).__name__}, not {kind.__name__}.'
-          )
-      yield values
+  try:
+    # Binary, because text mode also splits lines at \r.
+    with open(path, 'rb') as file:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          yield _parse(line, number, path, fields, setting)
+  except OSError as e:
+    raise ValueError(f'{setting}: {path} cannot be read: {e.strerror}.') from e
+
+
+def _parse(
+  line: bytes,
+  number: int,
+  path: str,
+  fields: Mapping[str, type],
+  setting: str,
+) -> dict[str, Any]:
+  """Returns the object of a line; raises ValueError if it is not one."""
+  where = f'line {number} of {path}'
+  try:
+    values = files.parse_json(_decode(line, number), _unique)
+  except ValueError as e:
+    what = _other_format(line) if number == 1 else None
+    raise ValueError(
+      f'{setting}: {path} is {what}'
+      if what
+      else f'{setting}: {where} is not JSON: {e}'
+    ) from e
+  if not isinstance(values, dict):
+    what = _other_format(line) if number == 1 else None
+    raise ValueError(
+      f'{setting}: {path} is {what}'
+      if what
+      else f'{setting}: {where} is not a JSON object {{...}}.'
+    )
+  for name, kind in fields.items():
+    if name not in values:
+      raise ValueError(
+        f'{setting}: {where} has no "{name}". It has: '
+        f'{printable(", ".join(values))}.'
+      )
+    value = values[name]
+    if not isinstance(value, kind):
+      raise ValueError(
+        f'{setting}: "{name}" in {where} is {type(value).__name__}, not '
+        f'{kind.__name__}.'
+      )
+    if kind is str and not files.is_unicode(value):
+      raise ValueError(
+        f'{setting}: "{name}" in {where} has half of a surrogate pair, such as '
+        '\\ud83d alone, which is no character: the text was probably cut '
+        'within an emoji. Remove it.'
+      )
+  return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,3 +121,31 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = next(name for name in names if names.count(name) > 1)
     raise ValueError(f'an object has "{twice}" twice')
   return values
+
+
+def _decode(line: bytes, number: int) -> str:
+  try:
+    # A byte order mark may precede the first line.
+    return line.decode('utf-8-sig' if number == 1 else 'utf-8')
+  except UnicodeDecodeError as e:
+    raise ValueError(f'it is not UTF-8: {e}') from e
+
+
+def printable(text: str) -> str:
+  """Returns a text with escapes for what cannot be encoded."""
+  return text.encode(errors='backslashreplace').decode()
+
+
+def _other_format(line: bytes) -> str | None:
+  """Returns the format of a file and the way out, from its first line."""
+  for start, name in _BINARY.items():
+    if line.startswith(start):
+      return f'{name}, not JSON lines.'
+  if line.startswith((b'\xff\xfe', b'\xfe\xff')) or b'\x00' in line[:64]:
+    return 'UTF-16. Convert it: iconv -f UTF-16 -t UTF-8.'
+  if line.lstrip(b'\xef\xbb\xbf').lstrip().startswith(b'['):
+    return (
+      'a JSON array, not JSON lines: one object {...} a line. Convert it: '
+      "jq -c '.[]' FILE."
+    )
+  return None

@@ -121,7 +121,7 @@ class Writer:
 
   def _differences(self):
     side_file = _side_file(self._path)
-    was = _read_json(side_file) if side_file.exists() else {}
+    was = files.read_json(side_file) if side_file.exists() else {}
     differences = [
       f'{name}: {was.get(name)!r} there, {self._provenance.get(name)!r} here'
       for name in {**was, **self._provenance}
@@ -146,15 +146,27 @@ class Writer:
     offset = num_lines = 0
     with self._partial.open('rb') as file:
       for line in file:
-        if not line.endswith(b'\n'):
+        number = _example_of(line)
+        if number is None:  # it was not written in full
           break
-        if json.loads(line)['example'] >= len(starts) * batch_size:
+        if number >= len(starts) * batch_size:
           starts.append((offset, num_lines))
         offset += len(line)
         num_lines += 1
     end, self.num_predictions = starts[-1] if starts else (0, 0)
     self.num_examples = max(0, len(starts) - 1) * batch_size
     os.truncate(self._partial, end)
+
+
+def _example_of(line: bytes) -> int | None:
+  """Returns the example of a line that `Writer` wrote; None if damaged."""
+  if not line.endswith(b'\n'):
+    return None
+  try:
+    number = files.parse_json(line)['example']
+  except (ValueError, TypeError, KeyError):
+    return None
+  return number if type(number) is int else None
 
 
 def find(pattern: str) -> list[str]:
@@ -175,11 +187,13 @@ class Examples(NamedTuple):
   Attributes:
     ids: {'inputs' and 'targets': int32 ids of all rows}.
     offsets: {feature: offset in `ids` of each row, and the end [N + 1]}.
+    cut: {feature: whether each row was longer than the maximum length [N]}.
     summary: a description in one line.
   """
 
   ids: Mapping[str, np.ndarray]
   offsets: Mapping[str, np.ndarray]
+  cut: Mapping[str, np.ndarray]
   summary: str
 
 
@@ -216,6 +230,7 @@ def read(
       vocabulary or length.
   """
   rows = {'inputs': [], 'targets': []}
+  cut = {'inputs': [], 'targets': []}
   end = {name: [eos_id] if adds else [] for name, adds in add_eos.items()}
   sources = []
   num_unfinished = num_empty = 0
@@ -230,6 +245,7 @@ def read(
       num_unfinished += add_eos['targets'] and outputs[-1:] != [eos_id]
       num_empty += outputs in ([], [eos_id])
       for name, row in (('inputs', inputs), ('targets', outputs)):
+        cut[name].append(len(row) > lengths[name])
         if len(row) > lengths[name]:
           row = row[: lengths[name]]
           if add_eos[name]:
@@ -250,6 +266,7 @@ def read(
       name: np.cumsum([0, *(len(row) for row in of)])
       for name, of in rows.items()
     },
+    {name: np.asarray(of) for name, of in cut.items()},
     f'{len(rows["inputs"]):,} predictions, {num_empty:,} of them empty and '
     f'{num_unfinished:,} without EOS: {"; ".join(sources)}',
   )
@@ -260,7 +277,7 @@ def splits_of(pattern: str) -> set[str]:
   splits = set()
   for path in find(pattern):
     if _has_ids(path):
-      splits.add(_provenance(path)['split'])
+      splits.add(_about(path, _provenance(path), 'split', str))
   return splits
 
 
@@ -274,11 +291,12 @@ def _read_rows(
     fields = {'input_ids': list, 'prediction_ids': list}
     for i, line in enumerate(json_lines.read(path, fields, _SETTING), 1):
       for name in fields:
-        if not all(type(token) is int for token in line[name]):
-          raise ValueError(
-            f'{_SETTING}: "{name}" of prediction {i} in {path} must be whole '
-            f'numbers, not {line[name]}.'
-          )
+        for token in line[name]:
+          if type(token) is not int or abs(token) >= 2**31:
+            raise ValueError(
+              f'{_SETTING}: "{name}" of prediction {i} in {path} must be ids, '
+              f'but has {str(token)[:60]}.'
+            )
       yield line['input_ids'], line['prediction_ids']
     return
   fields = {'inputs': str, 'prediction': str}
@@ -322,14 +340,24 @@ def _check_provenance(
         f'{_SETTING}: {path} was written for {name} {about.get(name)!r}; this '
         f'run has {wanted!r}.'
       )
-  max_inputs = about['task_feature_lengths']['inputs']
+  of_features = _about(path, about, 'task_feature_lengths', dict)
+  max_inputs = _about(path, of_features, 'inputs', int)
   if lengths['inputs'] > max_inputs:
     raise ValueError(
       f'{_SETTING}: the inputs of {path} were truncated to {max_inputs} '
       f"tokens; this run's TASK_FEATURE_LENGTHS has {lengths['inputs']}. Set "
       f"'inputs' to {max_inputs} or less, or run --run_mode=infer again."
     )
-  return f'{about["checkpoint"]} with {about["decoding"]}'
+  checkpoint, decoding = (
+    _about(path, about, name, str) for name in ('checkpoint', 'decoding')
+  )
+  return f'{checkpoint} with {decoding}'
+
+
+def _about(path: str, values: Mapping[str, Any], name: str, kind: type) -> Any:
+  """Returns a field of the side file of a file."""
+  side_file = f'{_SETTING}: {_side_file(pathlib.Path(path))}'
+  return files.field(values, name, kind, side_file)
 
 
 def _side_file(path: pathlib.Path) -> pathlib.Path:
@@ -337,7 +365,10 @@ def _side_file(path: pathlib.Path) -> pathlib.Path:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text(encoding='utf-8'))
+  try:
+    return files.read_json(path)
+  except ValueError as e:
+    raise ValueError(f'{_SETTING}: {e}') from e
 
 
 def _write_side_file(path: pathlib.Path, values: Mapping[str, Any]) -> None:

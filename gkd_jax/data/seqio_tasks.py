@@ -36,6 +36,8 @@ FEATURES = ('inputs', 'targets')
 TEACHER_INPUTS = 'teacher_inputs'  # the feature that only a teacher reads
 TEACHER_IDS = 'teacher_ids'  # the number of the example's teacher
 _TEACHER = 'teacher'  # the text of an example that names its teacher
+# Suffix of a feature that is true if a row of predictions was cut to length.
+CUT = '_cut'
 
 
 def set_tfds_data_dir(folder: str) -> None:
@@ -224,12 +226,14 @@ def with_predictions(
       order = np.random.default_rng(seed).permutation(order)
     ids = {name: tf.constant(x) for name, x in examples.ids.items()}
     offsets = {name: tf.constant(x) for name, x in examples.offsets.items()}
+    cut = {name: tf.constant(x) for name, x in examples.cut.items()}
 
     def row(i):
-      return {
+      rows = {
         name: ids[name][offsets[name][i] : offsets[name][i + 1]]
         for name in FEATURES
       }
+      return rows | {f'{name}{CUT}': cut[name][i] for name in FEATURES}
 
     return tf.data.Dataset.from_tensor_slices(order).map(row)
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from gkd_jax import build
 from gkd_jax.batch import Batch
-from gkd_jax.data import datasets, iterators
+from gkd_jax.data import datasets, iterators, tokenization
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, grading, rewards, teachers
 from gkd_jax.evaluation import diversity, programs
@@ -467,6 +467,7 @@ def evaluate_checkpoint(
   mesh = partitioning.make_mesh()
   partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   source, task = build.open_model_and_task(checkpoint_path, dataset)
+  tokenization.log(dataset)
 
   def load(path, setting, dtype=None, config=None):
     if path is None:

@@ -10,7 +10,13 @@ import numpy as np
 from gkd_jax import build
 from gkd_jax.batch import SpecialIds
 from gkd_jax.checkpoints import checkpoint, pretrained
-from gkd_jax.data import datasets, iterators, predictions, vocabularies
+from gkd_jax.data import (
+  datasets,
+  iterators,
+  predictions,
+  tokenization,
+  vocabularies,
+)
 from gkd_jax.decoding import sampler
 from gkd_jax.evaluation import programs
 from gkd_jax.parallel import hosts, partitioning
@@ -59,6 +65,7 @@ def infer(
     pins.pinned_path(started_with, 'CHECKPOINT_PATH', checkpoint_path), dataset
   )
   inputs = iterators.InferenceDataset(dataset, task.ids.pad)
+  tokenization.log(dataset)
   module = build.make_model(source.config, mesh)
   write = programs.make_write(
     module,

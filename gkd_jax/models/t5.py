@@ -99,6 +99,13 @@ class T5Config:
         raise ValueError(
           f'T5Config.{name} must be 0 or more, got {getattr(self, name)}.'
         )
+    # Distances from num_buckets / 2 on (the decoder's) are on a log scale.
+    if not 4 <= self.relpos_buckets < 2 * self.relpos_max_distance:
+      raise ValueError(
+        'T5Config.relpos_buckets must be from 4 to less than twice '
+        f'relpos_max_distance {self.relpos_max_distance}, got '
+        f'{self.relpos_buckets}.'
+      )
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ValueError(
         f'T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.'

@@ -20,6 +20,20 @@ _count = 1
 _num_calls = itertools.count()
 
 
+# {setting of JAX: a value for which gkd_jax is not written}.
+_NOT_SUPPORTED = {'jax_enable_x64': True, 'jax_numpy_rank_promotion': 'raise'}
+
+
+def check_jax_settings() -> None:
+  """Raises ValueError if a setting of JAX is not supported."""
+  for name, value in _NOT_SUPPORTED.items():
+    if getattr(jax.config, name) == value:
+      raise ValueError(
+        f'{name.upper()}={value} is not supported: gkd_jax computes in float32 '
+        'and bfloat16, and broadcasts arrays of different ranks. Unset it.'
+      )
+
+
 def initialize(
   coordinator_address: str | None,
   process_count: int | None,

@@ -9,6 +9,7 @@ Source: T5X, `t5x/partitioning.py`, standard_logical_axis_rules.
 """
 
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ def make_mesh(
     ValueError: data x model is not the number of devices.
   """
   if devices is None:
-    devices = jax.devices()
+    devices = available_devices()
   num_devices = len(devices)
   if data == -1 and model > 0:
     data = num_devices // model
@@ -50,9 +51,35 @@ def make_mesh(
   return Mesh(np.asarray(devices).reshape(data, model), ('data', 'model'))
 
 
+def available_devices(platform: str | None = None) -> list[jax.Device]:
+  """Returns the devices of all hosts.
+
+  Args:
+    platform: e.g. 'cpu'; None: JAX's default.
+
+  Raises:
+    ValueError: there are none.
+  """
+  try:
+    return jax.devices(platform)
+  except (RuntimeError, AssertionError) as e:  # JAX raises both
+    chosen = os.environ.get('JAX_PLATFORMS')
+    raise ValueError(
+      f'JAX finds no {platform or chosen or ""} devices'.replace('  ', ' ')
+      + (f': {e}'.rstrip('.') if str(e) else '')
+      + '.'
+      + (
+        f' JAX_PLATFORMS is {chosen}: unset it, or set it to the devices of '
+        'this machine, e.g. cpu.'
+        if chosen
+        else ''
+      )
+    ) from e
+
+
 def cpu_mesh() -> Mesh:
   """Returns a mesh of one CPU device, for work that needs no accelerator."""
-  devices = np.asarray(jax.devices('cpu')[:1]).reshape(1, 1)
+  devices = np.asarray(available_devices('cpu')[:1]).reshape(1, 1)
   return Mesh(devices, ('data', 'model'))
 
 

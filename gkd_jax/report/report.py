@@ -31,6 +31,14 @@ from gkd_jax.runtime import files, paths
 from gkd_jax.runtime import metrics as metrics_lib
 
 _CONTENT = 'report.json'
+_NOTED_LOSS = 0.01
+# Metrics of `data.tokenization` -> what they are shares of.
+_LOSSES = {
+  'data/inputs_cut': 'the examples have their inputs cut to length',
+  'data/targets_cut': 'the examples have their targets cut to length',
+  'data/inputs_unknown': "the inputs' tokens are unknown to the vocabulary",
+  'data/targets_unknown': "the targets' tokens are unknown to the vocabulary",
+}
 _MAX_METRICS = 4  # of a task in the table; report.json has all
 
 
@@ -265,9 +273,33 @@ def _notes(section: Section, columns: Sequence[Column]) -> list[str]:
     )
   if 'train_seconds' in metrics:
     notes.append('Seconds: training steps, without compilation and evaluation.')
+  notes += _losses(section)
   if more := _task_metrics(section)[_MAX_METRICS:]:
     notes.append(f'Only in report.json: {", ".join(more)}.')
   return [*notes, *section.notes]
+
+
+def _losses(section: Section) -> list[str]:
+  """Returns a note for each group whose training data tokenizing changed."""
+  of_text = {}
+  for group in (*section.groups, *section.also_run):
+    lost = {}
+    for run in group.runs:
+      for name, share in run.lost.items():
+        lost[name] = max(share, lost.get(name, 0.0))
+    parts = [
+      f'{share:.1%} of {_LOSSES[name]}'
+      for name, share in lost.items()
+      if name in _LOSSES and share > _NOTED_LOSS
+    ]
+    if parts:
+      of_text.setdefault(', '.join(parts), []).append(group.name)
+  everywhere = len(section.groups) + len(section.also_run)
+  return [
+    f'Lost by tokenizing the training data: {text}'
+    + ('.' if len(names) == everywhere else f' ({"; ".join(names)}).')
+    for text, names in of_text.items()
+  ]
 
 
 def _samples(section: Section) -> list[tuple[str, Mapping[str, Any]]]:
@@ -291,12 +323,12 @@ def _relative_path(folder: pathlib.Path) -> str:
 def _command(run: Run) -> str:
   """Returns the command that started the run; empty if unknown."""
   path = run.folder / 'versions.json'
-  if not path.is_file():
+  try:
+    _, *arguments = files.field(files.read_json(path), 'command', list, path)
+  except ValueError:  # it does not exist, or is damaged
     return ''
-  _, *arguments = json.loads(path.read_text(encoding='utf-8')).get(
-    'command', ['']
-  )
-  return shlex.join(('python', '-m', 'gkd_jax.main', *arguments))
+  command = ('python', '-m', 'gkd_jax.main', *map(str, arguments))
+  return shlex.join(command)
 
 
 # --- JSON and Markdown --------------------------------------------------------

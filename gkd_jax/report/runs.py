@@ -9,7 +9,6 @@ run whose checkpoint it names.
 import ast
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -17,8 +16,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gkd_jax.runtime import files, paths
 from gkd_jax.runtime import metrics as metrics_lib
-from gkd_jax.runtime import paths
 
 # Settings that affect neither training nor the final evaluation, and the seed.
 IGNORED_SETTINGS = (
@@ -48,6 +47,7 @@ _INITIAL = 'INITIAL_CHECKPOINT_PATH'
 _TEACHER = 'TEACHER_CHECKPOINT_PATH'
 _EVALUATION = re.compile(r'eval_\w+\.json')
 
+_LOST = 'data/'
 REWARD = 'train/reward'  # of the student's own outputs during training
 
 TaskSplit = tuple[str, str]
@@ -64,6 +64,8 @@ class Run:
     results: {(task, split): {name: number}}.
     samples: {(task, split): content of samples_<split>.json}.
     curve: lines of metrics.jsonl with validation metrics.
+    lost: shares of the training data that tokenizing lost, {metric: share}; see
+      `data.tokenization`.
     teacher: folder of the run or checkpoint of its teacher, or of the teacher
       that an evaluation compared it with.
     initial: folder of the run or checkpoint of its initial student.
@@ -75,6 +77,7 @@ class Run:
   results: Mapping[TaskSplit, Mapping[str, float]]
   samples: Mapping[TaskSplit, Mapping[str, Any]]
   curve: Sequence[Mapping[str, float]] = ()
+  lost: Mapping[str, float] = dataclasses.field(default_factory=dict)
   teacher: pathlib.Path | None = None
   initial: pathlib.Path | None = None
   teachers: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
@@ -121,19 +124,24 @@ def find(
   loose = [f for f in folders if not (f / 'config.gin').is_file()]
   runs, left_out = {}, []
   for folder in folders:
-    if folder not in loose:
+    if folder in loose:
+      continue
+    try:
       run = _read(folder)
-      if run.results:
-        runs[folder] = run
-      else:
-        left_out.append((folder, _why_unfinished(run)))
+    except ValueError as e:
+      left_out.append((folder, f'it is damaged: {str(e).rstrip(".")}'))
+      continue
+    if run.results:
+      runs[folder] = run
+    else:
+      left_out.append((folder, _why_unfinished(run)))
   # Evaluations in other folders than the run of their checkpoint.
   for folder in loose:
     try:
       run = _run_of_evaluation(folder, runs)
       runs[run.folder] = _with_evaluation(run, folder)
-    except _NotUsed as e:
-      left_out.append((folder, str(e)))
+    except (_NotUsed, ValueError) as e:
+      left_out.append((folder, str(e).rstrip('.')))
   if not any(run.results for run in runs.values()):
     reasons = '\n  '.join(f'{folder}: {why}' for folder, why in left_out)
     raise ValueError(f'RUNS: none of these runs is done.\n  {reasons}')
@@ -143,10 +151,10 @@ def find(
 def _matched(pattern: str) -> Iterator[pathlib.Path]:
   """Yields the folders of runs and of evaluations."""
   for top in paths.find(pattern):
-    for folder, below, files in os.walk(top):
+    for folder, below, names in os.walk(top):
       # Checkpoints have many files, none of which is needed here.
       below[:] = [name for name in below if not name.startswith('checkpoint_')]
-      if 'config.gin' in files or any(_EVALUATION.fullmatch(f) for f in files):
+      if 'config.gin' in names or any(map(_EVALUATION.fullmatch, names)):
         yield pathlib.Path(folder).resolve()
 
 
@@ -158,7 +166,7 @@ def _run_of_evaluation(
   folder: pathlib.Path, runs: Mapping[pathlib.Path, Run]
 ) -> Run:
   """Returns the run whose checkpoint was evaluated, or a new run for it."""
-  for values in _json_files(folder, 'eval').values():
+  for values in _evaluations(folder).values():
     checkpoint = pathlib.Path(values.get('checkpoint', ''))
     of = _without_step(checkpoint)
     if of not in runs:  # the runs may have been moved since
@@ -187,6 +195,12 @@ def _read(folder: pathlib.Path) -> Run:
       for line in lines
       if any(name.startswith('validation/') for name in line)
     ),
+    {
+      name: value
+      for line in lines
+      for name, value in line.items()
+      if name.startswith(_LOST)
+    },
     _resolve(folder, settings, _TEACHER),
     _resolve(folder, settings, _INITIAL),
     _resolve_several(folder, settings),
@@ -222,15 +236,15 @@ def _why_unfinished(run: Run) -> str:
 
 def _with_evaluation(run: Run, folder: pathlib.Path) -> Run:
   """Adds the results of an evaluation; keeps results that the run has."""
-  samples = _json_files(folder, 'samples')
+  samples = _samples(folder)
   results, all_samples = dict(run.results), dict(run.samples)
   teacher, teachers = run.teacher, run.teachers
-  for split, values in _json_files(folder, 'eval').items():
+  for split, values in _evaluations(folder).items():
     where = (values.get('task', run.task), split)
     numbers = {
       name: value
       for name, value in values.items()
-      if isinstance(value, int | float) and math.isfinite(value)
+      if metrics_lib.is_number(value) and math.isfinite(value)
     }
     results[where] = numbers | results.get(where, {})
     if split in samples:
@@ -255,14 +269,87 @@ def _with_evaluation(run: Run, folder: pathlib.Path) -> Run:
   )
 
 
-def _json_files(folder: pathlib.Path, kind: str) -> dict[str, dict[str, Any]]:
-  """Returns {split: content} of <kind>_<split>.json."""
-  return {
-    path.stem.removeprefix(f'{kind}_'): json.loads(
-      path.read_text(encoding='utf-8')
-    )
-    for path in sorted(folder.glob(f'{kind}_*.json'))
-  }
+def _evaluations(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns {split: content} of eval_<split>.json.
+
+  Raises:
+    ValueError: a file is damaged.
+  """
+  found = {}
+  for split, path in _files(folder, 'eval'):
+    values = found[split] = files.read_json(path)
+    texts = {name: values.get(name, '') for name in ('task', 'checkpoint')}
+    compared = values.get('teacher_checkpoint') or ''
+    # Of several teachers {name: path}.
+    texts |= compared if isinstance(compared, dict) else {'teacher': compared}
+    for name in texts:
+      if '\0' in files.field(texts, name, str, path):
+        raise ValueError(f'{path}: {name} has a null character')
+    files.field(values, 'step', int, path, 0)
+  return found
+
+
+# Fields of a token of samples_<split>.json; see `evaluate`.
+_TOKEN = {
+  'text': str,
+  'id': int,
+  'teacher_text': str,
+  'teacher_id': int,
+  **dict.fromkeys(
+    (
+      'kl',
+      'student_probability',
+      'teacher_probability',
+      'teacher_id_probability',
+    ),
+    float,
+  ),
+}
+
+
+def _samples(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns {split: content} of samples_<split>.json.
+
+  Raises:
+    ValueError: a file is damaged.
+  """
+  found = {}
+  for split, path in _files(folder, 'samples'):
+    values = found[split] = files.read_json(path)
+    files.field(values, 'decoding', str, path)
+    files.field(values, 'eos_id', int, path)
+    for example in _objects(values, 'examples', path):
+      names = ['input', 'reference', 'student']
+      if 'tokens' in example:
+        names.append('teacher')
+        for token in _objects(example, 'tokens', path):
+          for name, kind in _TOKEN.items():
+            if kind is float:
+              if not metrics_lib.is_number(token.get(name)):
+                raise ValueError(f'{path}: a token has no number {name!r}')
+            else:
+              files.field(token, name, kind, path)
+      for name in names:
+        files.field(example, name, str, path)
+  return found
+
+
+def _objects(
+  values: Mapping[str, Any], name: str, path: pathlib.Path
+) -> list[Mapping[str, Any]]:
+  """Returns a field that is a list of objects, checked."""
+  objects = files.field(values, name, list, path)
+  if not all(isinstance(x, dict) for x in objects):
+    raise ValueError(f'{path}: {name} must hold objects {{...}}')
+  return objects
+
+
+def _files(
+  folder: pathlib.Path, kind: str
+) -> Iterator[tuple[str, pathlib.Path]]:
+  """Yields (split, path) of the files <kind>_<split>.json."""
+  for path in sorted(folder.glob(f'{kind}_*.json')):
+    yield path.stem.removeprefix(f'{kind}_'), path
 
 
 # --- Settings -----------------------------------------------------------------

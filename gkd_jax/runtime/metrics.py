@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import time
+from typing import Any
 
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
@@ -53,7 +54,8 @@ class MetricWriter:
       return
     path = pathlib.Path(run_dir) / 'metrics.jsonl'
     if path.exists():
-      keep_through_step(path, first_step)
+      # A run that starts anew writes its line of step 0 again.
+      keep_through_step(path, first_step or -1)
     # Unbuffered, so that `close` writes nothing and cannot fail on a full disk.
     self._file = path.open('ab', buffering=0)
     # Not tensorboardX's SummaryWriter: it writes in a thread. A full disk kills
@@ -115,13 +117,36 @@ def keep_through_step(path: pathlib.Path, step: int) -> None:
 
 
 def read(run_dir: str | os.PathLike) -> list[dict[str, float]]:
-  """Returns the lines of a run's `metrics.jsonl`; [] if it does not exist."""
+  """Returns the lines of a run's `metrics.jsonl`; [] if it does not exist.
+
+  Raises:
+    ValueError: a line is damaged.
+  """
   path = pathlib.Path(run_dir) / 'metrics.jsonl'
   if not path.exists():
     return []
   # The last line may be incomplete: truncated, or being written by a run.
-  *whole, _ = path.read_text(encoding='utf-8').split('\n')
-  return [json.loads(line) for line in whole]
+  *whole, _ = path.read_bytes().split(b'\n')
+  lines = []
+  for number, text in enumerate(whole, 1):
+    try:
+      line = files.parse_printable_json(text)
+      if not isinstance(line, dict) or type(line.get('step')) is not int:
+        raise ValueError('it has no step')
+      for name, value in line.items():
+        if not is_number(value):
+          raise ValueError(f'{name} is no number')
+    except ValueError as e:
+      raise ValueError(f'line {number} of {path} is damaged: {e}') from e
+    lines.append(line)
+  return lines
+
+
+def is_number(value: Any) -> bool:
+  """Whether a value of a JSON file is a number that float can represent."""
+  return isinstance(value, float) or (
+    isinstance(value, int) and abs(value) < 2**1000
+  )
 
 
 def last(run_dir: str | os.PathLike) -> dict[str, float] | None:

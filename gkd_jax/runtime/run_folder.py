@@ -228,7 +228,8 @@ def explained_write_errors(folder: str, setting: str) -> Iterator[None]:
       elsewhere = [f for f, _ in files if not f.is_relative_to(folder)]
       where = elsewhere[0] if elsewhere else f'{setting} {folder}'
       raise OSError(
-        f'{where}: the disk is full, or the quota is exceeded. Free some space '
+        f'{where}: the disk is full, or the quota or the limit of file sizes '
+        '(ulimit -f) is exceeded. Free some space '
         'and run the same command again: it resumes from the last complete '
         'checkpoint.'
       ) from e
@@ -245,7 +246,7 @@ def _absolute(file: str | bytes) -> pathlib.Path:
 def is_full(error: BaseException) -> bool:
   """Whether an error, or one of its causes, is that of a full disk."""
   # Errors of TensorFlow and Orbax have the text without the errno.
-  numbers = (errno.ENOSPC, errno.EDQUOT)
+  numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
   return any(
     getattr(e, 'errno', None) in numbers
     or any(os.strerror(number) in str(e) for number in numbers)

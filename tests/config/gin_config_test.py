@@ -226,6 +226,11 @@ def test_a_fragment_behind_a_config_replaces_a_part(run_main, arguments, line):
     ([f'{OPTIMIZER}=@optax.adafactr'], 'adafactor'),
     ([f'{OPTIMIZER}=@optx.adafactor'], 'optax'),
     (['--gin.LEARNING_RATE=%WARMUP_STEP'], 'WARMUP_STEPS'),
+    (['--gin.EPOCHS=3'], 'TRAIN_STEPS'),
+    (['--gin.seed=3'], 'RANDOM_SEED'),
+    (['--gin.LOG_PERIOD=3'], 'experiment.Schedule.log_period'),
+    (['--gin.POLICY=@dataset()'], '@policies.dataset'),
+    (['--gin.POLICY=@datset()'], '@policies.dataset'),
     (['--run_mode=trian'], 'train'),
   ],
 )
@@ -314,6 +319,13 @@ def test_what_the_paper_calls_a_setting_leads_to_our_name(refused):
   message = refused(FORWARD_KL, *NO_FILES, '--gin.LAMBDA=1')
 
   assert 'Did you mean STUDENT_DATA_FRACTION?' in message
+
+
+def test_a_name_that_is_like_no_other_leads_to_the_list(refused):
+  message = refused(STUDENT, '--gin.GRADIENT_ACCUMULATION=3')
+
+  assert 'Did you mean' not in message
+  assert 'Valid names: ACTIVATION_DTYPE, ' in message
 
 
 def test_of_a_module_only_what_it_offers_is_suggested(refused):

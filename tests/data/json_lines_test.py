@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import gzip
+
 import pytest
 
 from gkd_jax.data import json_lines
@@ -41,7 +43,13 @@ def test_other_ends_of_lines_within_a_text_do_not_end_the_line(tmp_path):
     ),
     ('["a", "b"]', 'line 2 of .* is not a JSON object'),
     ('{"inputs": "a", "tar', 'line 2 of .* is not JSON'),
-    (b'{"inputs": "\xff", "targets": ""}', 'line 2 of .* is not JSON'),
+    (b'{"inputs": "\xff", "targets": ""}', 'line 2 of .* it is not UTF-8'),
+    ('{"inputs": "\\ud83d", "targets": ""}', '"inputs" in line 2 .* surrogate'),
+    ('{"inputs": "x", "targets": "\\udc00a"}', '"targets" in line 2 .* surr'),
+    ('{"\\ud800": ""}', r'It has: \\ud800.$'),
+    ('[' * 10**5, 'line 2 of .* is nested too deeply'),
+    ('{"a":' * 10**5, 'line 2 of .* is nested too deeply'),
+    ('1' * 5000, 'line 2 of .* is not JSON'),
   ],
 )
 def test_what_is_wrong_is_refused_with_its_line(tmp_path, text, said):
@@ -50,6 +58,43 @@ def test_what_is_wrong_is_refused_with_its_line(tmp_path, text, said):
 
   with pytest.raises(ValueError, match='MY_FILES: .*' + said):
     read(tmp_path / 'x.jsonl', good + bad)
+
+
+LINE = '{"inputs": "", "targets": ""}\n'
+
+
+@pytest.mark.parametrize(
+  'content, said',
+  [
+    (f'[\n{LINE},\n{LINE}]'.encode(), 'a JSON array, not JSON lines.* jq'),
+    (f'[{LINE.strip()}]'.encode(), 'a JSON array, not JSON lines.* jq'),
+    (LINE.encode('utf-16'), 'UTF-16. Convert it: iconv'),
+    (LINE.encode('utf-16-le'), 'UTF-16. Convert it: iconv'),
+    (gzip.compress(LINE.encode()), r'compressed \(gunzip it\)'),
+    (b'PAR1\x15\x04', 'Parquet, not JSON lines'),
+    (b'PK\x03\x04', 'a zip archive'),
+  ],
+)
+def test_another_format_is_refused_by_its_name(tmp_path, content, said):
+  with pytest.raises(ValueError, match=f'MY_FILES: .*x.jsonl is {said}'):
+    read(tmp_path / 'x.jsonl', content)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+  (line,) = read(tmp_path / 'x.jsonl', b'\xef\xbb\xbf' + LINE.encode())
+
+  assert line == {'inputs': '', 'targets': ''}
+
+
+def test_a_pair_of_surrogates_is_a_character(tmp_path):
+  text = '{"inputs": "\\ud83d\\ude00", "targets": ""}'
+
+  assert read(tmp_path / 'x.jsonl', text)[0]['inputs'] == '😀'
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+  with pytest.raises(ValueError, match='MY_FILES: .*x.jsonl cannot be read: N'):
+    list(json_lines.read(str(tmp_path / 'x.jsonl'), FIELDS, 'MY_FILES'))
 
 
 def test_a_glob_finds_files_in_the_order_of_their_names(tmp_path):

@@ -273,6 +273,21 @@ def test_processes_that_do_not_fit_together_are_refused(given, said):
     hosts.initialize(*given)
 
 
+@pytest.mark.parametrize(
+  'setting, value',
+  [('jax_enable_x64', True), ('jax_numpy_rank_promotion', 'raise')],
+)
+def test_settings_of_jax_that_are_not_supported_are_refused(setting, value):
+  hosts.check_jax_settings()
+  before = getattr(jax.config, setting)
+  jax.config.update(setting, value)
+  try:
+    with pytest.raises(ValueError, match=f'{setting.upper()}={value} is not'):
+      hosts.check_jax_settings()
+  finally:
+    jax.config.update(setting, before)
+
+
 def test_a_process_alone_is_the_first_and_waits_for_nobody():
   hosts.initialize(None, None, None)
 

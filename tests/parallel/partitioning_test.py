@@ -28,6 +28,20 @@ OF_T5X = {
 }
 
 
+@pytest.mark.parametrize('error', [AssertionError(), RuntimeError('no GPU')])
+def test_no_devices_are_refused_with_the_platform(monkeypatch, error):
+  def devices(platform=None):
+    raise error
+
+  monkeypatch.setattr(jax, 'devices', devices)
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+
+  with pytest.raises(
+    ValueError, match='no cuda devices.* JAX_PLATFORMS is cud'
+  ):
+    partitioning.make_mesh()
+
+
 @pytest.mark.parametrize(('activations', 'parameters'), OF_T5X, ids=str)
 def test_rules_are_those_of_t5x(activations, parameters):
   rules = partitioning.standard_logical_axis_rules(parameters, activations)

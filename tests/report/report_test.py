@@ -7,7 +7,7 @@ import shutil
 import PIL.Image
 import pytest
 
-from gkd_jax.report import report
+from gkd_jax.report import report, runs, sections
 from tests import run_folders
 from tests.report.page_test import Tree
 from tests.run_folders import SFT, gkd, samples, token
@@ -454,3 +454,40 @@ def test_real_samples_are_on_the_page(real, run_main):
   shown = {text for _, text in tree.texts}
   for example in written:
     assert {example['input'], example['reference']} <= shown
+
+
+# --- What tokenizing lost -----------------------------------------------------
+
+
+def losses(top, *lost):
+  """The notes on runs that lost this of their training data."""
+  for i, (of_run, method) in enumerate(zip(lost, (SFT, gkd(1.0)), strict=True)):
+    line = {'step': 0} | {f'data/{k}': v for k, v in of_run.items()}
+    run_folders.write(
+      top / f'run_{i}', {'greedy/wer': 20.0}, lines=[line], **method
+    )
+  found, _ = runs.find(f'{top}/*')
+  (section,) = sections.make(found, None, None, ('LEARNING_RATE',))
+  return report._losses(section)
+
+
+def test_a_loss_of_all_methods_is_noted_once(tmp_path):
+  lost = {'targets_cut': 0.25, 'inputs_unknown': 0.02}
+
+  assert losses(tmp_path, lost, lost) == [
+    'Lost by tokenizing the training data: 25.0% of the examples have their '
+    "targets cut to length, 2.0% of the inputs' tokens are unknown to the "
+    'vocabulary.'
+  ]
+
+
+def test_a_loss_of_one_method_is_noted_with_its_name(tmp_path):
+  (note,) = losses(tmp_path, {'inputs_cut': 0.5}, {})
+
+  assert note.endswith(
+    '50.0% of the examples have their inputs cut to length (SFT).'
+  )
+
+
+def test_a_loss_of_one_percent_is_not_noted(tmp_path):
+  assert losses(tmp_path, {'inputs_cut': 0.01}, {'targets_unknown': 0.0}) == []

@@ -8,7 +8,6 @@ such as `t5_names`.
 """
 
 import collections
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,16 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from gkd_jax.checkpoints import checkpoint
+from gkd_jax.checkpoints import checkpoint, mistaken
 from gkd_jax.checkpoints.formats import t5_names
 from gkd_jax.checkpoints.formats import tensors as tensors_lib
 from gkd_jax.checkpoints.formats.tensors import Tensor
+from gkd_jax.data import tokenizer_files
+from gkd_jax.data.tokenizer_files import TokenizerFiles
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import param_shapes
+from gkd_jax.runtime import files
 
 FORMAT = 'Hugging Face'
 # Family of models -> module with its names.
@@ -85,7 +87,7 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
       f'{folder}: safetensors files are read from a local disk only. Copy the '
       f'folder first: gcloud storage cp -r {folder} .'
     )
-  values = _read_json(folder / CONFIG)
+  values = files.read_json(folder / CONFIG)
   stored = _stored_tensors(folder)
   family = _family_of(folder / CONFIG, values)
   config, names, unused = family.read_layout(
@@ -121,7 +123,7 @@ def model_files(folder: epath.Path) -> list[str]:
 
 def _family_of(path: epath.Path, values: Mapping[str, Any]) -> Any:
   """Returns the module with the names of the model in a config.json."""
-  kind = values.get('model_type')
+  kind = files.field(values, 'model_type', str, path, None)
   types = {
     model_type: family
     for family in _FAMILIES.values()
@@ -149,7 +151,7 @@ def _special_ids(
   """
   generation = {}
   if (folder / _GENERATION).exists():
-    generation = _read_json(folder / _GENERATION)
+    generation = files.read_json(folder / _GENERATION)
   ids = {}
   for ours, theirs in _ID_NAMES.items():
     for file, contents in ((CONFIG, values), (_GENERATION, generation)):
@@ -158,7 +160,7 @@ def _special_ids(
         (value,) = value
       if value is None:
         continue
-      if not isinstance(value, int):
+      if type(value) is not int:
         raise ValueError(
           f'{folder / file}: {theirs} is {value}; gkd_jax needs one id.'
         )
@@ -170,23 +172,21 @@ def _special_ids(
   return ids
 
 
-def vocabulary(folder: epath.Path) -> str | None:
+def vocabulary(tokenizer: TokenizerFiles | None) -> str | None:
   """Returns a folder's tokenizer in the form of `vocabularies.describe`.
 
   Returns:
     'model sha256 ...', 'ByteVocabulary', or 'SentencePieceVocabulary' if the
-    file of the SentencePiece model is missing; None if there is no tokenizer.
+    file of the SentencePiece model is missing; None if there is no tokenizer,
+    or one of another kind, which `vocabularies.check_tokenizer` refuses.
   """
-  model = folder / 'spiece.model'
-  if model.is_file():
-    return f'model sha256 {hashlib.sha256(model.read_bytes()).hexdigest()}'
-  config = folder / 'tokenizer_config.json'
-  if config.is_file():
-    if 'ByT5' in str(_read_json(config).get('tokenizer_class')):
-      return 'ByteVocabulary'
-    # A tokenizer.json alone does not identify the pieces.
-    return 'SentencePieceVocabulary'
-  return None
+  if tokenizer is None:
+    return None
+  if tokenizer.kind == tokenizer_files.SENTENCEPIECE:
+    if tokenizer.digest is None:
+      return 'SentencePieceVocabulary'
+    return f'model sha256 {tokenizer.digest}'
+  return 'ByteVocabulary' if tokenizer.kind == tokenizer_files.BYTES else None
 
 
 def _stored_tensors(folder: epath.Path) -> dict[str, Tensor]:
@@ -216,6 +216,8 @@ def _names_by_file(folder: epath.Path) -> dict[epath.Path, list[str]]:
   if (folder / _WEIGHTS).is_file():
     return {folder / _WEIGHTS: []}
   if not (folder / _INDEX).is_file():
+    if adapter := mistaken.explain_adapter(folder):
+      raise ValueError(adapter)
     others = [
       name
       for name in ('pytorch_model.bin', 'tf_model.h5', 'flax_model.msgpack')
@@ -232,11 +234,13 @@ def _names_by_file(folder: epath.Path) -> dict[epath.Path, list[str]]:
         else ''
       )
     )
-  weight_map = _read_json(folder / _INDEX).get('weight_map')
+  index = files.read_json(folder / _INDEX)
+  weight_map = files.field(index, 'weight_map', dict, folder / _INDEX, None)
   if not weight_map:
     raise ValueError(f'{folder / _INDEX} has no weight_map. Copy it again.')
   names_of = collections.defaultdict(list)
-  for name, file in weight_map.items():
+  for name in weight_map:
+    file = files.field(weight_map, name, str, folder / _INDEX)
     names_of[folder / file].append(name)
   for file, names in names_of.items():
     if not file.is_file():
@@ -257,16 +261,6 @@ def _tensor(file: epath.Path, view: Any) -> Tensor:
   return Tensor(
     tuple(view.get_shape()), _DTYPES[kind], lambda index: view[index]
   )
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-  try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-  except json.JSONDecodeError as e:
-    raise ValueError(f'{path} is no valid JSON: {e}.') from e
-  if not isinstance(values, dict):
-    raise ValueError(f'{path} holds {type(values).__name__}, not {{...}}.')
-  return values
 
 
 # --- Writing ------------------------------------------------------------------
@@ -294,7 +288,7 @@ def save(
   """
   was = {}
   if source is not None and (source / CONFIG).exists():
-    was = _read_json(source / CONFIG)
+    was = files.read_json(source / CONFIG)
   family = _FAMILIES[config.family]
   ids = {theirs: getattr(config, ours) for ours, theirs in _ID_NAMES.items()}
   values = family.config_to_json(config, was) | ids | {'dtype': dtype}
@@ -335,7 +329,7 @@ def save(
     _write_json(folder / _GENERATION, ids)
 
 
-def tokenizer_files(folder: epath.Path) -> list[str]:
+def tokenizer_file_names(folder: epath.Path) -> list[str]:
   """Returns the names of the tokenizer's files in a folder."""
   return [
     name

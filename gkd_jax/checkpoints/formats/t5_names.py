@@ -13,6 +13,7 @@ from gkd_jax.checkpoints.formats import tensors as tensors_lib
 from gkd_jax.checkpoints.formats.tensors import Tensor
 from gkd_jax.models import registry
 from gkd_jax.models.interface import ModelConfig
+from gkd_jax.runtime import files
 
 # Fields of config.json that do not describe the model; an export copies them.
 # All others are written from our config, because transformers accepts files
@@ -63,10 +64,12 @@ def read_layout(
   Raises:
     ValueError: it is no encoder-decoder T5.
   """
+  tie = files.field(values, 'tie_word_embeddings', bool, path, True)
   embedding = next((name for name in _EMBEDDINGS if name in stored), None)
   if embedding is None:
-    embedding = _HEAD if _HEAD in stored else _EMBEDDINGS[0]
-  tie = values.get('tie_word_embeddings', True) is not False
+    embedding = _HEAD if tie and _HEAD in stored else _EMBEDDINGS[0]
+  _check_sizes(path, values, stored, embedding)
+  _check_one_embedding(path, stored, embedding)
   tied = tie and (
     _HEAD not in stored
     or embedding == _HEAD
@@ -74,10 +77,91 @@ def read_layout(
   )
   ids = {'pad_id': 0, 'eos_id': 1} | ids  # of transformers' T5Config
   ids = {'start_id': ids['pad_id']} | ids
-  config = _config(path, values, ids, tied=tied)
+  config = _config(path, values, ids, tied=tied, num_tensors=len(stored))
   embedding_name = {'token_embedder/embedding': (embedding, False)}
   unused = {*_EMBEDDINGS, _HEAD, _UNUSED}
   return config, tensor_names(config) | embedding_name, unused
+
+
+def _check_one_embedding(
+  path: epath.Path, stored: Mapping[str, Tensor], embedding: str
+) -> None:
+  """Raises ValueError if encoder and decoder have different embeddings."""
+  for other in _EMBEDDINGS:
+    if other in stored and not tensors_lib.equal(
+      stored[embedding], stored[other]
+    ):
+      raise ValueError(
+        f'{path.parent}: {other} differs from {embedding}. A T5 has one '
+        'embedding for encoder and decoder; gkd_jax does not support two.'
+      )
+
+
+def _check_sizes(
+  path: epath.Path,
+  values: Mapping[str, Any],
+  stored: Mapping[str, Tensor],
+  embedding: str,
+) -> None:
+  """Raises ValueError, with the field, if a size is not that of the weights.
+
+  It compares the sizes that one tensor shows; `check_shapes` compares the rest.
+  """
+  layer = 'encoder.block.0.layer.0.SelfAttention'
+  mlp = 'encoder.block.0.layer.1.DenseReluDense'
+  sizes = (
+    ('vocab_size', embedding, 0),
+    ('vocab_size', _HEAD, 0),
+    ('d_model', embedding, 1),
+    ('d_ff', f'{mlp}.wo.weight', 1),
+    ('num_heads', f'{layer}.relative_attention_bias.weight', 1),
+    (
+      'relative_attention_num_buckets',
+      f'{layer}.relative_attention_bias.weight',
+      0,
+    ),
+  )
+  for field, name, axis in sizes:
+    if field not in values or name not in stored:
+      continue
+    says, shape = files.field(values, field, int, path), stored[name].shape
+    if len(shape) == 2 and shape[axis] != says:
+      raise ValueError(
+        f'{path}: {field} is {says}, but the weights have {shape[axis]}: '
+        f'{name} is {shape}. If the model was resized, set {field} to '
+        f'{shape[axis]}.'
+      )
+
+
+def _activations(path: epath.Path, values: Mapping[str, Any]) -> str:
+  """Returns the key of `_ACTIVATIONS` that a config.json describes.
+
+  `dense_act_fn` and `is_gated_act` say the same as `feed_forward_proj`, and
+  override it in transformers.
+  """
+  default = 'relu' if values['model_type'] == 't5' else 'gated-gelu'
+  proj = files.field(values, 'feed_forward_proj', str, path, default)
+  gated = files.field(
+    values, 'is_gated_act', bool, path, proj.startswith('gated-')
+  )
+  act = files.field(
+    values, 'dense_act_fn', str, path, proj.removeprefix('gated-')
+  )
+  kind = ('gated-' if gated else '') + act
+  if kind == 'gated-gelu_new':
+    kind = 'gated-gelu'
+  known = kind in _ACTIVATIONS
+  if not known or (
+    'feed_forward_proj' in values and proj.replace('gelu_new', 'gelu') != kind
+  ):
+    raise ValueError(
+      f'{path}: feed_forward_proj is {proj!r}'
+      + (
+        '' if not known and kind == proj else f', with {kind!r} in other fields'
+      )
+      + f'; gkd_jax supports {", ".join(_ACTIVATIONS)}.'
+    )
+  return kind
 
 
 def _config(
@@ -86,56 +170,73 @@ def _config(
   ids: Mapping[str, int],
   *,
   tied: bool,
+  num_tensors: int,
 ) -> ModelConfig:
   """Returns the config that a config.json describes."""
+
+  def number(name, default=files.REQUIRED):
+    return files.field(values, name, int, path, default)
+
   kind = values['model_type']
-  if values.get('is_encoder_decoder') is False:
+  if not files.field(values, 'is_encoder_decoder', bool, path, True):
     raise ValueError(
       f'{path} describes a {kind} encoder or decoder alone; gkd_jax needs both.'
     )
-  proj = values.get(
-    'feed_forward_proj', 'relu' if kind == 't5' else 'gated-gelu'
-  )
-  proj = 'gated-gelu' if proj == 'gated-gelu_new' else proj
-  if proj not in _ACTIVATIONS:
+  proj = _activations(path, values)
+  epsilon = files.field(values, 'layer_norm_epsilon', float, path, 1e-6)
+  if epsilon != 1e-6:
     raise ValueError(
-      f'{path}: feed_forward_proj is {proj!r}; gkd_jax knows '
-      f'{", ".join(_ACTIVATIONS)}.'
-    )
-  if (epsilon := values.get('layer_norm_epsilon', 1e-6)) != 1e-6:
-    raise ValueError(
-      f'{path}: layer_norm_epsilon is {epsilon}; every published T5 has 1e-6, '
-      'and gkd_jax knows no other.'
+      f'{path}: layer_norm_epsilon is {epsilon}; gkd_jax supports 1e-06 alone, '
+      'the value of every published T5.'
     )
   # transformers 4 scales the hidden states if the head is tied. transformers 5
   # ties the head if the weights are equal, and has a separate field for the
   # scale of T5; mT5 is never scaled. (It always scales umT5, also models that
   # were trained, and run by transformers 4, without a scale.)
-  scale = values.get(
+  scale = files.field(
+    values,
     'scale_decoder_outputs',
-    kind != 'mt5' and values.get('tie_word_embeddings') is not False,
+    bool,
+    path,
+    kind != 'mt5'
+    and files.field(values, 'tie_word_embeddings', bool, path, True),
   )
+  num_layers = number('num_layers')
+  num_decoder_layers = number('num_decoder_layers', None)
+  if num_decoder_layers is None:
+    num_decoder_layers = num_layers
+  for name, layers in (
+    ('num_layers', num_layers),
+    ('num_decoder_layers', num_decoder_layers),
+  ):
+    if layers > num_tensors:
+      raise ValueError(
+        f'{path}: {name} is {layers}, but the weights have {num_tensors} '
+        'tensors.'
+      )
+  sizes = {
+    'vocab_size': number('vocab_size'),
+    'emb_dim': number('d_model'),
+    'num_heads': number('num_heads'),
+    'head_dim': number('d_kv'),
+    'mlp_dim': number('d_ff'),
+    'num_encoder_layers': num_layers,
+    'num_decoder_layers': num_decoder_layers,
+    'relpos_buckets': number('relative_attention_num_buckets', 32),
+    'relpos_max_distance': number('relative_attention_max_distance', 128),
+  }
   try:
     return registry.make_config(
       't5',
-      vocab_size=values['vocab_size'],
-      emb_dim=values['d_model'],
-      num_heads=values['num_heads'],
-      head_dim=values['d_kv'],
-      mlp_dim=values['d_ff'],
-      num_encoder_layers=values['num_layers'],
-      num_decoder_layers=values.get('num_decoder_layers')
-      or values['num_layers'],
+      **sizes,
       mlp_activations=_ACTIVATIONS[proj],
       logits_via_embedding=tied,
       scale_decoder_outputs=scale,
-      relpos_buckets=values.get('relative_attention_num_buckets', 32),
-      relpos_max_distance=values.get('relative_attention_max_distance', 128),
       relpos_bias_per_layer=kind == 'umt5',
       **ids,
     )
-  except KeyError as e:
-    raise ValueError(f'{path} does not say {e}.') from e
+  except ValueError as e:
+    raise ValueError(f'{path}: {e}') from e
 
 
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, bool]]:

@@ -11,8 +11,9 @@ import seqio
 from etils import epath
 
 from gkd_jax.checkpoints.formats import huggingface, tensors
+from gkd_jax.data import vocabularies
 from gkd_jax.decoding import beam_search, sampler
-from tests import main_test
+from tests import conftest, main_test
 from tests.checkpoints.formats import huggingface_test as golden
 from tests.main_test import gin_flags
 
@@ -226,3 +227,46 @@ def test_predictions_of_a_distilled_student_are_equal(
     vocabulary.decode(row) for row in golden.until_eos(written[:, 1:], 1)
   ]
   assert [line['prediction'] for line in ours] == theirs
+
+
+# --- Added tokens -------------------------------------------------------------
+
+TEXTS = (
+  *('the fox <sep> { dog }', '{x}', 'the<sep>dog', 'x  {  e\n f', ' <sep>'),
+  *('<sep><sep2>', 'a\u00a0{b', '{ "the": 1 }', 'ü <sep', ''),
+)
+
+
+def test_texts_with_added_tokens_are_split_and_joined_as_there(tmp_path):
+  path = tmp_path / 'spiece.model'
+  conftest.train_sentencepiece(
+    path, ['the fox dog'] * 9, vocab_size=16, model_type='unigram'
+  )
+  number = vocabularies.sentencepiece(path, 0).vocab_size
+  added = {
+    str(number + i): {'content': token, 'special': token[0] == '<'}
+    for i, token in enumerate(['<sep>', '{', '}', '\n', '<sep2>', 'ü'])
+  }
+  (tmp_path / 'tokenizer_config.json').write_text(
+    json.dumps(
+      {
+        'tokenizer_class': 'T5Tokenizer',
+        'extra_ids': 0,
+        'added_tokens_decoder': {
+          number: values | {'normalized': False}
+          for number, values in added.items()
+        },
+      }
+    )
+  )
+  (tmp_path / 'config.json').write_text('{"model_type": "t5"}')
+
+  ours = vocabularies.sentencepiece(path, 0)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+  assert ours.vocab_size == len(theirs)
+  for text in TEXTS:
+    ids = theirs(text, add_special_tokens=False).input_ids
+    assert ours.encode(text) == ids
+    if ours.unk_id not in ids:  # ours writes ⁇ for it
+      assert ours.decode(ids) == theirs.decode(ids)

@@ -7,6 +7,7 @@ transformers itself.
 
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -20,6 +21,7 @@ from etils import epath
 from gkd_jax.batch import mask_unused_ids
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.checkpoints.formats import huggingface, tensors
+from gkd_jax.data import tokenizer_files
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.evaluation import programs
 from gkd_jax.models.params import abstract_params
@@ -301,12 +303,16 @@ def test_parameters_kept_in_bfloat16_give_the_logits_of_the_same_in_float32():
 # --- The tokenizer ------------------------------------------------------------
 
 
+def vocabulary(folder):
+  return huggingface.vocabulary(tokenizer_files.read(folder))
+
+
 def test_a_sentencepiece_model_is_told_by_its_digest(copy):
   folder = copy('t5_1_1')
   (folder / 'spiece.model').write_bytes(b'abc')
 
   # sha256 of 'abc', FIPS 180-4.
-  assert huggingface.vocabulary(folder) == (
+  assert vocabulary(folder) == (
     'model sha256 '
     'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
   )
@@ -318,11 +324,11 @@ def test_bytes_are_told_by_the_tokenizers_class(copy):
     '{"tokenizer_class": "ByT5Tokenizer"}'
   )
 
-  assert huggingface.vocabulary(folder) == 'ByteVocabulary'
+  assert vocabulary(folder) == 'ByteVocabulary'
 
 
 def test_without_a_tokenizer_the_vocabulary_is_not_known():
-  assert huggingface.vocabulary(FIXTURES / 't5_1_1') is None
+  assert vocabulary(FIXTURES / 't5_1_1') is None
 
 
 # --- What is no such folder ---------------------------------------------------
@@ -358,7 +364,7 @@ def test_a_field_that_is_missing_is_named(copy):
   del values['d_kv']
   (folder / 'config.json').write_text(json.dumps(values))
 
-  with pytest.raises(ValueError, match="config.json does not say 'd_kv'"):
+  with pytest.raises(ValueError, match="config.json has no 'd_kv'"):
     huggingface.open_folder(folder)
 
 
@@ -366,7 +372,7 @@ def test_a_config_that_is_no_json_is_refused(copy):
   folder = copy('t5_1_1')
   (folder / 'config.json').write_text('{"d_model": 16,')
 
-  with pytest.raises(ValueError, match='config.json is no valid JSON'):
+  with pytest.raises(ValueError, match='config.json is not valid JSON'):
     huggingface.open_folder(folder)
 
 
@@ -429,7 +435,7 @@ def test_a_folder_without_weights_is_refused(copy):
     ({'num_decoder_layers': 1}, 'the file has, unexpectedly, 14 tensors: deco'),
     (
       {'tie_word_embeddings': False, 'feed_forward_proj': 'relu'},
-      'the file lacks 4 tensors: decoder.block.0.layer.2.DenseReluDense.wi.',
+      "feed_forward_proj is 'relu', with 'gated-gelu' in other fields",
     ),
   ],
 )
@@ -458,14 +464,81 @@ def test_an_untied_model_without_a_head_is_refused(copy):
 
 def test_shapes_that_do_not_fit_the_config_are_named(copy):
   folder = copy('t5_1_1')
-  change_config(folder, d_ff=21)
+  change_config(folder, d_kv=5)
 
   with pytest.raises(ValueError) as error:
     pretrained.open_checkpoint(folder)
   assert str(error.value).splitlines()[1] == (
-    '  decoder/layers_0/mlp/wi_0/kernel: (16, 20) in the checkpoint, (16, 21) '
-    'wanted'
+    '  decoder/layers_0/encoder_decoder_attention/key/kernel: (16, 12) in the '
+    'checkpoint, (16, 10) wanted'
   )
+
+
+@pytest.mark.parametrize(
+  'field, value, found',
+  [
+    ('vocab_size', 41, 40),
+    ('d_model', 24, 16),
+    ('d_ff', 21, 20),
+    ('num_heads', 3, 2),
+    ('relative_attention_num_buckets', 16, 32),
+  ],
+)
+def test_a_size_that_is_not_the_weights_is_named(copy, field, value, found):
+  folder = copy('t5_1_1')
+  change_config(folder, **{field: value})
+
+  with pytest.raises(
+    ValueError,
+    match=f'config.json: {field} is {value}, but the weights have {found}: ',
+  ):
+    pretrained.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+  'field, value, said',
+  [
+    ('d_model', '16', 'd_model must be a whole number, not "16"'),
+    ('vocab_size', 40.0, 'vocab_size must be a whole number, not 40.0'),
+    ('num_layers', True, 'num_layers must be a whole number, not true'),
+    ('d_kv', None, 'd_kv must be a whole number, not null'),
+    ('d_ff', [20], 'd_ff must be a whole number, not [20]'),
+    ('num_heads', {}, 'num_heads must be a whole number, not {}'),
+    (
+      'relative_attention_max_distance',
+      None,
+      'relative_attention_max_distance must be a whole number, not null',
+    ),
+    ('tie_word_embeddings', 'no', 'tie_word_embeddings must be true or false'),
+    ('feed_forward_proj', 1, 'feed_forward_proj must be a text, not 1'),
+    ('layer_norm_epsilon', '1e-6', 'layer_norm_epsilon must be a number'),
+    ('model_type', ['t5'], 'model_type must be a text, not ["t5"]'),
+    ('is_encoder_decoder', 1, 'is_encoder_decoder must be true or false'),
+    ('eos_token_id', True, 'eos_token_id is True; gkd_jax needs one id'),
+    ('eos_token_id', 40, 'eos_id must be an id of the embedding, from 0 to 39'),
+    ('relative_attention_max_distance', 0, 'than twice relpos_max_distance 0'),
+    ('dense_act_fn', 'relu', "'gated-relu' in other fields"),
+  ],
+)
+def test_a_field_of_a_wrong_type_or_value_is_named_with_its_file(
+  copy, field, value, said
+):
+  folder = copy('t5_1_1')
+  (folder / 'generation_config.json').unlink()
+  change_config(folder, **{field: value})
+
+  with pytest.raises(ValueError, match=re.escape(said)) as error:
+    pretrained.open_checkpoint(folder)
+  assert str(folder / 'config.json') in str(error.value)
+  assert 'copy it again' not in str(error.value)
+
+
+def test_no_decoder_layers_are_no_decoder_layers(copy):
+  folder = copy('t5_1_1')
+  change_config(folder, num_decoder_layers=0)
+
+  with pytest.raises(ValueError, match='unexpectedly, 28 tensors: decoder.bl'):
+    huggingface.open_folder(folder)
 
 
 # --- Where an old file says the same in another way ---------------------------
@@ -501,6 +574,26 @@ def test_the_embedding_may_be_saved_under_its_other_names(copy):
   np.testing.assert_array_equal(
     tensors.read_all(arrays['token_embedder/embedding']), embedding
   )
+
+
+@pytest.mark.parametrize('name', ['encoder', 'decoder'])
+def test_a_second_embedding_is_refused_unless_it_is_the_same(copy, name):
+  folder, second = copy('t5_1_1'), f'{name}.embed_tokens.weight'
+  rewrite(folder, lambda x: x.update({second: x['shared.weight'].copy()}))
+  huggingface.open_folder(folder)
+
+  rewrite(folder, lambda x: x.update({second: x['shared.weight'] + 1}))
+  with pytest.raises(ValueError, match=f'{second} differs from shared.weight'):
+    huggingface.open_folder(folder)
+
+
+def test_a_head_is_no_embedding_of_an_untied_model(copy):
+  folder = copy('t5_1_1')
+  rewrite(folder, lambda x: x.pop('shared.weight'))
+  change_config(folder, tie_word_embeddings=False)
+
+  with pytest.raises(ValueError, match='lacks 1 tensors: shared.weight'):
+    huggingface.open_folder(folder)
 
 
 def test_the_table_of_old_t5_that_no_model_uses_is_ignored(copy):
@@ -553,4 +646,4 @@ def test_a_tokenizer_without_its_model_is_at_least_no_byte_tokenizer(copy):
     '{"tokenizer_class": "T5Tokenizer"}'
   )
 
-  assert huggingface.vocabulary(folder) == 'SentencePieceVocabulary'
+  assert vocabulary(folder) == 'SentencePieceVocabulary'

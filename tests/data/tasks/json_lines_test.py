@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 
 import pytest
@@ -73,12 +74,29 @@ def test_outputs_are_scored_by_exact_match_and_rouge(file):
     ({}, 'must be {.train.: file'),
     ('train.jsonl', "got 'train.jsonl'"),
     ({'dev': 'x'}, "got {'dev': 'x'}"),
-    ({'train': 'nowhere'}, 'JSON_LINES_FILES: there is no file nowhere'),
+    ({'train': 'nowhere'}, 'JSON_LINES_FILES: nowhere is not there'),
+    ({'train': ['a', 'b']}, r"must be a text, .* not \['a', 'b'\]"),
+    ({'train': 3}, 'must be a text, .* not 3'),
   ],
 )
 def test_files_that_cannot_be_read_are_refused(files, message):
   with pytest.raises(ValueError, match=message):
     json_lines.make_task('mine', files)
+
+
+@pytest.mark.parametrize('num_examples', [None, 2])
+def test_fewer_examples_than_shards_are_refused(file, num_examples):
+  rows = [('a', 'x'), ('b', 'y'), ('c', 'z')]
+  dataset = dataclasses.replace(
+    config({'train': file('train', *rows)}, 'train'), num_examples=num_examples
+  )
+  enough = num_examples or 3
+
+  datasets.check_not_empty(dataset, num_shards=enough)
+  with pytest.raises(
+    ValueError, match=f'has {enough} examples, but .* {enough + 1} shards'
+  ):
+    datasets.check_not_empty(dataset, num_shards=enough + 1)
 
 
 def test_a_line_that_lacks_a_field_is_named(tmp_path):
