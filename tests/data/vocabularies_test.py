@@ -90,7 +90,7 @@ def test_t5s_vocabulary_out_of_reach_is_told_in_time(monkeypatch):
 
 
 def test_a_vocabulary_that_is_not_there_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='VOCABULARY_PATH .*x.model is not there'):
+  with pytest.raises(ValueError, match='x.model is not there'):
     vocabularies.sentencepiece(tmp_path / 'x.model')
 
 
