@@ -70,7 +70,7 @@ LINE = '{"inputs": "", "targets": ""}\n'
     (f'[{LINE.strip()}]'.encode(), 'a JSON array, not JSON lines.* jq'),
     (LINE.encode('utf-16'), 'UTF-16. Convert it: iconv'),
     (LINE.encode('utf-16-le'), 'UTF-16. Convert it: iconv'),
-    (gzip.compress(LINE.encode()), r'compressed \(gunzip it\)'),
+    (gzip.compress(LINE.encode(), mtime=0), r'compressed \(gunzip it\)'),
     (b'PAR1\x15\x04', 'Parquet, not JSON lines'),
     (b'PK\x03\x04', 'a zip archive'),
   ],
