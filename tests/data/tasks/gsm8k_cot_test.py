@@ -311,8 +311,8 @@ def refused(config, match, **arguments):
 
 def test_a_file_that_is_not_there(config):
   files = {'train': 'no.jsonl'}
-  refused(config, 'GSM8K_FILES: there is no file no.jsonl', files=files)
-  refused(config, 'GSM8K_SHOTS_FILE: there is no file no', shots_file='no')
+  refused(config, 'GSM8K_FILES: no.jsonl is not there', files=files)
+  refused(config, 'GSM8K_SHOTS_FILE: no is not there', shots_file='no')
 
 
 def test_a_split_that_does_not_exist(config, files):
