@@ -537,7 +537,7 @@ def test_no_decoder_layers_are_no_decoder_layers(copy):
   folder = copy('t5_1_1')
   change_config(folder, num_decoder_layers=0)
 
-  with pytest.raises(ValueError, match='unexpectedly, 28 tensors: decoder.bl'):
+  with pytest.raises(ValueError, match='unexpectedly, 29 tensors: decoder.bl'):
     huggingface.open_folder(folder)
 
 
