@@ -162,7 +162,10 @@ def read_board(run_dir: pathlib.Path) -> list[tuple[int, str, float | str]]:
 
 
 def save_model(
-  run_dir: pathlib.Path, config, vocabulary: str = 'ByteVocabulary 259 ids'
+  run_dir: pathlib.Path,
+  config,
+  vocabulary: str = 'ByteVocabulary 259 ids',
+  seed: int = 5,
 ) -> None:
   """Leaves what a run leaves: a checkpoint, here of random parameters."""
   import optax
@@ -176,7 +179,7 @@ def save_model(
     def save(self, directory):
       pass
 
-  params = tiny.params(T5(config), 5)
+  params = tiny.params(T5(config), seed)
   checkpoints = checkpoint.Checkpoints(
     run_dir, checkpoint.ModelDescription(config, vocabulary)
   )
