@@ -132,9 +132,7 @@ def test_the_file_beside_it_says_who_wrote_it_and_how(
     'max_examples': None,
     'vocabulary': 'ByteVocabulary 259 ids',
     'task_feature_lengths': conftest.LENGTHS,
-    'decoding': (
-      'SamplerConfig(temperature=1.0, top_k=0, top_p=1.0, calculator=False)'
-    ),
+    'decoding': repr(sampler.ANCESTRAL),
     'num_samples': 1,
     'seed': 0,
     'batch_size': 4,
