@@ -572,15 +572,13 @@ RULES: tuple[Callable[[Experiment], None], ...] = (
 
 def needed_teacher_has_a_checkpoint(experiment: Experiment) -> None:
   """A divergence, and a policy with teacher outputs, need a teacher."""
-  if not experiment.method.needs_teacher_checkpoint:
-    return
-  for name, one in experiment.teacher.named.items():
-    if one.checkpoint_path is None:
-      raise ValueError(
-        'This method needs a teacher: set '
-        f'{setting_of("TEACHER_CHECKPOINT_PATH", name)} to a run, Hugging Face '
-        'or T5X folder.'
-      )
+  check_paths(experiment.teacher)
+  path = experiment.teacher.checkpoint_path
+  if experiment.method.needs_teacher_checkpoint and path is None:
+    raise ValueError(
+      'This method needs a teacher: set TEACHER_CHECKPOINT_PATH to a run, '
+      'Hugging Face or T5X folder.'
+    )
 
 
 def settings_of_the_teacher_have_a_checkpoint(experiment: Experiment) -> None:
@@ -687,6 +685,16 @@ def _check_int(name: str, value: Any, least: int) -> None:
 
 def _is_multiple(step: int, period: int) -> bool:
   return period > 0 and step % period == 0
+
+
+def check_paths(teacher: Teacher) -> None:
+  """Raises ValueError unless each of several teachers has a checkpoint."""
+  for name in teacher.names:
+    if teacher.checkpoint_path[name] is None:
+      raise ValueError(
+        f'{setting_of("TEACHER_CHECKPOINT_PATH", name)} is None: set it to a '
+        'run, Hugging Face or T5X folder.'
+      )
 
 
 def check_teachers(

@@ -29,6 +29,7 @@ from gkd_jax.experiment import (
   RewardModel,
   Teacher,
   check_decodings,
+  check_paths,
   check_teachers,
   setting_of,
 )
@@ -462,6 +463,7 @@ def evaluate_checkpoint(
       'experiment.RewardModel.dtype is set, but no REWARD_CHECKPOINT_PATH.'
     )
   of_teacher = Teacher(checkpoint_path=teacher_checkpoint_path)
+  check_paths(of_teacher)
   grades = teachers.without_student(teachers.checkpoint(), of_teacher.names)
   check_teachers(grades, of_teacher.names, [dataset])
   mesh = partitioning.make_mesh()
