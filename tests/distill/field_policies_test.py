@@ -75,8 +75,8 @@ def run(name, mesh_shape, num_microbatches):
   """Trains on a mesh.
 
   Returns:
-    [(carried state, metrics)] of the steps, the last parameters, and the
-    program.
+    [(carried state, metrics)] of the steps, the last parameters, and of the
+    program its text and the number of loops outside branches.
   """
   mesh = partitioning.make_mesh(
     *mesh_shape, jax.devices()[: math.prod(mesh_shape)]
@@ -103,7 +103,22 @@ def run(name, mesh_shape, num_microbatches):
   for _ in range(NUM_STEPS):
     state, metrics = compiled(state, frozen, batch)
     history.append(jax.device_get((state.carried, metrics)))
-  return history, jax.device_get(state.params), str(traced.jaxpr)
+  program = (str(traced.jaxpr), loops_outside_branches(traced.jaxpr))
+  return history, jax.device_get(state.params), program
+
+
+def loops_outside_branches(jaxpr) -> int:
+  """Counts the sampling loops that run in every step."""
+  jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+  number = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'cond':
+      continue
+    number += equation.primitive.name == 'while'
+    for value in equation.params.values():
+      if hasattr(getattr(value, 'jaxpr', value), 'eqns'):
+        number += loops_outside_branches(value)
+  return number
 
 
 def on_one_and_on_eight(name):
@@ -132,7 +147,9 @@ def test_a_policy_is_the_same_on_every_mesh_and_in_microbatches(name):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), eight[1], one[1]
   )
-  for _, _, program in (one, eight):
+  for _, _, (program, num_loops) in (one, eight):
+    # Of these, replay alone does not sample in every step.
+    assert (num_loops > 0) == (name != 'replay')
     assert 'callback' not in program  # nothing goes to the host
     shapes = [
       [int(n) for n in dims.split(',')]
