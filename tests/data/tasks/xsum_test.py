@@ -162,7 +162,7 @@ def test_data_that_is_not_prepared_is_an_error_that_says_what_to_do(
 ):
   loader = seqio.TaskRegistry.get('xsum').source.tfds_dataset
   loader.override_data_dir(str(tmp_path))
-  datasets._is_empty.cache_clear()  # a process reads a split once
+  datasets._num_first.cache_clear()  # a process reads a split once
   try:
     with pytest.raises(ValueError, match='TFDS has no xsum:1.1.0 in') as error:
       datasets.check_not_empty(config)
