@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies of the field, in the compiled step.
+"""The policies of the field, and several teachers, in the compiled step.
 
-What holds for every policy: the same outputs and gradients on one device and on
+What holds for each: the same outputs and gradients on one device and on
 a mesh in microbatches, one compilation, nothing to the host, and no [B, T, V].
 """
 
@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from gkd_jax.batch import Batch
-from gkd_jax.distill import divergences, policies
+from gkd_jax.distill import divergences, policies, teachers
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
@@ -50,13 +50,24 @@ POLICIES = {
     'sequence',
     functools.partial(policies.mixed_tokens, 0.5),
   ),
+  # Several teachers, with other weights each; see `METHOD_TEACHERS`.
+  'routed teachers': policies.student,
 }
+NAMES = {'a': None, 'b': None}
+METHOD_TEACHERS = {'routed teachers': teachers.routed(NAMES)}
 
 
-def make_step(policy, student=STUDENT, num_microbatches=1, teacher=TEACHER):
+def make_step(
+  policy,
+  student=STUDENT,
+  num_microbatches=1,
+  teacher=TEACHER,
+  several=None,
+):
   """Returns a step and its method."""
   method = Method(
     policy=policy,
+    teacher=several or teachers.checkpoint(),
     objective=Objective(divergences.by_author(), chunk_tokens=CHUNK_TOKENS),
   )
   step = step_lib.make_train_step(
@@ -83,8 +94,19 @@ def run(name, mesh_shape, num_microbatches):
   )
   placement = partitioning.Placement(mesh)
   student = T5(STUDENT.config, placement)
-  teacher = T5(TEACHER.config, placement)
-  step, method = make_step(POLICIES[name](), student, num_microbatches, teacher)
+  teacher, params = T5(TEACHER.config, placement), TEACHER_PARAMS
+  batch, several = BATCH, METHOD_TEACHERS.get(name)
+  if several is not None:
+    teacher = {'a': teacher, 'b': student}
+    params = {'a': params, 'b': tiny.params(STUDENT, 2)}
+    batch = batch._replace(teacher_ids=jnp.arange(B) // 3 % 2)
+  step, method = make_step(
+    POLICIES[name](),
+    student,
+    num_microbatches,
+    teacher,
+    several,
+  )
   abstract = state_lib.abstract_state(
     abstract_params(student), OPTIMIZER, mesh, method, batch=BATCH
   )
@@ -94,9 +116,9 @@ def run(name, mesh_shape, num_microbatches):
   # Donated: a copy, each time.
   state = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
   frozen = state_lib.Frozen(
-    jax.device_put(TEACHER_PARAMS, partitioning.replicated(mesh))
+    jax.device_put(params, partitioning.replicated(mesh))
   )
-  batch = Batch(*partitioning.put_global_batch(BATCH, mesh))
+  batch = Batch(*partitioning.put_global_batch(batch, mesh))
   traced = step.trace(state, frozen, batch)
   compiled = traced.lower().compile()  # one program for all steps
   history = []
@@ -127,7 +149,7 @@ def on_one_and_on_eight(name):
 
 
 @pytest.mark.parametrize('name', POLICIES)
-def test_a_policy_is_the_same_on_every_mesh_and_in_microbatches(name):
+def test_a_method_is_the_same_on_every_mesh_and_in_microbatches(name):
   one, eight = tiny.on_simulated_devices(
     8, __name__, on_one_and_on_eight.__name__, name
   )
