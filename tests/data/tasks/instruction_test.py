@@ -249,7 +249,7 @@ def test_the_task_of_a_source_keeps_the_mixtures_t5_vocabulary():
     ),
     ({'sources': 'databricks_dolly'}, 'INSTRUCTION_SOURCES must be a list'),
     ({'sources': []}, 'The mixture is empty: set INSTRUCTION_SOURCES'),
-    ({'files': {'mine': 'no.jsonl'}}, 'INSTRUCTION_FILES: no.jsonl is not there'),
+    ({'files': {'mine': 'no.jsonl'}}, 'FILES: no.jsonl is not there'),
     ({'files': {'databricks_dolly': 'x'}}, 'is also in INSTRUCTION_SOURCES'),
     ({'maximum': 0}, 'INSTRUCTION_MAXIMUM must be a positive whole number'),
   ],
