@@ -304,12 +304,8 @@ def _measure_ours(work: dict) -> dict:
 
   def sample(params, encoded, inputs):
     return rollout_lib.rollout(
-      student,
-      params,
-      inputs,
+      rollout_lib.Writer(student, params, inputs, sampler.ANCESTRAL, encoded),
       jax.random.key(0),
-      sampler.ANCESTRAL,
-      encoded=encoded,
       row_ids_B=jnp.arange(work['batch']),
       max_decode_len=work['targets'],
       ids=ids,

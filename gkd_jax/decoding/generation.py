@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gkd_jax.batch import SpecialIds, mask_unused_ids
 from gkd_jax.decoding import beam_search, sampler
-from gkd_jax.decoding.rollout import rollout
+from gkd_jax.decoding.rollout import Writer, rollout
 from gkd_jax.models.interface import Model, Params
 
 
@@ -62,11 +62,8 @@ def _generate(model, params, tokens, config, rng, max_decode_len, ids):
       model, params, tokens, config, max_decode_len=max_decode_len, ids=ids
     )
   return rollout(
-    model,
-    params,
-    tokens,
+    Writer(model, params, tokens, config),
     rng,
-    config,
     row_ids_B=jnp.arange(tokens.shape[0]),
     max_decode_len=max_decode_len,
     ids=ids,

@@ -31,44 +31,35 @@ class Writer(NamedTuple):
 
 @jax.named_scope('sampling')
 def rollout(
-  model: Model,
-  params: Params,
-  encoder_input_tokens: jax.Array,
+  writer: Writer,
   rng: jax.Array,
-  config: sampler.SamplerConfig,
   *,
   row_ids_B: jax.Array,
   max_decode_len: int,
   ids: SpecialIds,
-  encoded: jax.Array | None = None,
   calculator: Calculator | None = None,
   prefix: sampler.Prefix | None = None,
 ) -> sampler.Rollout:
   """Samples one output of a model for each input.
 
   Args:
-    model: see `Writer`.
-    params: see `Writer`.
-    encoder_input_tokens: see `Writer`.
+    writer: model, parameters, inputs, and how to draw.
     rng: key of this batch.
-    config: see `Writer`.
     row_ids_B: [B] number of each row in the global batch.
     max_decode_len: T.
     ids: the special ids of model and vocabulary.
-    encoded: see `Writer`.
-    calculator: required if `config.calculator` is set.
+    calculator: required if `writer.config.calculator` is set.
     prefix: tokens to continue; None: none.
 
   Returns:
     A `sampler.Rollout` of shapes [B, T].
   """
-  writer = Writer(model, params, encoder_input_tokens, config, encoded)
   decode_step, cache = _start(writer, max_decode_len, ids)
   return sampler.sample(
     decode_step,
     cache,
     rng,
-    config,
+    writer.config,
     row_ids_B=row_ids_B,
     max_decode_len=max_decode_len,
     ids=ids,

@@ -390,17 +390,8 @@ def _draw(
 
   def sampler_of(writer):
     def sample(*, prefix=None, config=None, rng=None):
-      w = writer(config)
-      return rollout_lib.rollout(
-        w.model,
-        w.params,
-        w.encoder_input_tokens,
-        rngs.sample if rng is None else rng,
-        w.config,
-        encoded=w.encoded,
-        prefix=prefix,
-        **shape,
-      )
+      rng = rngs.sample if rng is None else rng
+      return rollout_lib.rollout(writer(config), rng, prefix=prefix, **shape)
 
     return sample
 
@@ -573,13 +564,12 @@ def _evidence(
   method, rollouts = models.method, rows.rollouts
 
   def sample_greedy():
+    inputs = rows.batch.encoder_input_tokens
     drawn = rollout_lib.rollout(
-      models.student,
-      params,
-      rows.batch.encoder_input_tokens,
+      rollout_lib.Writer(
+        models.student, params, inputs, sampler.GREEDY, encoded
+      ),
       shared.rngs.sample,
-      sampler.GREEDY,
-      encoded=encoded,
       row_ids_B=rows.row_ids_B,
       max_decode_len=rollouts.outputs.tokens.shape[1],
       ids=models.ids,

@@ -130,11 +130,8 @@ def _write_program(
 
   def sample(params, key, row_ids_B, inputs):
     return rollout_lib.rollout(
-      model,
-      params,
-      inputs,
+      rollout_lib.Writer(model, params, inputs, decoding),
       key,
-      decoding,
       row_ids_B=row_ids_B,
       max_decode_len=max_decode_len,
       ids=ids,
@@ -238,11 +235,8 @@ def _make_divergences(student, grader, own, ids, seed, mesh):
   def measure_batch(student_params, teacher_params, row_ids_B, batch):
     inputs = batch.encoder_input_tokens
     drawn = rollout_lib.rollout(
-      student,
-      student_params,
-      inputs,
+      rollout_lib.Writer(student, student_params, inputs, sampler.ANCESTRAL),
       jax.random.key(seed),
-      sampler.ANCESTRAL,
       row_ids_B=row_ids_B,
       max_decode_len=batch.decoder_target_tokens.shape[1],
       ids=ids,

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import functools
 import itertools
 
 import jax
@@ -452,16 +451,17 @@ def tokens_on_one_and_on_all_devices():
   """Runs in a separate process, see `tiny.on_simulated_devices`."""
   model, params = tiny.model_and_params(0)
   inputs = tiny.tokens(1, list(itertools.islice(itertools.cycle([7, 4]), 8)), 7)
-  rollout = jax.jit(
-    functools.partial(
-      rollout_lib.rollout,
-      model,
-      rng=jax.random.key(0),
-      config=sampler.ANCESTRAL,
+
+  @jax.jit
+  def rollout(params, inputs, row_ids_B):
+    return rollout_lib.rollout(
+      rollout_lib.Writer(model, params, inputs, sampler.ANCESTRAL),
+      jax.random.key(0),
+      row_ids_B=row_ids_B,
       max_decode_len=6,
       ids=tiny.IDS,
     )
-  )
+
   mesh = partitioning.make_mesh()
   rows = partitioning.batch_sharding(mesh)
   everywhere = jax.NamedSharding(mesh, jax.P())

@@ -481,15 +481,11 @@ def rollout(model, params, inputs, config, with_encoded=False, prefix=None):
   if with_encoded:
     encoded = model.apply({'params': params}, inputs, method='encode')
   return rollout_lib.rollout(
-    model,
-    params,
-    inputs,
+    rollout_lib.Writer(model, params, inputs, config, encoded),
     jax.random.key(0),
-    config,
     row_ids_B=jnp.arange(inputs.shape[0]),
     max_decode_len=6,
     ids=tiny.IDS,
-    encoded=encoded,
     prefix=prefix,
   )
 

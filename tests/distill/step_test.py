@@ -377,14 +377,12 @@ def test_draws_depend_on_the_seed():
 
 def test_each_writer_draws_in_its_own_way():
   def greedy(model, params):
+    inputs = tiny.batch().encoder_input_tokens
     return jax.jit(
       lambda: (
         rollout_lib.rollout(
-          model,
-          params,
-          tiny.batch().encoder_input_tokens,
+          rollout_lib.Writer(model, params, inputs, sampler.GREEDY),
           jax.random.key(0),
-          sampler.GREEDY,
           row_ids_B=jnp.arange(4),
           max_decode_len=6,
           ids=tiny.IDS,

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -128,19 +127,19 @@ def draws(dataset, student_params):
 def test_the_first_draw_is_that_of_the_seed_itself(
   draws, examples, student_params
 ):
-  rollout = jax.jit(
-    functools.partial(
-      rollout_lib.rollout,
-      STUDENT,
-      rng=jax.random.key(SETTINGS['seed']),
-      config=sampler.ANCESTRAL,
+  @jax.jit
+  def rollout(params, inputs):
+    return rollout_lib.rollout(
+      rollout_lib.Writer(STUDENT, params, inputs, sampler.ANCESTRAL),
+      jax.random.key(SETTINGS['seed']),
       row_ids_B=np.arange(len(draws[0])),
       max_decode_len=7,
       ids=IDS,
     )
-  )(student_params, examples.encoder_input_tokens)
 
-  np.testing.assert_array_equal(draws[0], rollout.tokens)
+  drawn = rollout(student_params, examples.encoder_input_tokens)
+
+  np.testing.assert_array_equal(draws[0], drawn.tokens)
 
 
 def test_draws_for_one_input_differ(draws):
