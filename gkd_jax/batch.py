@@ -6,6 +6,7 @@ T decoder length, V vocabulary, D embedding, H heads, K head dim, F mlp.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -104,6 +105,22 @@ def split_rows(
 def merge_rows(microbatches: jax.Array) -> jax.Array:
   """Returns the argument of the `split_rows` that made the microbatches."""
   return microbatches.swapaxes(0, 1).reshape(-1, *microbatches.shape[2:])
+
+
+def align_logits(
+  all_logits: Sequence[jax.Array], ids: SpecialIds
+) -> list[jax.Array]:
+  """Masks the unused ids of several models, at the smallest of their widths.
+
+  Embeddings of one vocabulary may be padded to different sizes (T5's 32100 ids
+  to 32100 or 32128); the ids that are cut off have probability 0.
+
+  Args:
+    all_logits: [..., V] of each model.
+    ids: with `num_ids` at most each V.
+  """
+  width = min(x.shape[-1] for x in all_logits)
+  return [mask_unused_ids(x[..., :width], ids) for x in all_logits]
 
 
 def mask_unused_ids(logits: jax.Array, ids: SpecialIds) -> jax.Array:

@@ -5,6 +5,7 @@ One traced loop decodes both models: each reads the token that was chosen,
 whoever wrote it. A function chooses it from the logits of both.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -98,9 +99,8 @@ def interleave(top_k: int) -> Choose:
   """
 
   def choose(student, teacher, uniform):
-    ours_B, our_log_prob_B = sampler.draw_tokens(*student, lambda: uniform(0))
-    theirs_B, their_log_prob_B = sampler.draw_tokens(
-      *teacher, lambda: uniform(1)
+    (ours_B, our_log_prob_B), (theirs_B, their_log_prob_B) = _draw_both(
+      student, teacher, uniform
     )
     ours_BV = jnp.take_along_axis(teacher.logits_BV, ours_B[:, None], axis=1)
     # Counting needs no sort.
@@ -127,9 +127,8 @@ def mix(teacher_share: float, of_mixture: bool) -> Choose:
   """
 
   def choose(student, teacher, uniform):
-    ours_B, our_log_prob_B = sampler.draw_tokens(*student, lambda: uniform(0))
-    theirs_B, their_log_prob_B = sampler.draw_tokens(
-      *teacher, lambda: uniform(1)
+    (ours_B, our_log_prob_B), (theirs_B, their_log_prob_B) = _draw_both(
+      student, teacher, uniform
     )
     by_student_B = uniform(2) >= teacher_share
     token_B = jnp.where(by_student_B, ours_B, theirs_B)
@@ -143,3 +142,11 @@ def mix(teacher_share: float, of_mixture: bool) -> Choose:
     return sampler.Drawn(token_B, log_prob_B, by_student_B)
 
   return choose
+
+
+def _draw_both(student: Side, teacher: Side, uniform: Uniform):
+  """Returns (tokens [B], log-probabilities [B]) that each model draws."""
+  return [
+    sampler.draw_tokens(*side, functools.partial(uniform, i))
+    for i, side in enumerate((student, teacher))
+  ]

@@ -94,8 +94,7 @@ def name_of(function: Callable[..., Any]) -> str:
   """Returns the name of a divergence in reports, e.g. 'jsd_0.9'.
 
   It is the function's name, followed by the arguments that functools.partial
-  binds. Arguments bound by gin are visible only inside the function: a function
-  with the attribute `names_itself` returns its name when both logits are None.
+  binds; or what `_named` declares, which includes arguments bound by gin.
   """
   if getattr(inspect.unwrap(_unbound(function)), 'names_itself', False):
     return function(teacher_logits=None, student_logits=None)
@@ -105,6 +104,35 @@ def name_of(function: Callable[..., Any]) -> str:
     function = function.func
   name = getattr(function, '__name__', type(function).__name__)
   return '_'.join([name, *map(str, settings)])
+
+
+def _named(name: str) -> Callable[[Callable], Callable]:
+  """Decorates a divergence that is reported with its settings.
+
+  Arguments bound by gin are visible only inside the function. Therefore the
+  decorated function returns its name if `teacher_logits` is None.
+
+  Args:
+    name: with settings in braces, such as 'jsd_{beta}'.
+  """
+
+  def decorate(function):
+    signature = inspect.signature(function)
+    function.names_itself = True  # found by `inspect.unwrap`
+
+    @functools.wraps(function)
+    def named(**keywords):
+      if keywords.get('teacher_logits', ...) is not None:
+        return function(**keywords)
+      bound = signature.bind(**keywords)
+      bound.apply_defaults()
+      return name.format_map(bound.arguments)
+
+    # gin reads the parameters from it.
+    named.__signature__ = signature
+    return named
+
+  return decorate
 
 
 def _unbound(function):
@@ -146,6 +174,7 @@ def reverse_kl(
   return _kl(_log_probs(student_logits), _log_probs(teacher_logits))
 
 
+@_named('jsd_{beta}')
 def generalized_jsd(
   *,
   teacher_logits: jax.Array,
@@ -175,8 +204,6 @@ def generalized_jsd(
 
   Source: Eq. 1 of arXiv:2306.13649; equals TRL's for 0 < beta < 1.
   """
-  if teacher_logits is None:
-    return f'jsd_{beta}'
   if not isinstance(beta, int | float) or not 0.0 < beta < 1.0:
     raise ValueError(
       f'generalized_jsd needs 0 < beta < 1, got beta={beta}. At beta=0 and '
@@ -187,9 +214,6 @@ def generalized_jsd(
   log_p, log_q = _log_probs(teacher_logits), _log_probs(student_logits)
   log_m = _log_mixture(log_p, log_q, beta)
   return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
-
-
-generalized_jsd.names_itself = True
 
 
 def total_variation(
@@ -210,6 +234,7 @@ def total_variation(
   return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
 
 
+@_named('skew_forward_kl_{alpha}')
 def skew_forward_kl(
   *,
   teacher_logits: jax.Array,
@@ -232,16 +257,12 @@ def skew_forward_kl(
   Source: DistiLLM, Ko et al. (2024), arXiv:2402.03898. Its code returns this
   plus the entropy of P; the gradient is the same.
   """
-  if teacher_logits is None:
-    return f'skew_forward_kl_{alpha}'
   _check_skew('skew_forward_kl', alpha)
   log_p, log_q = _log_probs(teacher_logits), _log_probs(student_logits)
   return _kl(log_p, _log_mixture(log_p, log_q, alpha))
 
 
-skew_forward_kl.names_itself = True
-
-
+@_named('skew_reverse_kl_{alpha}')
 def skew_reverse_kl(
   *,
   teacher_logits: jax.Array,
@@ -265,16 +286,12 @@ def skew_reverse_kl(
   mixture has a gradient, as in the paper and its code; DistiLLM-2's code
   detaches it, which its paper does not mention.
   """
-  if teacher_logits is None:
-    return f'skew_reverse_kl_{alpha}'
   _check_skew('skew_reverse_kl', alpha)
   log_p, log_q = _log_probs(teacher_logits), _log_probs(student_logits)
   return _kl(log_q, _log_mixture(log_q, log_p, alpha))
 
 
-skew_reverse_kl.names_itself = True
-
-
+@_named('adaptive_kl_{mu}')
 def adaptive_kl(
   *,
   teacher_logits: jax.Array,
@@ -303,8 +320,6 @@ def adaptive_kl(
 
   Source: Wu et al. (2024), arXiv:2404.02657.
   """
-  if teacher_logits is None:
-    return f'adaptive_kl_{mu}'
   if head not in ('official', 'smallest'):
     raise ValueError(
       f"adaptive_kl.head must be 'official' or 'smallest', got {head!r}."
@@ -322,9 +337,6 @@ def adaptive_kl(
   head_gap, all_gap = jnp.sum(gap, -1, where=is_head), jnp.sum(gap, -1)
   w = jnp.where(all_gap > 0.0, head_gap / jnp.maximum(all_gap, 1e-30), 0.5)
   return w * _kl(log_p, log_q) + (1.0 - w) * _kl(log_q, log_p)
-
-
-adaptive_kl.names_itself = True
 
 
 def todi(*, teacher_logits: jax.Array, student_logits: jax.Array) -> jax.Array:
@@ -349,6 +361,7 @@ def todi(*, teacher_logits: jax.Array, student_logits: jax.Array) -> jax.Array:
   return jnp.sum(per_id * ratio, axis=-1)
 
 
+@_named('alpha_beta_{alpha}_{beta}')
 def alpha_beta(
   *,
   teacher_logits: jax.Array,
@@ -377,8 +390,6 @@ def alpha_beta(
   code of ABKD divides by alpha instead of alpha^2 at beta = 0, and likewise at
   alpha = 0.
   """
-  if teacher_logits is None:
-    return f'alpha_beta_{alpha}_{beta}'
   log_p, log_q = _log_probs(teacher_logits), _log_probs(student_logits)
   is_masked = jnp.maximum(log_p, log_q) < 0.5 * MASKED_LOGIT
   # Negative exponents: masked ids would be infinite.
@@ -405,9 +416,7 @@ def alpha_beta(
   return jnp.sum(jnp.where(is_masked, 0.0, per_id), axis=-1)
 
 
-alpha_beta.names_itself = True
-
-
+@_named('logit_difference_{k}_{temperature}')
 def logit_difference(
   *,
   teacher_logits: jax.Array,
@@ -437,8 +446,6 @@ def logit_difference(
 
   Source: Li et al. (2024), arXiv:2406.13555.
   """
-  if teacher_logits is None:
-    return f'logit_difference_{k}_{temperature}'
   width = teacher_logits.shape[-1]
   if not 2 <= k <= width:
     raise ValueError(
@@ -462,9 +469,7 @@ def logit_difference(
   return total
 
 
-logit_difference.names_itself = True
-
-
+@_named('entropy_gated_{threshold}_{top_k}')
 def entropy_gated(
   *,
   teacher_logits: jax.Array,
@@ -490,8 +495,6 @@ def entropy_gated(
 
   Source: arXiv:2603.07079, as a replication describes it.
   """
-  if teacher_logits is None:
-    return f'entropy_gated_{threshold}_{top_k}'
   if top_k < 1:
     raise ValueError(f'entropy_gated.top_k must be 1 or more, got {top_k}.')
   log_p, log_q = _log_probs(teacher_logits), _log_probs(student_logits)
@@ -502,12 +505,10 @@ def entropy_gated(
   return _kl(log_q, log_p) + jnp.where(entropy > threshold, forward, 0.0)
 
 
-entropy_gated.names_itself = True
-
-
 CLIPS = ('entry', 'token', 'entry_nonnegative')
 
 
+@_named('clipped_forward_kl_{clip}_{threshold}')
 def clipped_forward_kl(
   *,
   teacher_logits: jax.Array,
@@ -537,8 +538,6 @@ def clipped_forward_kl(
 
   Source: OPSD, arXiv:2601.18734 ('entry').
   """
-  if teacher_logits is None:
-    return f'clipped_forward_kl_{clip}_{threshold}'
   if clip not in CLIPS:
     raise ValueError(
       f'clipped_forward_kl.clip must be one of {CLIPS}, got {clip!r}.'
@@ -552,9 +551,6 @@ def clipped_forward_kl(
   if clip == 'entry_nonnegative':
     entries += jnp.exp(log_q) - p
   return jnp.sum(jnp.minimum(entries, threshold), axis=-1)
-
-
-clipped_forward_kl.names_itself = True
 
 
 def by_author(

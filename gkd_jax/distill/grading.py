@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.batch import Batch, SpecialIds, mask_unused_ids
+from gkd_jax.batch import Batch, SpecialIds, align_logits
 from gkd_jax.distill.chunked_sums import Unembed
 from gkd_jax.distill.teachers import READS, Combine, Several, Teacher, Weighted
 
@@ -265,8 +265,7 @@ class Grader:
         self.readings, heads, hidden.hidden, strict=True
       )
     ]
-    width = min(x.shape[-1] for x in all_logits)
-    return [mask_unused_ids(x[..., :width], ids) for x in all_logits]
+    return align_logits(all_logits, ids)
 
   def _unembed_routed(self, heads, hidden):
     """Returns the logits of each row's own teacher, without running others."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.batch import SpecialIds, mask_unused_ids
+from gkd_jax.batch import SpecialIds, align_logits, mask_unused_ids
 from gkd_jax.distill.chunked_sums import Extras, Terms
 from gkd_jax.distill.divergences import Divergence
 from gkd_jax.distill.teachers import Weighted
@@ -135,26 +135,16 @@ def comparable_logits(
   teacher_logits: jax.Array | Weighted,
   ids: SpecialIds,
 ) -> tuple[jax.Array, jax.Array]:
-  """Masks unused ids of both models and truncates both to the smaller width.
-
-  Embeddings of one vocabulary may be padded to different sizes (T5's 32100 ids
-  to 32100 or 32128); the ids that are cut off have probability 0.
+  """Returns student and teacher logits, [..., min(V, V')]; see `align_logits`.
 
   Args:
     student_logits: [..., V].
     teacher_logits: [..., V']; weights of tokens are dropped.
     ids: with `num_ids` at most V and V'.
-
-  Returns:
-    Student and teacher logits, [..., min(V, V')].
   """
   if isinstance(teacher_logits, Weighted):
     teacher_logits = teacher_logits.logits
-  width = min(student_logits.shape[-1], teacher_logits.shape[-1])
-  return (
-    mask_unused_ids(student_logits[..., :width], ids),
-    mask_unused_ids(teacher_logits[..., :width], ids),
-  )
+  return tuple(align_logits((student_logits, teacher_logits), ids))
 
 
 def negative_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -325,13 +325,7 @@ def extrapolated(
     away_from: name of checkpoint b.
     strength: 1 is a, 0 is b; above 1 extrapolates.
   """
-  names = sorted((towards, away_from))
-
-  def combine(logits):
-    of = dict(zip(names, logits, strict=True))
-    return extrapolate(of[towards], of[away_from], strength)
-
-  return _of_checkpoints(names, combine)
+  return _of_two(towards, away_from, lambda a, b: extrapolate(a, b, strength))
 
 
 def adaptively_extrapolated(
@@ -361,17 +355,14 @@ def adaptively_extrapolated(
       raise ValueError(
         f'teachers.adaptively_extrapolated.{name} must be above 0, got {value}.'
       )
-  names = sorted((towards, away_from))
 
-  def combine(logits):
-    of = dict(zip(names, logits, strict=True))
-    a, b = of[towards], of[away_from]
+  def combine(a, b):
     distance = jnp.abs(jax.nn.softmax(a) - jax.nn.softmax(b)).sum(axis=-1)
     w = scale * distance + 1e-3
     # z_a + w (z_a - z_b), so that masked logits stay masked.
     return Weighted(a + w[..., None] * (a - b), weight / w)
 
-  return _of_checkpoints(names, combine)
+  return _of_two(towards, away_from, combine)
 
 
 def guided(strength: float, weights: Teacher | None = None) -> Several:
@@ -429,6 +420,21 @@ def _of_checkpoints(names: Sequence[str], combine: Combine | None) -> Several:
     {name: Member(name) for name in names},
     combine,
   )
+
+
+def _of_two(
+  towards: str,
+  away_from: str,
+  combine: Callable[[jax.Array, jax.Array], jax.Array | Weighted],
+) -> Several:
+  """Returns two checkpoints, combined by a function of their logits a and b."""
+  names = sorted((towards, away_from))
+
+  def combine_sorted(logits):
+    of = dict(zip(names, logits, strict=True))
+    return combine(of[towards], of[away_from])
+
+  return _of_checkpoints(names, combine_sorted)
 
 
 def _names(checkpoints: Mapping[str, Any], function: str) -> list[str]:
