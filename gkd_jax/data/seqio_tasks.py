@@ -62,7 +62,7 @@ def find(
       make_task does not accept the arguments.
   """
   imported = _import_module(name, module)
-  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  registered = _registered()
   if arguments is not None or (
     name not in registered and hasattr(imported, 'make_task')
   ):
@@ -126,7 +126,7 @@ def _make_task(
     ) from e
   if arguments:
     name += f'__{_digest(json.dumps(arguments, sort_keys=True, default=str))}'
-  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+  if name in _registered():
     return seqio.get_mixture_or_task(name)
   return _register(make_task(name, **arguments))
 
@@ -138,36 +138,50 @@ def with_vocabulary(
 
   A mixture keeps its rates and its sampling function.
   """
-  name = f'{task.name}__vocabulary_{_digest(vocabularies.describe(vocabulary))}'
-  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+
+  def change(part):
+    features = {
+      feature: dataclasses.replace(value, vocabulary=vocabulary)
+      for feature, value in part.output_features.items()
+    }
+    return {'output_features': features}
+
+  suffix = f'vocabulary_{_digest(vocabularies.describe(vocabulary))}'
+  return _derived(task, suffix, change)
+
+
+def _derived(
+  task: seqio.Task | seqio.Mixture,
+  suffix: str,
+  change: Callable[[seqio.Task], dict[str, Any]],
+) -> seqio.Task | seqio.Mixture:
+  """Returns a changed task, registered once under a new name.
+
+  Args:
+    task: of a mixture each part is changed; its rates stay.
+    suffix: of the name; it identifies the change.
+    change: task -> arguments of `seqio.Task.replace`.
+  """
+  name = f'{task.name}__{suffix}'
+  if name in _registered():
     return seqio.get_mixture_or_task(name)
-  if isinstance(task, seqio.Mixture):
-    return _register(
-      _changed_mixture(
-        task, name, lambda part: with_vocabulary(part, vocabulary)
-      )
-    )
-  features = {
-    feature: dataclasses.replace(value, vocabulary=vocabulary)
-    for feature, value in task.output_features.items()
-  }
-  return _register(task.replace(name=name, output_features=features))
-
-
-def _changed_mixture(
-  mixture: seqio.Mixture, name: str, change: Callable[[seqio.Task], seqio.Task]
-) -> seqio.Mixture:
-  """Returns a mixture of changed parts with the same rates."""
-  parts = {part.name: part for part in mixture.tasks}
+  if not isinstance(task, seqio.Mixture):
+    return _register(task.replace(name=name, **change(task)))
+  parts = {part.name: part for part in task.tasks}
   changed = []
-  for part_name, rate in mixture.rate_per_task_name.items():
+  for part_name, rate in task.rate_per_task_name.items():
     part = parts.get(part_name) or seqio.MixtureRegistry.get(part_name)
     # A rate may be a function of the task: call it with the original task.
     if callable(rate):
       rate = functools.partial(_rate_of, rate, part)
-    changed.append((change(part), rate))
+    changed.append((_derived(part, suffix, change), rate))
   # seqio has no public accessor for the sampling function.
-  return seqio.Mixture(name, changed, sample_fn=mixture._sample_fn)
+  return _register(seqio.Mixture(name, changed, sample_fn=task._sample_fn))
+
+
+def _registered() -> set[str]:
+  """Returns the names of all tasks and mixtures."""
+  return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
 def _rate_of(rate: Callable, original: seqio.Task, changed: seqio.Task):
@@ -260,53 +274,48 @@ def with_teacher_inputs(
     ValueError: the task does not tokenize in this way; or, when its data is
       read, the template has a name that the examples do not have.
   """
-  name = f'{task.name}__teacher_inputs_{_digest(template)}'
-  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
-    return seqio.get_mixture_or_task(name)
-  if isinstance(task, seqio.Mixture):
-    return _register(
-      _changed_mixture(
-        task, name, lambda part: with_teacher_inputs(part, template)
+
+  def change(part):
+    before, after = split_at_tokenization(part)
+    fill_in = functools.partial(_fill_in, part.name, template)
+    features = part.output_features
+    return {
+      'preprocessors': [*before, fill_in, *after],
+      'output_features': {**features, TEACHER_INPUTS: features['inputs']},
+    }
+
+  return _derived(task, f'teacher_inputs_{_digest(template)}', change)
+
+
+def _fill_in(task_name: str, template: str, ds: tf.data.Dataset):
+  """Adds the teacher's inputs, as text, to each example."""
+  parts = []  # pairs: is it a name? and the name, or a text of the template
+  for text, field, *_ in string.Formatter().parse(template):
+    parts.append((False, text))
+    if field is not None:
+      _check_has_text(
+        ds, field, f'datasets.TeacherInputs.template has {{{field}}}', task_name
       )
+      parts.append((True, field))
+
+  def add(features):
+    texts = [features[part] if is_name else part for is_name, part in parts]
+    return {**features, TEACHER_INPUTS: tf.strings.join(texts)}
+
+  return ds.map(add)
+
+
+def _check_has_text(
+  ds: tf.data.Dataset, name: str, reason: str, task_name: str
+) -> None:
+  """Raises ValueError unless the examples have a text of this name."""
+  spec = ds.element_spec.get(name)
+  if spec is None or spec.dtype != tf.string:
+    texts = (k for k, v in ds.element_spec.items() if v.dtype == tf.string)
+    raise ValueError(
+      f'{reason}, but the examples of task {task_name!r} have the texts '
+      f'{", ".join(sorted(texts))}.'
     )
-  before, after = split_at_tokenization(task)
-
-  def fill_in(ds):
-    parts = []
-    for text, field, *_ in string.Formatter().parse(template):
-      parts.append(text)
-      if field is not None:
-        spec = ds.element_spec.get(field)
-        if spec is None or spec.dtype != tf.string:
-          texts = (
-            k for k, v in ds.element_spec.items() if v.dtype == tf.string
-          )
-          raise ValueError(
-            f'datasets.TeacherInputs.template has {{{field}}}, but the '
-            f'examples of task {task.name!r} have the texts '
-            f'{", ".join(sorted(texts))}.'
-          )
-        parts.append(field)
-    literal = [i % 2 == 0 for i in range(len(parts))]
-
-    def add(features):
-      texts = [
-        part if is_literal else features[part]
-        for part, is_literal in zip(parts, literal, strict=True)
-      ]
-      return {**features, TEACHER_INPUTS: tf.strings.join(texts)}
-
-    return ds.map(add)
-
-  features = {**task.output_features}
-  features[TEACHER_INPUTS] = features['inputs']
-  return _register(
-    task.replace(
-      name=name,
-      preprocessors=[*before, fill_in, *after],
-      output_features=features,
-    )
-  )
 
 
 def with_teacher_ids(
@@ -320,17 +329,9 @@ def with_teacher_ids(
   Raises:
     ValueError: when its data is read: the examples have no text `teacher`.
   """
-  name = f'{task.name}__teachers_{_digest(json.dumps(names))}'
-  if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
-    return seqio.get_mixture_or_task(name)
-  if isinstance(task, seqio.Mixture):
-    return _register(
-      _changed_mixture(task, name, lambda part: with_teacher_ids(part, names))
-    )
-  before, after = _split_for_teachers(task)
 
-  def number(ds):
-    _check_names_a_teacher(task.name, ds)
+  def number(task_name, ds):
+    _check_names_a_teacher(task_name, ds)
 
     def add(features):
       is_name = tf.equal(tf.constant(names), features[_TEACHER])
@@ -340,17 +341,22 @@ def with_teacher_ids(
 
     return ds.map(add)
 
-  features = {**task.output_features}
-  features[TEACHER_IDS] = seqio.Feature(
+  feature = seqio.Feature(
     seqio.PassThroughVocabulary(size=len(names)), add_eos=False
   )
-  return _register(
-    task.replace(
-      name=name,
-      preprocessors=[*before, number, *after],
-      output_features=features,
-    )
-  )
+
+  def change(part):
+    before, after = _split_for_teachers(part)
+    return {
+      'preprocessors': [
+        *before,
+        functools.partial(number, part.name),
+        *after,
+      ],
+      'output_features': {**part.output_features, TEACHER_IDS: feature},
+    }
+
+  return _derived(task, f'teachers_{_digest(json.dumps(names))}', change)
 
 
 def teachers_of(
@@ -366,17 +372,24 @@ def teachers_of(
   found = set()
   for part in seqio.get_subtasks(task):
     before, _ = _split_for_teachers(part)
-    ds = part.source.get_dataset(split, shuffle=False)
-    if num_examples is not None:
-      ds = ds.take(num_examples)
-    # seqio has no public function for this.
-    ds = part._preprocess_dataset(ds, before)
+    ds = _preprocessed(part, split, num_examples, before)
     _check_names_a_teacher(part.name, ds)
     names = ds.map(lambda features: features[_TEACHER]).unique()
     found |= {
       name.decode(errors='replace') for name in names.as_numpy_iterator()
     }
   return found
+
+
+def _preprocessed(
+  task: seqio.Task, split: str, num_examples: int | None, steps: Sequence
+) -> tf.data.Dataset:
+  """Returns the first examples of a split, after some preprocessors."""
+  ds = task.source.get_dataset(split, shuffle=False)
+  if num_examples is not None:
+    ds = ds.take(num_examples)
+  # seqio has no public function for this.
+  return task._preprocess_dataset(ds, steps)
 
 
 def _split_for_teachers(task: seqio.Task) -> tuple[list, list]:
@@ -418,9 +431,7 @@ def exemplars(
       'datasets.TeacherInputs.template.'
     )
   before, _ = split_at_tokenization(task)
-  ds = task.source.get_dataset('train', shuffle=False).take(1000)
-  # seqio has no public function for this.
-  rows = [*task._preprocess_dataset(ds, before).as_numpy_iterator()]
+  rows = [*_preprocessed(task, 'train', 1000, before).as_numpy_iterator()]
   if len(rows) < number:
     raise ValueError(
       f'datasets.TeacherInputs.num_exemplars is {number}, but the train split '
