@@ -54,7 +54,7 @@ def train(experiment: Experiment, run: run_folder.Run) -> None:
   shards = build.data_shards(experiment.data, mesh)
   build.check_data(experiment, task, shards['num_shards'])
   run_folder.check_same_config(run.folder, run.config_text())
-  has_checkpoint = bool(checkpoint.steps(run.folder))
+  has_checkpoint = bool(run_folder.checkpoint_steps(run.folder))
   if not has_checkpoint and not run.overwrite:
     run_folder.check_results(
       run.folder, functools.partial(_is_past_first_checkpoint, experiment)

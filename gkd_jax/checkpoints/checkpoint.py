@@ -29,8 +29,8 @@ from gkd_jax.models.interface import ModelConfig
 from gkd_jax.models.params import named_params
 from gkd_jax.parallel import hosts
 from gkd_jax.runtime import console, files, paths
+from gkd_jax.runtime.run_folder import CHECKPOINT, checkpoint_steps
 
-_PREFIX = 'checkpoint'
 _METRICS = 'metrics/metrics'
 # Of a checkpoint: what another run reads.
 MODEL_FILES = ('description', 'params')
@@ -211,7 +211,7 @@ class Checkpoints:
     self._manager = _Manager(
       paths.for_libraries(self._folder),
       options=ocp.CheckpointManagerOptions(
-        step_prefix=_PREFIX,
+        step_prefix=CHECKPOINT,
         # Orbax saves metrics only with best_fn; a resumed run needs them to
         # find the best checkpoint. The policy decides what is kept.
         best_fn=value,
@@ -268,7 +268,7 @@ class Checkpoints:
   def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
     """Adds metrics to a checkpoint saved without; it may become the best."""
     files.write_atomically(
-      self._folder / f'{_PREFIX}_{step}' / _METRICS, json.dumps(metrics)
+      self._folder / f'{CHECKPOINT}_{step}' / _METRICS, json.dumps(metrics)
     )
     hosts.barrier('metrics added')
     self._manager.reload()
@@ -295,7 +295,7 @@ class Checkpoints:
     """
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
-      folder = self._folder / f'{_PREFIX}_{step}'
+      folder = self._folder / f'{CHECKPOINT}_{step}'
       error = _error_of(lambda folder=folder: _check_whole(folder))
       if hosts.any_host(error is not None):
         damaged.append((folder, error or _ELSEWHERE))
@@ -399,8 +399,8 @@ def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
       json.loads((folder / name).read_text(encoding='utf-8'))
 
   damaged = []
-  for step in sorted(steps(run_dir)):
-    folder = run_dir / f'{_PREFIX}_{step}'
+  for step in sorted(checkpoint_steps(run_dir)):
+    folder = run_dir / f'{CHECKPOINT}_{step}'
     error = _error_of(lambda folder=folder: read(folder))
     if hosts.any_host(error is not None):
       damaged.append((folder, error or _ELSEWHERE))
@@ -416,7 +416,7 @@ def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:
   if not damaged:
     return
   reasons = {folder: first_line(error) for folder, error in damaged}
-  num_there = len(steps(run_dir))
+  num_there = len(checkpoint_steps(run_dir))
   hosts.barrier('checkpoints counted')  # before one of them has another name
   if len(reasons) == num_there:
     raise ValueError(
@@ -474,8 +474,8 @@ def find(
     what = paths.missing(folder)
     if folder.exists():
       what = 'is a file, not a folder'
-  elif there := steps(folder):
-    newest = folder / f'{_PREFIX}_{max(there)}'
+  elif there := checkpoint_steps(folder):
+    newest = folder / f'{CHECKPOINT}_{max(there)}'
     if is_one(newest):
       return newest
     what = f'has a {newest.name} that is no checkpoint'
@@ -483,7 +483,7 @@ def find(
     what = 'holds no checkpoint'
   raise ValueError(
     f'{setting}: {path} {what}. Give a run folder (a MODEL_DIR that has been '
-    f'trained), one {_PREFIX}_<step> folder in it, a Hugging Face folder '
+    f'trained), one {CHECKPOINT}_<step> folder in it, a Hugging Face folder '
     '(config.json, model.safetensors) or a T5X checkpoint.'
   )
 
@@ -516,16 +516,6 @@ def load_params(
   )
   with ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(_of_library(folder, 'params'), wanted)
-
-
-def steps(run_dir: os.PathLike) -> list[int]:
-  """Returns the steps of the whole checkpoints of a run, unsorted."""
-  run_dir = epath.Path(run_dir)
-  return [
-    int(folder.name.removeprefix(f'{_PREFIX}_'))
-    for folder in (run_dir.iterdir() if run_dir.is_dir() else ())
-    if re.fullmatch(rf'{_PREFIX}_\d+', folder.name, re.ASCII)
-  ]
 
 
 def _of_library(folder: epath.Path, item: str) -> epath.Path:

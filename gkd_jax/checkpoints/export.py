@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports a model in the format of another system."""
 
-import re
-
 from etils import epath
 
 from gkd_jax.checkpoints import pretrained
@@ -10,7 +8,7 @@ from gkd_jax.checkpoints.formats import huggingface, t5x
 from gkd_jax.models.params import abstract_params, named_params
 from gkd_jax.models.registry import make_model
 from gkd_jax.parallel import partitioning
-from gkd_jax.runtime import console, files, paths
+from gkd_jax.runtime import console, files, paths, run_folder
 
 _FORMATS = {'huggingface': huggingface, 't5x': t5x}
 
@@ -91,12 +89,11 @@ def export(
         'and beam outputs do not.'
       )
   else:
-    step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
     t5x.save(
       partial,
       source.config,
       params,
-      step=int(step[1]) if step else 0,
+      step=run_folder.step_of(source.folder) or 0,
       dtype=dtype,
     )
   _move(partial, folder)

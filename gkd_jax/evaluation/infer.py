@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: writes a model's outputs for a split to a JSON lines file."""
 
-import re
 import time
 from typing import Any
 
@@ -20,7 +19,7 @@ from gkd_jax.data import (
 from gkd_jax.decoding import sampler
 from gkd_jax.evaluation import programs
 from gkd_jax.parallel import hosts, partitioning
-from gkd_jax.runtime import console, files, paths, pins
+from gkd_jax.runtime import console, files, paths, pins, run_folder
 
 _STATUS_SECONDS = 10.0
 
@@ -77,10 +76,9 @@ def infer(
     mesh=mesh,
     vocabulary=task.vocabulary,
   )
-  step = re.fullmatch(r'checkpoint_(\d+)', source.folder.name)
   provenance = {
     'checkpoint': str(source.folder),
-    'step': step and int(step[1]),
+    'step': run_folder.step_of(source.folder),
     'task': dataset.mixture_or_task_name,
     'task_arguments': dataset.task_arguments,
     'split': dataset.split,

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gkd_jax.runtime import files, paths
+from gkd_jax.runtime import files, paths, run_folder
 from gkd_jax.runtime import metrics as metrics_lib
 
 # Settings that affect neither training nor the final evaluation, and the seed.
@@ -175,8 +175,8 @@ def _run_of_evaluation(
       raise _NotUsed('its eval_<split>.json has no task')
     run = runs.get(of, Run(of, {}, {}, {}))
     own = {r['step'] for r in run.results.values() if 'step' in r}
-    step = re.fullmatch(r'checkpoint_(\d+)', checkpoint.name)
-    if own and step and int(step[1]) not in own:
+    step = run_folder.step_of(checkpoint)
+    if own and step is not None and step not in own:
       raise _NotUsed(f'is of {checkpoint.name}, not of the end of the run')
     return run
   raise AssertionError(folder)
@@ -416,7 +416,7 @@ def _resolve_several(
 
 def _without_step(path: pathlib.Path) -> pathlib.Path:
   """Returns the run's folder for one of its checkpoints."""
-  return path.parent if re.fullmatch(r'checkpoint_\d+', path.name) else path
+  return path if run_folder.step_of(path) is None else path.parent
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,17 +12,15 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from gkd_jax.runtime import files
+from gkd_jax.runtime import files, run_folder
 
 _FILE = 'pins.json'
 _SAMPLED = 'sampled'
-_STEP = re.compile(r'checkpoint_(\d+)')
 # Of a file that is sampled: whole up to this size, else blocks of it.
 _WHOLE_BYTES = 2**20
 _BLOCK_BYTES = 2**12
@@ -76,7 +74,8 @@ def of_checkpoint(path: str, folder: epath.Path, names: Iterable[str]) -> Pin:
   found = _walk(
     str(folder / name) for name in names if (folder / name).exists()
   )
-  is_step = _STEP.fullmatch(folder.name) and _at(path).name != folder.name
+  is_step = run_folder.step_of(folder) is not None
+  is_step &= _at(path).name != folder.name
   return Pin(
     {
       name.removeprefix(f'{folder}/'): _fingerprint(name, True)
@@ -200,10 +199,8 @@ def check_same(folder: pathlib.Path, was: Pins | None, now: Pins) -> None:
 
 def newest_step(path: str) -> str | None:
   """Returns the newest 'checkpoint_<step>' of a folder, None if none exists."""
-  folder = _at(path)
-  names = [f.name for f in folder.iterdir()] if folder.is_dir() else []
-  steps = [int(m[1]) for name in names if (m := _STEP.fullmatch(name))]
-  return f'checkpoint_{max(steps)}' if steps else None
+  steps = run_folder.checkpoint_steps(_at(path))
+  return f'{run_folder.CHECKPOINT}_{max(steps)}' if steps else None
 
 
 def pinned_path(
@@ -256,8 +253,7 @@ def read_all(folder: pathlib.Path) -> Iterator[Pins]:
   if (pins := read(folder)) is not None:
     yield pins
   for path in sorted(folder.glob('predictions_*.json')):
-    values = json.loads(path.read_text(encoding='utf-8'))
-    yield from_json(values.get('pins', {}))
+    yield from_json(files.read_json(path).get('pins', {}))
 
 
 def read(folder: pathlib.Path) -> dict[str, Pin] | None:

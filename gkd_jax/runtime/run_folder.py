@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+from etils import epath
 
 from gkd_jax.parallel import hosts
 from gkd_jax.runtime import console, metrics, paths
@@ -30,6 +31,7 @@ _FREE_SETTINGS = re.compile(
   r'|experiment\.Data\.num_shards) = .*(?:\n .*)*',
   re.MULTILINE,
 )
+CHECKPOINT = 'checkpoint'  # what the folders of checkpoints are named after
 # Files that a run without a checkpoint would replace: its measurements.
 _METRICS = 'metrics.jsonl'
 _RESULTS = re.compile(r'(eval|samples)_.+\.json')
@@ -59,6 +61,20 @@ class Run:
   def folder(self) -> pathlib.Path:
     """The run's folder, absolute."""
     return paths.resolve(self.model_dir, 'MODEL_DIR')
+
+
+def step_of(folder: str | os.PathLike) -> int | None:
+  """Returns <step> of a folder checkpoint_<step>; None for another name."""
+  name = os.path.basename(os.fspath(folder))
+  match = re.fullmatch(rf'{CHECKPOINT}_(\d+)', name, re.ASCII)
+  return int(match[1]) if match else None
+
+
+def checkpoint_steps(folder: str | os.PathLike) -> list[int]:
+  """Returns the steps of the complete checkpoints in a folder, unsorted."""
+  folder = epath.Path(folder)
+  steps = map(step_of, folder.iterdir() if folder.is_dir() else ())
+  return [step for step in steps if step is not None]
 
 
 def has_run(folder: pathlib.Path) -> bool:
