@@ -123,9 +123,8 @@ def check_data(experiment: Experiment, task: Task, num_shards: int) -> None:
   Raises:
     ValueError: the vocabulary is larger than the student's embedding, a split
       is empty or has fewer examples than shards, an example names an unknown
-      teacher, or the student would be
-      evaluated on the split for which its training outputs
-      (TRAIN_ON_PREDICTIONS) were written.
+      teacher, or the student would be evaluated on the split for which its
+      training outputs (TRAIN_ON_PREDICTIONS) were written.
   """
   train, evaluated = experiment.data.train, experiment.evaluation.all_datasets
   embeds = experiment.student.config.vocab_size

@@ -594,14 +594,7 @@ def settings_of_the_teacher_have_a_checkpoint(experiment: Experiment) -> None:
 
 def reward_model_is_set_where_needed(experiment: Experiment) -> None:
   """A reward model is set if and only if the reward needs one."""
-  model = experiment.reward_model
-  for name in ('config', 'dtype'):
-    if getattr(model, name) is not None and model.checkpoint_path is None:
-      raise ValueError(
-        f'experiment.RewardModel.{name} is set, but REWARD_CHECKPOINT_PATH is '
-        'not.'
-      )
-  rewards.check_model(experiment.method.reward, model.checkpoint_path)
+  check_reward_model(experiment.method.reward, experiment.reward_model)
 
 
 CHECKPOINT_RULES: tuple[Callable[[Experiment], None], ...] = (
@@ -695,6 +688,19 @@ def check_paths(teacher: Teacher) -> None:
         f'{setting_of("TEACHER_CHECKPOINT_PATH", name)} is None: set it to a '
         'run, Hugging Face or T5X folder.'
       )
+
+
+def check_reward_model(
+  reward: rewards.Reward | None, model: RewardModel
+) -> None:
+  """Raises ValueError unless a model is set exactly if the reward needs one."""
+  for name in ('config', 'dtype'):
+    if getattr(model, name) is not None and model.checkpoint_path is None:
+      raise ValueError(
+        f'experiment.RewardModel.{name} is set, but REWARD_CHECKPOINT_PATH is '
+        'not.'
+      )
+  rewards.check_model(reward, model.checkpoint_path)
 
 
 def check_teachers(

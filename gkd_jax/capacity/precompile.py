@@ -269,7 +269,7 @@ def _costs(
       + 2 * _bytes_on_a_device(planned.plan.state.opt_state),
     )
 
-  alone, *of_teachers = (
+  without_teacher, *of_teachers = (
     with_teacher(None),
     *(
       with_teacher(
@@ -280,10 +280,10 @@ def _costs(
       for model in _graders(experiment.method, planned)
     ),
   )
-  phases = of_teachers[0] if of_teachers else alone
+  phases = of_teachers[0] if of_teachers else without_teacher
   for more in of_teachers[1:]:
     phases = {
-      name: cost + more[name] + alone.get(name, _NO_COST).times(-1)
+      name: cost + more[name] + without_teacher.get(name, _NO_COST).times(-1)
       for name, cost in phases.items()
     }
   return {

@@ -78,20 +78,17 @@ def _parse(
   where = f'line {number} of {path}'
   try:
     values = files.parse_json(_decode(line, number), _unique)
+    problem = None if isinstance(values, dict) else 'a JSON object {...}.'
+    cause = None
   except ValueError as e:
-    what = _other_format(line) if number == 1 else None
+    problem, cause = f'JSON: {e}', e
+  if problem:
+    other = _other_format(line) if number == 1 else None
     raise ValueError(
-      f'{setting}: {path} is {what}'
-      if what
-      else f'{setting}: {where} is not JSON: {e}'
-    ) from e
-  if not isinstance(values, dict):
-    what = _other_format(line) if number == 1 else None
-    raise ValueError(
-      f'{setting}: {path} is {what}'
-      if what
-      else f'{setting}: {where} is not a JSON object {{...}}.'
-    )
+      f'{setting}: {path} is {other}'
+      if other
+      else f'{setting}: {where} is not {problem}'
+    ) from cause
   for name, kind in fields.items():
     if name not in values:
       raise ValueError(

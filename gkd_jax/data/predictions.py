@@ -81,7 +81,7 @@ class Writer:
       path.unlink(missing_ok=True)
       self._partial.unlink(missing_ok=True)
     elif not self._partial.exists():
-      # An interrupted writer may have left this file alone.
+      # An interrupted writer may have left only the side file.
       self._check_is_side_file()
     if self._partial.exists():
       self._check_same_provenance()

@@ -303,7 +303,7 @@ def reward_share(alpha: float) -> float:
   """Returns 1 - alpha, the weight of the reward in the paper's Eq. 5.
 
   Args:
-    alpha: weight of the divergence: 1 is distillation alone, 0 reward alone.
+    alpha: weight of the divergence: 1 is only distillation, 0 only the reward.
 
   Raises:
     ValueError: alpha is outside [0, 1].

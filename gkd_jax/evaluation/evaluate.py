@@ -30,6 +30,7 @@ from gkd_jax.experiment import (
   Teacher,
   check_decodings,
   check_paths,
+  check_reward_model,
   check_teachers,
   setting_of,
 )
@@ -457,11 +458,7 @@ def evaluate_checkpoint(
     decodings = at_temperatures(decodings, temperatures)
   _num_outputs(decodings, num_samples)  # raises before anything is loaded
   diversity.check_tokenizer(self_bleu_tokenize)
-  rewards.check_model(reward, reward_model.checkpoint_path)
-  if reward_model.dtype is not None and reward_model.checkpoint_path is None:
-    raise ValueError(
-      'experiment.RewardModel.dtype is set, but no REWARD_CHECKPOINT_PATH.'
-    )
+  check_reward_model(reward, reward_model)
   of_teacher = Teacher(checkpoint_path=teacher_checkpoint_path)
   check_paths(of_teacher)
   grades = teachers.without_student(teachers.checkpoint(), of_teacher.names)

@@ -186,7 +186,7 @@ def _config(
   epsilon = files.field(values, 'layer_norm_epsilon', float, path, 1e-6)
   if epsilon != 1e-6:
     raise ValueError(
-      f'{path}: layer_norm_epsilon is {epsilon}; gkd_jax supports 1e-06 alone, '
+      f'{path}: layer_norm_epsilon is {epsilon}; gkd_jax supports only 1e-06, '
       'the value of every published T5.'
     )
   # transformers 4 scales the hidden states if the head is tied. transformers 5
