@@ -62,6 +62,14 @@ def pytest_collection_finish() -> None:
   gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def settings_end_with_the_test():
+  """Clears gin's settings, which would change a later test of the process."""
+  yield
+  if 'gin' in sys.modules:
+    sys.modules['gin'].clear_config()
+
+
 # A tiny model of Hugging Face's; stands for the models that a command names.
 BYT5 = ROOT / 'tests/checkpoints/formats/huggingface_fixtures/byt5'
 
@@ -386,7 +394,7 @@ def train_letters(letters) -> Callable[..., str]:
     experiment = experiments.experiment(**(settings | changes))
     with (
       contextlib.redirect_stderr(said),
-      experiments.steps_compiled_once(),
+      experiments.steps_compiled_once(made_by_gin=False),
     ):
       train.train(experiment, run_folder.Run(model_dir=str(run_dir), **of_run))
     return said.getvalue()
@@ -421,7 +429,7 @@ def run_main() -> Callable[..., Finished]:
       contextlib.redirect_stdout(out),
       contextlib.redirect_stderr(err),
       flagsaver.flagsaver(),
-      experiments.steps_compiled_once(),
+      experiments.steps_compiled_once(made_by_gin=True),
     ):
       rest = flags.FLAGS(main.expand_gin_flags(['main', *arguments]))
       code = 0

@@ -108,17 +108,21 @@ NOT_OF_THE_STEP = re.compile(
 
 
 @contextlib.contextmanager
-def steps_compiled_once() -> Iterator[None]:
+def steps_compiled_once(*, made_by_gin: bool) -> Iterator[None]:
   """Within it no step is compiled again that an equal experiment had.
 
   Tracing takes most of the time of a tiny run.
+
+  Args:
+    made_by_gin: whether gin makes the experiments, else Python does.
   """
+  of_the_step = _settings_of_the_step if made_by_gin else _parts_of_the_step
   make_train_step, compile_step = build.make_train_step, build.compile_step
   keys = {}
 
   def make_and_remember(experiment, plan, *, reward_fn, **settings):
     step = make_train_step(experiment, plan, reward_fn=reward_fn, **settings)
-    keys[step] = (*_of_the_step(experiment), plan.student, str(settings))
+    keys[step] = (*of_the_step(experiment), plan.student, str(settings))
     return step
 
   def compile_or_find(train_step, *arguments):
@@ -146,12 +150,19 @@ def all_steps_compiled() -> Iterator[None]:
     yield
 
 
-def _of_the_step(experiment: experiment_lib.Experiment) -> tuple[Any, ...]:
-  """Returns what an experiment determines of its step: equal if that is."""
+def _settings_of_the_step(experiment: experiment_lib.Experiment) -> tuple:
+  """Returns gin's settings that determine a step: equal if the step is.
+
+  The functions that gin makes read their settings when they are called.
+  """
+  del experiment
   lines = gin.config_str(max_line_length=10**6).splitlines()
-  if lines:
-    # The functions that gin makes read their settings when they are called.
-    return tuple(x for x in lines if not NOT_OF_THE_STEP.match(x))
+  assert lines, 'gin made no experiment'
+  return tuple(x for x in lines if not NOT_OF_THE_STEP.match(x))
+
+
+def _parts_of_the_step(experiment: experiment_lib.Experiment) -> tuple:
+  """Returns the parts of an experiment that determine its step."""
   schedule, optimization = experiment.schedule, experiment.optimization
   return _description(
     (
