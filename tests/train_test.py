@@ -26,6 +26,7 @@ from gkd_jax.distill import (
   objectives,
   policies,
   rewards,
+  teachers,
 )
 from gkd_jax.evaluation import evaluate, infer
 from gkd_jax.models.params import param_shapes
@@ -628,6 +629,40 @@ def test_teacher_and_student_may_fill_their_embeddings_up_differently(
     if 'validation/on_student_outputs/forward_kl' in line
   ]
   assert 0.0 < last['validation/on_student_outputs/forward_kl'] < 10.0
+
+
+def test_several_teachers_of_other_shapes_grade_one_run(
+  train_letters, tmp_path
+):
+  names = {
+    'a': T5Config(260, 8, 1, 4, 8, 1, 1),
+    'b': T5Config(264, 10, 2, 4, 12, 1, 2),
+  }
+  for seed, (name, config) in enumerate(names.items()):
+    conftest.save_model(tmp_path / name, config, seed=seed)
+
+  said = train_letters(
+    tmp_path / 'run',
+    policy=policies.student(),
+    objective=objectives.Objective(divergences.forward_kl),
+    teacher_checkpoint_path={name: str(tmp_path / name) for name in names},
+    method_teacher=teachers.averaged(names),
+    total_steps=2,
+    eval_dataset=train_letters.dataset('validation'),
+  )
+
+  for name in names:
+    assert f'parameters, gkd_jax: {tmp_path / name}/checkpoint_0\n' in said
+  *_, evaluated = metrics_lib.read(tmp_path / 'run')
+  of_all, of_a, of_b = (
+    evaluated[f'validation/on_student_outputs/{which}forward_kl']
+    for which in ('', 'a/', 'b/')
+  )
+  # KL from a mean is at most the mean of the KLs, as it is convex.
+  assert 0.0 < of_all < (of_a + of_b) / 2
+  assert {f'validation/teacher/{name}/greedy/error' for name in names} <= {
+    *evaluated
+  }
 
 
 # --- Rewards ------------------------------------------------------------------

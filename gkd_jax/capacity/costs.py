@@ -43,6 +43,7 @@ def of_step(
   batch_size: int,
   input_length: int,
   target_length: int,
+  teacher_input_length: int | None = None,
   num_microbatches: int = 1,
   weight_bytes: int = 4,
   teacher_weight_bytes: int = 4,
@@ -59,6 +60,7 @@ def of_step(
     batch_size: B.
     input_length: S.
     target_length: T.
+    teacher_input_length: tokens of the inputs that the teacher reads; None: S.
     num_microbatches: parts of the batch; every phase but sampling reads the
       weights once per part.
     weight_bytes: bytes per weight in the student's products, 2 for bfloat16.
@@ -72,16 +74,16 @@ def of_step(
     scope of that name in `step`.
   """
   rows = batch_size // num_microbatches
-  sizes = (rows, input_length, target_length)
   encoder = _encoder(student, rows, input_length, weight_bytes)
-  decoder = _decoder(student, *sizes, weight_bytes)
+  decoder = _decoder(student, rows, input_length, target_length, weight_bytes)
   heads = _head(student, rows * target_length, weight_bytes).times(3)
   of_part = {}
   if teacher is not None:
     heads += _head(teacher, rows * target_length, teacher_weight_bytes)
+    read = teacher_input_length or input_length
     of_part['teacher'] = _encoder(
-      teacher, rows, input_length, teacher_weight_bytes
-    ) + _decoder(teacher, *sizes, teacher_weight_bytes)
+      teacher, rows, read, teacher_weight_bytes
+    ) + _decoder(teacher, rows, read, target_length, teacher_weight_bytes)
   # The backward pass has two products for each of the forward pass.
   again = 1 if student.remat else 0
   shared = num_microbatches == 1 and student.dropout_rate == 0.0

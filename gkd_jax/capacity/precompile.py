@@ -254,7 +254,7 @@ def _costs(
     student.config, **lengths | {'batch_size': dataset.batch_size // data}
   )
 
-  def with_teacher(config, model_shards=1, weight_bytes=4):
+  def with_teacher(config, model_shards=1, weight_bytes=4, input_length=None):
     return roofline.on_a_device(
       student.config,
       config,
@@ -264,6 +264,7 @@ def _costs(
       student_model=student.placement.num_shards('mlp'),
       teacher_model=model_shards,
       teacher_weight_bytes=weight_bytes,
+      teacher_input_length=input_length,
       # Reads gradient, parameters and optimizer state; writes the latter two.
       optimizer_bytes=3 * _bytes_on_a_device(planned.plan.state.params)
       + 2 * _bytes_on_a_device(planned.plan.state.opt_state),
@@ -276,8 +277,9 @@ def _costs(
         model.module.config,
         model.module.placement.num_shards('mlp'),
         _itemsize(model.params),
+        input_length,
       )
-      for model in _graders(experiment.method, planned)
+      for model, input_length in _graders(experiment.method, planned)
     ),
   )
   phases = of_teachers[0] if of_teachers else without_teacher
@@ -298,8 +300,10 @@ def _costs(
   }
 
 
-def _graders(method: Method, planned: _Planned) -> list[build.Model]:
-  """Returns a model for each pass of a teacher over the outputs."""
+def _graders(
+  method: Method, planned: _Planned
+) -> list[tuple[build.Model, int]]:
+  """Returns (model, tokens of its inputs) of each pass of a teacher."""
   if not method.needs_teacher:
     return []
   state, teacher = planned.plan.state, planned.teacher
@@ -308,7 +312,10 @@ def _graders(method: Method, planned: _Planned) -> list[build.Model]:
   )
   grader = make_grader(method.teacher, planned.plan.student, teacher.module)
   return [
-    build.Model(reading.model, reading.params_of(params))
+    (
+      build.Model(reading.model, reading.params_of(params)),
+      getattr(planned.batch, reading.reads).shape[1],
+    )
     for reading in grader.readings
   ]
 

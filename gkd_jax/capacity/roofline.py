@@ -65,6 +65,7 @@ def on_a_device(
   teacher_model: int,
   teacher_weight_bytes: int,
   optimizer_bytes: int,
+  teacher_input_length: int | None = None,
 ) -> dict[str, Cost]:
   """Returns the cost of each phase on one device.
 
@@ -82,6 +83,7 @@ def on_a_device(
       over.
     teacher_weight_bytes: bytes per weight of the teacher.
     optimizer_bytes: a device's memory traffic of the parameter update.
+    teacher_input_length: tokens of the inputs that the teacher reads; None: S.
   """
   cost = costs.of_step(
     student,
@@ -90,6 +92,7 @@ def on_a_device(
     num_microbatches=num_microbatches,
     input_length=input_length,
     target_length=target_length,
+    teacher_input_length=teacher_input_length,
     weight_bytes={'float32': 4, 'bfloat16': 2}[student.dtype],
     teacher_weight_bytes=teacher_weight_bytes,
   )

@@ -45,6 +45,16 @@ def test_over_model_each_has_a_part_of_every_product():
   assert part['teacher'] == whole['teacher'].times(1 / 2)
 
 
+def test_the_teacher_may_read_a_longer_input():
+  cost, longer = (
+    on_a_device(teacher_input_length=40),
+    on_a_device(input_length=40),
+  )
+
+  assert cost['teacher'] == longer['teacher']
+  assert {**cost, 'teacher': None} == {**on_a_device(), 'teacher': None}
+
+
 def test_weights_are_read_again_for_each_microbatch():
   whole, parts = on_a_device(), on_a_device(num_microbatches=4)
 
