@@ -388,9 +388,13 @@ def _job(
   needs: dict[str, None] = {}
 
   def fill(value):
-    return (
-      _fill(value, point, stages, needs) if isinstance(value, str) else value
-    )
+    if isinstance(value, str):
+      return _fill(value, point, stages, needs)
+    if isinstance(value, Mapping):  # such as {name: path} of several teachers
+      return {key: fill(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+      return type(value)(map(fill, value))
+    return value
 
   files = [fill(file) for file in files]
   if not files:
@@ -411,17 +415,23 @@ def _fill(
   stages: Mapping[str, _Stage],
   needs: dict[str, None] | None = None,
 ) -> str:
-  """Replaces {axis} and {stage}; notes the jobs of the latter in `needs`."""
+  """Replaces {axis} and {stage}; notes the jobs of the latter in `needs`.
+
+  {{name}} becomes {name}, for templates such as TEACHER_INPUTS.
+  """
 
   def value(match):
-    name = match[1]
+    name = match[2]
+    if name is None:
+      return f'{{{match[1]}}}'
     if name in point:
       return point[name]
     if name not in stages:
       raise ValueError(
         f'{match[0]} in {text!r} is undefined. Defined names: '
         f'{", ".join((*point, *stages)) or "none"}. (A run before the grid may '
-        'use the axes of its for_each, and earlier runs.)'
+        'use the axes of its for_each, and earlier runs.) Write '
+        f'{{{match[0]}}} for the text {match[0]}.'
       )
     stage = stages[name]
     own_axes = re.findall(r'\{(\w+)\}', stage.path)
@@ -436,4 +446,4 @@ def _fill(
     # The folder's own name may have braces.
     return path if stage.job is None else f'{stage.folder}/{path}'
 
-  return re.sub(r'\{(\w+)\}', value, text)
+  return re.sub(r'\{\{(\w+)\}\}|\{(\w+)\}', value, text)

@@ -218,6 +218,32 @@ def test_runs_get_the_folders_of_what_came_before(tmp_path):
   assert by_name['teacher'].needs == ()
 
 
+def test_folders_may_stand_within_a_setting(tmp_path):
+  paths = {
+    'TEACHER_CHECKPOINT_PATH': {'a': '{teacher}', 'b': ['x', '{teacher}']}
+  }
+
+  (job,) = make_jobs(
+    tmp_path,
+    {'method': {'m': paths}},
+    before={'teacher': BEFORE['teacher']},
+  )[1:]
+
+  folder = f'{tmp_path}/teacher'
+  assert flags_of(job)['TEACHER_CHECKPOINT_PATH'] == str(
+    {'a': folder, 'b': ['x', folder]}
+  )
+  assert job.needs == ('teacher',)
+
+
+def test_a_template_keeps_its_braces(tmp_path):
+  point = {'TEACHER_INPUTS': '{{inputs}} = {{targets}}'}
+
+  (job,) = make_jobs(tmp_path, {'inputs': {'both': point}})
+
+  assert flags_of(job)['TEACHER_INPUTS'] == '{inputs} = {targets}'
+
+
 def test_a_run_before_has_a_seed_if_there_is_one_for_each(tmp_path):
   made = make_jobs(tmp_path, LAMBDA, seeds=(3, 4), before=BEFORE)
 
