@@ -115,7 +115,11 @@ def _measure(
     if split in task.splits
   ]
   of_task = -(-limit // len(tasks))
-  counts = {feature: _Count(length) for feature, length in lengths}
+  counts = {
+    feature: _Count(length)
+    for feature, length in lengths
+    if feature != seqio_tasks.TEACHER_IDS  # a number, which was no text
+  }
   num_examples, is_all = 0, True
   for task in tasks:
     rows = task.get_dataset(

@@ -324,8 +324,16 @@ def extrapolated(
     towards: name of checkpoint a in TEACHER_CHECKPOINT_PATH = {name: path}.
     away_from: name of checkpoint b.
     strength: 1 is a, 0 is b; above 1 extrapolates.
+
+  Raises:
+    ValueError: both names are the same.
   """
-  return _of_two(towards, away_from, lambda a, b: extrapolate(a, b, strength))
+  return _of_two(
+    'extrapolated',
+    towards,
+    away_from,
+    lambda a, b: extrapolate(a, b, strength),
+  )
 
 
 def adaptively_extrapolated(
@@ -345,7 +353,7 @@ def adaptively_extrapolated(
     weight: above 0.
 
   Raises:
-    ValueError: scale or weight is not above 0.
+    ValueError: scale or weight is not above 0, or both names are the same.
 
   Source: AlignDistil, arXiv:2503.02832, with a = the model trained by DPO and
   b = the one trained by DPO with chosen and rejected exchanged.
@@ -362,7 +370,7 @@ def adaptively_extrapolated(
     # z_a + w (z_a - z_b), so that masked logits stay masked.
     return Weighted(a + w[..., None] * (a - b), weight / w)
 
-  return _of_two(towards, away_from, combine)
+  return _of_two('adaptively_extrapolated', towards, away_from, combine)
 
 
 def guided(strength: float, weights: Teacher | None = None) -> Several:
@@ -423,11 +431,18 @@ def _of_checkpoints(names: Sequence[str], combine: Combine | None) -> Several:
 
 
 def _of_two(
+  function: str,
   towards: str,
   away_from: str,
   combine: Callable[[jax.Array, jax.Array], jax.Array | Weighted],
 ) -> Several:
   """Returns two checkpoints, combined by a function of their logits a and b."""
+  if towards == away_from:
+    raise ValueError(
+      f'teachers.{function} needs two checkpoints, but towards and away_from '
+      f'are both {towards!r}: set them to different names of '
+      'TEACHER_CHECKPOINT_PATH = {name: path}.'
+    )
   names = sorted((towards, away_from))
 
   def combine_sorted(logits):

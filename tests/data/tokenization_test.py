@@ -127,3 +127,22 @@ def test_predictions_that_are_cut_are_counted(config, tmp_path):
   )
 
   assert measure(written, targets=3).num_cut == {'inputs': 0, 'targets': 1}
+
+
+def test_the_number_of_an_examples_teacher_is_no_text(config):
+  name = conftest.register(
+    'words_of_two_teachers',
+    backwards,
+    preprocessors=[
+      lambda ds: ds.map(lambda features: {**features, 'teacher': 'a'}),
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+  )
+
+  losses = measure(
+    config, inputs=8, mixture_or_task_name=name, teachers=('a', 'b')
+  )
+
+  assert losses.num_cut == {'inputs': 2, 'targets': 0}
+  assert {*losses.unknown} == {'inputs', 'targets'}

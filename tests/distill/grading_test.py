@@ -271,6 +271,14 @@ def test_several_teachers_may_be_checkpoints_and_students():
       'scale must be above 0',
     ),
     (
+      lambda: teachers.extrapolated('a', 'a'),
+      r"teachers\.extrapolated needs two checkpoints.* both 'a'",
+    ),
+    (
+      lambda: teachers.adaptively_extrapolated('a', 'a'),
+      r'adaptively_extrapolated needs two checkpoints',
+    ),
+    (
       lambda: teachers.Several({}, {'m': teachers.Member('x')}, None),
       "The member 'm' must",
     ),
