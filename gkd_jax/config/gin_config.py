@@ -301,12 +301,33 @@ def operative_text(bindings: Sequence[str]) -> str:
   config = gin.operative_config_str()
   for binding in bindings:
     name = binding.split(' = ', 1)[0]
-    if not re.search(rf'^{re.escape(name)} =', config, re.MULTILINE):
+    if not _is_read(name, config):
       raise ValueError(
         f'{name} has no effect in this experiment: none of its parts reads it '
         '(for example, only generalized_jsd reads BETA).'
       )
   return config
+
+
+def _is_read(name: str, operative: str) -> bool:
+  """Returns whether a part read a parameter where a setting of it applies.
+
+  What a macro makes, as POLICY = @policies.replay() does, gin lists in a scope
+  of the macro's name: POLICY/policies.replay.capacity. It read the setting of
+  policies.replay.capacity, unless it has one of its own.
+  """
+  scope, slash, parameter = name.rpartition('/')
+  of_parameter = re.escape(parameter) + ' ='
+  for inner in re.findall(
+    rf'^{re.escape(scope + slash)}((?:\w+/)*){of_parameter}', operative, re.M
+  ):
+    own = [
+      rf'^{re.escape(scope + slash + inner[: match.end()])}{of_parameter}'
+      for match in re.finditer('/', inner)
+    ]
+    if not any(re.search(setting, text(), re.M) for setting in own):
+      return True
+  return False
 
 
 def _without_files(config: str) -> list[str]:

@@ -352,3 +352,47 @@ def test_what_a_library_refuses_while_the_parts_are_built_is_an_error_too(
   assert 'cosine_decay_schedule gets ' in message
   assert 'EVAL_PERIOD = 0' in message
   assert message.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  'settings, error',
+  [
+    # POLICY = @policies.mixture(): gin lists what it read as POLICY/...
+    ({'policies.mixture.otherwise': '@policies.teacher'}, None),
+    (
+      {
+        'policies.mixture.otherwise': '@policies.teacher',
+        'POLICY/policies.mixture.otherwise': '@policies.dataset',
+      },
+      'policies.mixture.otherwise has no effect',
+    ),
+    (
+      {'policies.replay.capacity': 2000},
+      'policies.replay.capacity has no effect',
+    ),
+  ],
+)
+def test_a_flag_may_set_what_a_macro_makes(
+  run_main, monkeypatch, settings, error
+):
+  said = []
+
+  def train(experiment, run):
+    try:
+      assert run.config_text()
+    except ValueError as e:
+      said.append(str(e))
+
+  monkeypatch.setattr('gkd_jax.train.train', train)
+
+  finished = run_main(
+    '--gin_file=configs/cmudict_g2p/gkd.gin',
+    *gin_flags(MODEL_DIR='x', STUDENT_DATA_FRACTION=0.5, **settings),
+    *NO_FILES,
+  )
+
+  assert finished.code == 0, finished.err
+  if error is None:
+    assert said == []
+  else:
+    assert said[0].startswith(error)
