@@ -412,8 +412,7 @@ class Finished:
   err: str
 
 
-@pytest.fixture(scope='session')
-def run_main() -> Callable[..., Finished]:
+def call_main(*arguments: str) -> Finished:
   """Runs `python -m gkd_jax.main ARGUMENTS`, but in this process."""
   import gin
   from absl import flags
@@ -422,26 +421,29 @@ def run_main() -> Callable[..., Finished]:
   from gkd_jax import main
   from tests import experiments
 
-  def run(*arguments: str) -> Finished:
-    out, err = io.StringIO(), io.StringIO()
-    gin.clear_config()
-    with (
-      contextlib.redirect_stdout(out),
-      contextlib.redirect_stderr(err),
-      flagsaver.flagsaver(),
-      experiments.steps_compiled_once(made_by_gin=True),
-    ):
-      rest = flags.FLAGS(main.expand_gin_flags(['main', *arguments]))
-      code = 0
-      try:
-        main.main(rest)
-      except SystemExit as e:  # Python prints the text, and exits with 1
-        print(e.code, file=err)
-        code = 1
-    gin.clear_config()
-    return Finished(code, out.getvalue(), err.getvalue())
+  out, err = io.StringIO(), io.StringIO()
+  gin.clear_config()
+  with (
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+    flagsaver.flagsaver(),
+    experiments.steps_compiled_once(made_by_gin=True),
+  ):
+    rest = flags.FLAGS(main.expand_gin_flags(['main', *arguments]))
+    code = 0
+    try:
+      main.main(rest)
+    except SystemExit as e:  # Python prints the text, and exits with 1
+      print(e.code, file=err)
+      code = 1
+  gin.clear_config()
+  return Finished(code, out.getvalue(), err.getvalue())
 
-  return run
+
+@pytest.fixture(scope='session')
+def run_main() -> Callable[..., Finished]:
+  """Returns `call_main`."""
+  return call_main
 
 
 @pytest.fixture(scope='session')

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method of gin/methods/ resolves, and its step trains tiny models."""
+"""What holds for every method of gin/methods/, as main makes it.
+
+The same metrics, state and parameters on one device and on a mesh of eight
+with two microbatches; a resumed run that does what one does that was not
+interrupted; one program, which sends nothing to the host and has no [B, T, V].
+"""
 
 import dataclasses
+import math
+import pathlib
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,115 +19,320 @@ import optax
 import pytest
 
 from gkd_jax import experiment as experiment_lib
+from gkd_jax.checkpoints import checkpoint
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill import teachers
-from gkd_jax.distill.state import Frozen
+from gkd_jax.models.params import abstract_params
+from gkd_jax.models.t5 import T5
+from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
 
 pytestmark = pytest.mark.slow  # compiles models
 
 FRAGMENTS = sorted((conftest.ROOT / 'gin/methods').glob('*.gin'))
-# What a fragment leaves to the experiment; values are gin's.
-MISSING = {
-  'gkd': {'STUDENT_DATA_FRACTION': 0.5, 'DIVERGENCE': '@divergences.todi'},
+NUM_STEPS, SAVED_AFTER = 4, 2
+CHUNK_TOKENS = 8
+MESH, NUM_MICROBATCHES = (4, 2), 2
+# What a fragment leaves to the experiment, and sizes; values are gin's.
+SETTINGS = {
+  # Per row, over time, and otherwise token by token.
+  'gkd': {
+    'STUDENT_DATA_FRACTION': '@share/optax.linear_schedule()',
+    'share/optax.linear_schedule.init_value': 0.2,
+    'share/optax.linear_schedule.end_value': 0.8,
+    'share/optax.linear_schedule.transition_steps': NUM_STEPS,
+    'MIXTURE_PER': 'sequence',
+    'policies.mixture.otherwise': '@policies.mixed_tokens',
+    'DIVERGENCE': '@divergences.generalized_jsd',
+    'BETA': 0.5,
+  },
   'on_policy_gkd': {'DIVERGENCE': '@divergences.forward_kl'},
+  # With tokens of both models, which have importance weights.
+  'minillm': {
+    'STUDENT_DATA_FRACTION': 0.0,
+    'policies.mixture.otherwise': '@policies.mixed_tokens',
+  },
+  # A baseline that compares no rows: microbatches would change it.
   'rl_gkd': {
     'ALPHA': 0.5,
     'DIVERGENCE': '@divergences.reverse_kl',
     'REWARD': '@rewards.rouge_l()',
+    'REWARD_BASELINE': 'self_critical',
   },
-  'rlef': {'INITIAL_CHECKPOINT_PATH': 'x'},
+  'rlef': {
+    'INITIAL_CHECKPOINT_PATH': 'x',
+    'REWARD': '@rewards.rouge_l()',
+    'REWARD_BASELINE': 'none',
+  },
   'multi_teacher': {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}},
   'mopd': {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}},
   'aligndistil': {'TEACHER_CHECKPOINT_PATH': {'dpo': 'x', 'reverse_dpo': 'y'}},
   'seqkd': {'TRAIN_ON_PREDICTIONS': 'x'},
+  # Of 18 ids: with the paper's 25 the teacher would never draw.
+  'skd': {'TOP_K': 3},
+  # Two steps fill the buffer; the others mostly replay.
+  'distillm': {'REPLAY_CAPACITY': 12, 'STUDENT_DATA_FRACTION': 0.9},
 }
-OPTIMIZER = optax.adam(1e-3)
+# The parts of the carried state that steps change. opsd's teacher, the initial
+# student, is one that they do not.
+MOVING = {'distillm': 'policy', 'sdft': 'teacher', 'taid': 'divergence'}
+# Those that sample in some steps alone.
+SAMPLES_SOMETIMES = ('distillm', 'f_distill', 'imitkd')
+# With momentum: the optimizer's state matters. Not Adam, which divides by the
+# gradients, and so by the rounding of small ones.
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+STUDENT, STUDENT_PARAMS = tiny.model_and_params(0)
+BATCHES = [
+  tiny.batch(seed, (7, 3, 5, 6) * 2, (5, 2, 6, 4) * 2) for seed in (0, 2)
+]
+B, T = BATCHES[0].decoder_target_tokens.shape
 
 
-@pytest.fixture
-def method_of(run_main, monkeypatch):
-  """Returns the Method of a fragment, as a run would get it."""
-  experiments = []
+class NoData:
+  """A fake iterator that is always at the same place."""
+
+  def save(self, directory):
+    (pathlib.Path(directory) / 'nothing').touch()
+
+  def restore(self, directory):
+    assert (pathlib.Path(directory) / 'nothing').exists()
+
+
+class Run(NamedTuple):
+  """What a run of NUM_STEPS did, on the host.
+
+  Attributes:
+    start: the carried state before the first step.
+    history: [(carried state, metrics)] after each step.
+    state: after the last step.
+    resumed: history and state of a run that was restored after SAVED_AFTER
+      steps.
+    program: of the step.
+    num_loops: in the program, outside branches.
+    student_may_write: whether the method samples the student.
+    metrics: names of the policy's.
+  """
+
+  start: Any
+  history: list
+  state: Any
+  resumed: tuple | None
+  program: str
+  num_loops: int
+  student_may_write: bool
+  metrics: tuple[str, ...]
+
+
+def runs_of(name, folder):
+  """Runs in a separate process, see `tiny.on_simulated_devices`.
+
+  Args:
+    name: of a fragment.
+    folder: to save into.
+
+  Returns:
+    The `Run` on one device, and on MESH in microbatches.
+  """
+  runs = []
 
   def train(experiment, run):
     experiment_lib.check(experiment)
     assert run.config_text()  # every override is read
-    experiments.append(experiment)
+    # Here, because functions that gin made read their settings when called.
+    runs.append(run_on(experiment, (1, 1), 1))
+    runs.append(run_on(experiment, MESH, NUM_MICROBATCHES, folder))
 
-  monkeypatch.setattr('gkd_jax.train.train', train)
-
-  def method_of(name):
-    base = 'arithmetic_cot/rl_gkd' if name == 'rlef' else 'cmudict_g2p/gkd'
-    settings = {
-      'MODEL_DIR': 'x',
-      'TEACHER_CHECKPOINT_PATH': 'x',
-      'INITIAL_CHECKPOINT_PATH': None,
-      **MISSING.get(name, {}),
-    }
-    finished = run_main(
+  base = 'arithmetic_cot/rl_gkd' if name == 'rlef' else 'cmudict_g2p/gkd'
+  settings = {
+    'MODEL_DIR': 'x',
+    'TRAIN_STEPS': NUM_STEPS,
+    'WARMUP_STEPS': 0,
+    'BATCH_SIZE': B,
+    'TEACHER_CHECKPOINT_PATH': 'x',
+    'INITIAL_CHECKPOINT_PATH': None,
+    **SETTINGS.get(name, {}),
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('gkd_jax.train.train', train)
+    finished = conftest.call_main(
       f'--gin_file=configs/{base}.gin',
       f'--gin_file=gin/methods/{name}.gin',
       *conftest.gin_flags(**settings),
     )
-    assert finished.code == 0, finished.err
-    return experiments[-1].method
-
-  return method_of
+  assert finished.code == 0, finished.err
+  return runs
 
 
-def teachers_of(method):
-  """Returns the model and parameters of a method's checkpoint, or several."""
-  made = {
-    name: tiny.model_and_params(1 + i, '1.0', emb_dim=12 + 4 * i)
-    for i, name in enumerate(teachers.checkpoint_names(method.teacher))
-  }
-  if len(made) < 2:
-    return made.get(None, (None, None))
-  models, params = zip(*made.values(), strict=True)
-  return dict(zip(made, models, strict=True)), dict(
-    zip(made, params, strict=True)
+def run_on(experiment, mesh_shape, num_microbatches, folder=None) -> Run:
+  """Trains tiny models with a method; with a folder, also resumes."""
+  method = experiment.method
+  method = dataclasses.replace(
+    method,
+    objective=dataclasses.replace(method.objective, chunk_tokens=CHUNK_TOKENS),
   )
-
-
-@pytest.mark.parametrize('name', [path.stem for path in FRAGMENTS])
-def test_a_method_trains_tiny_models_in_one_program(method_of, name):
-  method = method_of(name)
-  if method.reward is not None:
-    pytest.skip('the reward needs a vocabulary; see train_test')
-  # Chunks of 2 positions of each row.
-  objective = dataclasses.replace(method.objective, chunk_tokens=8)
-  method = dataclasses.replace(method, objective=objective)
-  student, params = tiny.model_and_params(0)
-  teacher, teacher_params = teachers_of(method)
-  batch = tiny.batch()
-  if method.is_routed:
-    batch = batch._replace(teacher_ids=jnp.int32([0, 1, 1, 0]))
-  step = jax.jit(
+  mesh = partitioning.make_mesh(
+    *mesh_shape, jax.devices()[: math.prod(mesh_shape)]
+  )
+  placement = partitioning.Placement(mesh)
+  student = T5(STUDENT.config, placement)
+  teacher, teacher_params = teachers_of(method, placement)
+  reward_fn = method.reward and method.reward.make_reward_fn(
+    None, tiny.IDS, None
+  )
+  batches = batches_of(experiment, mesh)
+  abstract = state_lib.abstract_state(
+    abstract_params(student), OPTIMIZER, mesh, method, batch=batches[0]
+  )
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  state = state_lib.init_state(
+    STUDENT_PARAMS, OPTIMIZER, method, batch=batches[0]
+  )
+  # Donated: a copy, each time.
+  state = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
+  frozen = state_lib.Frozen(
+    jax.device_put(teacher_params, partitioning.replicated(mesh))
+  )
+  traced = jax.jit(
     step_lib.make_train_step(
       student=student,
       teacher=teacher,
       method=method,
       optimizer=OPTIMIZER,
       ids=tiny.IDS,
-      seed=0,
+      seed=3,
+      num_microbatches=num_microbatches,
+      reward_fn=reward_fn,
     ),
     donate_argnums=0,
+    out_shardings=(shardings, None),
+  ).trace(state, frozen, batches[0])
+  compiled = traced.lower().compile()  # one program for all steps
+
+  def train(state, save=lambda state: None):
+    history = []
+    for number in range(int(state.step), NUM_STEPS):
+      batch = batches[number % len(batches)]
+      state, metrics = compiled(state, frozen, batch)
+      history.append(jax.device_get((state.carried, metrics)))
+      if number + 1 == SAVED_AFTER:
+        save(state)
+    return history, jax.device_get(state)
+
+  start, resumed = jax.device_get(state.carried), None
+  if folder is None:
+    history, state = train(state)
+  else:
+    description = checkpoint.ModelDescription(student.config, 'none')
+    checkpoints = checkpoint.Checkpoints(folder, description)
+    history, state = train(
+      state, lambda x: checkpoints.save(x, NoData(), train_seconds=0.0)
+    )
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(folder, description)
+    resumed = train(checkpoints.restore(abstract, NoData()).state)
+  return Run(
+    start,
+    history,
+    state,
+    resumed,
+    str(traced.jaxpr),
+    loops_outside_branches(traced.jaxpr),
+    method.policy.student_may_write,
+    method.policy.metrics,
   )
-  state = state_lib.init_state(params, OPTIMIZER, method, batch=batch)
 
-  program = step.lower(state, Frozen(teacher_params), batch)
-  history = []
-  for _ in range(10):
-    state, metrics = step(state, Frozen(teacher_params), batch)
-    history.append({name: float(value) for name, value in metrics.items()})
 
-  assert step._cache_size() == 1
-  assert int(state.step) == 10
-  assert all(np.isfinite(m['loss']) for m in history)
-  assert min(m['grad_norm'] for m in history) > 0.0
-  text = program.as_text()
-  assert 'callback' not in text  # nothing goes back to the host
-  rows, length = batch.decoder_target_tokens.shape
-  assert not re.search(rf'<{rows}x{length}x{tiny.VOCAB_SIZE}xf32>', text)
+def teachers_of(method, placement):
+  """Returns the model and parameters of a method's checkpoint, or several."""
+  names = teachers.checkpoint_names(method.teacher)
+  if not method.needs_teacher_checkpoint:
+    names = []
+  models, params = {}, {}
+  for i, name in enumerate(names):
+    config = tiny.config('1.0', emb_dim=12 + 4 * i)
+    models[name] = T5(config, placement)
+    params[name] = tiny.params(T5(config), 1 + i)
+  if len(names) < 2:
+    return models.get(None), params.get(None)
+  return models, params
+
+
+def batches_of(experiment, mesh):
+  """Returns the batches of a method on a mesh."""
+  batches = BATCHES
+  if experiment.data.train.teacher_inputs is not None:
+    lengths = (9, 4, 6, 8) * 2
+    batches = [
+      batch._replace(teacher_input_tokens=tiny.tokens(10 + i, lengths, 9))
+      for i, batch in enumerate(batches)
+    ]
+  if experiment.method.is_routed:
+    batches = [
+      batch._replace(teacher_ids=jnp.arange(B) // 3 % 2) for batch in batches
+    ]
+  return [partitioning.put_global_batch(batch, mesh) for batch in batches]
+
+
+def loops_outside_branches(jaxpr) -> int:
+  """Counts the sampling loops that run in every step."""
+  jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+  number = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'cond':
+      continue
+    number += equation.primitive.name == 'while'
+    for value in equation.params.values():
+      if hasattr(getattr(value, 'jaxpr', value), 'eqns'):
+        number += loops_outside_branches(value)
+  return number
+
+
+@pytest.mark.parametrize('name', [path.stem for path in FRAGMENTS])
+def test_a_method_keeps_what_holds_for_every_step(name, tmp_path):
+  one, eight = tiny.on_simulated_devices(
+    8, __name__, runs_of.__name__, name, tmp_path
+  )
+
+  check_that_it_trains(name, one)
+  tiny.assert_equal_but_for_rounding(
+    (eight.history, eight.state), (one.history, one.state)
+  )
+  whole = eight.history[SAVED_AFTER:], eight.state
+  jax.tree.map(np.testing.assert_array_equal, eight.resumed, whole)
+  check_the_program(one, B)
+  check_the_program(eight, B // NUM_MICROBATCHES)
+
+
+def check_that_it_trains(name, run: Run) -> None:
+  assert int(run.state.step) == NUM_STEPS
+  metrics = [of_step for _, of_step in run.history]
+  assert all(np.isfinite(m['loss']) for m in metrics)
+  assert min(m['grad_norm'] for m in metrics) > 0.0
+  assert {*run.metrics} <= metrics[0].keys()
+  for policy_metric in {*run.metrics} - {'phi'}:
+    assert max(m[policy_metric] for m in metrics) > 0.0
+  assert (max(m['on_policy'] for m in metrics) > 0.0) == run.student_may_write
+  for part, before, after in zip(
+    run.start._fields, run.start, run.state.carried, strict=True
+  ):
+    moved = any(
+      np.any(a != b)
+      for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)
+    )
+    assert moved == (MOVING.get(name) == part), part
+  samples_always = run.student_may_write and name not in SAMPLES_SOMETIMES
+  assert (run.num_loops > 0) == samples_always
+
+
+def check_the_program(run: Run, num_rows: int) -> None:
+  """Checks a step whose loss reads so many rows at once."""
+  assert 'callback' not in run.program  # nothing goes to the host
+  shapes = [
+    [int(n) for n in dims.split(',')]
+    for dims in re.findall(r'\w\[([\d,]+)\]', run.program)
+  ]
+  # The logits of one position or of a chunk, and the weights.
+  sizes = [math.prod(s) for s in shapes if tiny.VOCAB_SIZE in s]
+  assert CHUNK_TOKENS * tiny.VOCAB_SIZE <= max(sizes)
+  assert max(sizes) < num_rows * T * tiny.VOCAB_SIZE
