@@ -200,7 +200,10 @@ def _check_flags(argv: Sequence[str]) -> Sequence[str]:
     ValueError: flags are unknown, missing, or for another run mode.
   """
   if len(argv) > 1:
-    raise ValueError(f'Unexpected arguments {argv[1:]}. Flags start with --.')
+    raise ValueError(
+      f'Unexpected arguments {argv[1:]}. Flags start with --, and settings are '
+      'written with =, as in --gin.NAME=VALUE.'
+    )
   mode = _RUN_MODE.value
   if mode not in _RUN_MODES:
     raise ValueError(

@@ -241,13 +241,19 @@ def _check_macros_are_read() -> None:
 
 
 def _parameters_named(name: str) -> set[str]:
-  """Returns the parameters of this name, e.g. experiment.Keep.last."""
+  """Returns the parameters of this name, e.g. experiment.Keep.last.
+
+  The name may have that of the class, as in TEACHER_DTYPE.
+  """
+  meant = gin_errors.meant(name).removeprefix('experiment.').lower()
+  words = sorted(re.split('[._]', meant))
   return {
     f'{".".join(selector.split(".")[-2:])}.{parameter}'
     for _, selector in gin.config._CONFIG
     if selector != 'gin.macro'
     for parameter in gin_errors.parameters(gin.get_configurable(selector))
     if parameter == name.lower()
+    or sorted([selector.split('.')[-1].lower(), *parameter.split('_')]) == words
   }
 
 

@@ -40,7 +40,13 @@ _OTHER_NAMES = {
   'TEMPERATURE': 'SAMPLING_TEMPERATURE',
   'TASK': 'MIXTURE_OR_TASK_NAME',
   'TEACHER': 'TEACHER_CHECKPOINT_PATH',
+  'OUTPUT_DIR': 'MODEL_DIR',
+  'SAVE_STEPS': 'CHECKPOINT_PERIOD',
+  'EVAL_STEPS': 'EVAL_PERIOD',
+  'PER_DEVICE_TRAIN_BATCH_SIZE': 'BATCH_SIZE',
   'LOGGING_STEPS': 'experiment.Schedule.log_period',
+  'SAVE_TOTAL_LIMIT': 'experiment.Keep.last',
+  'GRADIENT_ACCUMULATION_STEPS': 'experiment.Optimization.num_microbatches',
 }
 _CALL = '\n  In call to configurable '
 
@@ -200,6 +206,11 @@ def _macros_of(function: str) -> str:
   return f' {function} gets {", ".join(given)}.'
 
 
+def meant(name: str) -> str:
+  """Returns our name of a setting of the paper or of another program."""
+  return _OTHER_NAMES.get(name.upper(), name)
+
+
 def nearest(name: str, names: Iterable[str], same: Iterable[str] = ()) -> str:
   """Returns ' Did you mean ...?' for an unknown name, else all valid names.
 
@@ -211,10 +222,10 @@ def nearest(name: str, names: Iterable[str], same: Iterable[str] = ()) -> str:
   """
   # Compared in capitals, because the user may have typed a macro in lower case.
   of_upper = {other.upper(): other for other in names}
-  meant = _OTHER_NAMES.get(name.upper(), name).upper()
-  if meant not in of_upper and (parameters := sorted(same)):
+  meant_name = meant(name).upper()
+  if meant_name not in of_upper and (parameters := sorted(same)):
     return f' Did you mean {parameters[0]}?'
-  near = difflib.get_close_matches(meant, list(of_upper), n=1, cutoff=0.6)
+  near = difflib.get_close_matches(meant_name, list(of_upper), n=1, cutoff=0.6)
   near = [of_upper[other] for other in near]
   if near:
     return f' Did you mean {near[0]}?'

@@ -2,6 +2,7 @@
 """Reads JSON lines files of users, with checks."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,15 @@ _BINARY = {
   b'\x28\xb5\x2f\xfd': 'compressed (unzstd it)',
   b'PAR1': 'Parquet',
   b'ARROW1': 'Arrow',
+  b'\x89HDF': 'HDF5',
+  b'\x93NUMPY': 'a NumPy array',
+  b'SQLite format 3': 'an SQLite database',
+  b'version https://git-lfs': (
+    'a pointer of Git LFS (git lfs pull gets the file)'
+  ),
 }
+# Share of the first bytes of UTF-16 that are NUL, at the least.
+_MIN_UTF_16_NULS = 0.3
 
 
 def find(pattern: str, setting: str) -> list[str]:
@@ -138,11 +147,36 @@ def _other_format(line: bytes) -> str | None:
   for start, name in _BINARY.items():
     if line.startswith(start):
       return f'{name}, not JSON lines.'
-  if line.startswith((b'\xff\xfe', b'\xfe\xff')) or b'\x00' in line[:64]:
+  if _is_utf_16(line):
     return 'UTF-16. Convert it: iconv -f UTF-16 -t UTF-8.'
-  if line.lstrip(b'\xef\xbb\xbf').lstrip().startswith(b'['):
+  if b'\x00' in line[:64]:
+    return 'a binary file, not JSON lines.'
+  text = line.lstrip(b'\xef\xbb\xbf').strip()
+  if text.startswith(b'['):
     return (
       'a JSON array, not JSON lines: one object {...} a line. Convert it: '
       "jq -c '.[]' FILE."
     )
+  if text == b'{':
+    return (
+      'JSON with an object over several lines, not JSON lines: one object '
+      '{...} a line. Convert it: jq -c . FILE.'
+    )
+  if text.startswith(b'<'):
+    return 'HTML or XML, perhaps an error page of a download, not JSON lines.'
+  if not text.startswith(b'{') and re.search(rb'[,\t]', text):
+    return (
+      'not JSON lines; it looks like a table (CSV or TSV). Convert it to one '
+      'object {...} a line.'
+    )
   return None
+
+
+def _is_utf_16(line: bytes) -> bool:
+  """Whether a line has a byte order mark of UTF-16, or its NULs."""
+  start = line[:64]
+  # Of characters below U+0100 every other byte is NUL, always the same one.
+  nuls = sorted(start[i::2].count(0) for i in (0, 1))
+  return start.startswith((b'\xff\xfe', b'\xfe\xff')) or (
+    nuls[0] <= 1 and nuls[1] > _MIN_UTF_16_NULS * len(start)
+  )

@@ -290,6 +290,11 @@ def _values(values, macro, where):
       f'{where} must be a tuple of values or {{label: what it sets}}, not '
       f'{values!r}.'
     )
+  for i, value in enumerate(values):
+    if value in values[:i] and not isinstance(value, bool):
+      raise ValueError(f'{where} has {value!r} twice.')
+    if macro == _RANDOM_SEED and isinstance(value, int) and value < 0:
+      raise ValueError(f'{where}: a seed must not be negative, got {value}.')
   return [str(value) for value in values], [{macro: value} for value in values]
 
 

@@ -116,7 +116,7 @@ def test_sampled_outputs_end_with_the_models_eos_then_pad(name):
 def test_a_model_with_other_ids_is_refused_as_teacher(name):
   source = pretrained.open_checkpoint(FIXTURES / name)
 
-  with pytest.raises(ValueError, match='eos id: 2 in the checkpoint, 1 wanted'):
+  with pytest.raises(ValueError, match='eos id: 2 in the checkpoint, 1 of'):
     pretrained.check_fits(source, VOCABULARY, tiny.special_ids(40))
 
 

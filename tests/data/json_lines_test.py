@@ -73,6 +73,11 @@ LINE = '{"inputs": "", "targets": ""}\n'
     (gzip.compress(LINE.encode(), mtime=0), r'compressed \(gunzip it\)'),
     (b'PAR1\x15\x04', 'Parquet, not JSON lines'),
     (b'PK\x03\x04', 'a zip archive'),
+    (b'\x80\x04\x95\x00\x00\x07\x00', 'a binary file, not JSON lines'),
+    (b'version https://git-lfs.github.com/spec/v1\n', 'a pointer of Git LFS'),
+    (b'<!DOCTYPE html>\n', 'HTML or XML'),
+    (b'inputs,targets\na,b\n', 'not JSON lines; .*CSV'),
+    (b'{\n "inputs": "",\n "targets": ""\n}', 'JSON with an object over'),
   ],
 )
 def test_another_format_is_refused_by_its_name(tmp_path, content, said):

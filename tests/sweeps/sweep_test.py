@@ -311,6 +311,8 @@ def test_labels_can_be_parts_of_settings(tmp_path):
     ({'seeds': (1, 1)}, 'SEEDS has 1 twice'),
     ({'seeds': 1}, 'SEEDS must be a tuple'),
     ({'grid': {'BETA': (0.1, 0.1)}}, "GRID 'BETA' has 0.1 twice"),
+    ({'grid': {'BETA': (1, 1.0)}}, "GRID 'BETA' has 1.0 twice"),
+    ({'seeds': (0, -1)}, 'SEEDS: a seed must not be negative, got -1'),
     ({'grid': {'BETA': 0.1}}, "GRID 'BETA' must be a tuple of values or"),
     ({'grid': {'BETA': 'abc'}}, "GRID 'BETA' must be a tuple of values or"),
     (

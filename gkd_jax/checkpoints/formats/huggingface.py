@@ -51,6 +51,16 @@ _ID_NAMES = {
   'eos_id': 'eos_token_id',
   'start_id': 'decoder_start_token_id',
 }
+# Fields by which transformers writes other outputs than the model's own
+# distribution has.
+_CONSTRAINTS = (
+  'forced_bos_token_id',
+  'forced_decoder_ids',
+  'suppress_tokens',
+  'begin_suppress_tokens',
+  'bad_words_ids',
+  'sequence_bias',
+)
 _WEIGHTS = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
 _WEIGHT_FILES = r'model(-\d+-of-\d+)?\.safetensors'
@@ -147,11 +157,13 @@ def _special_ids(
     values: contents of its config.json.
 
   Raises:
-    ValueError: the two files disagree, or a field has several ids.
+    ValueError: the two files disagree, or a field has several ids; or a file
+      constrains the outputs.
   """
   generation = {}
   if (folder / _GENERATION).exists():
     generation = files.read_json(folder / _GENERATION)
+  _check_no_constraints(folder, {CONFIG: values, _GENERATION: generation})
   ids = {}
   for ours, theirs in _ID_NAMES.items():
     for file, contents in ((CONFIG, values), (_GENERATION, generation)):
@@ -170,6 +182,22 @@ def _special_ids(
           f'{file}. Correct the one that differs from the tokenizer.'
         )
   return ids
+
+
+def _check_no_constraints(
+  folder: epath.Path, contents: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Raises ValueError if a file forces or forbids tokens of the outputs."""
+  for file, values in contents.items():
+    for name in _CONSTRAINTS:
+      value = values.get(name)
+      if value is not None and value not in ([], {}):
+        raise ValueError(
+          f'{folder / file}: {name} is {json.dumps(value)[:60]}: transformers '
+          "then writes other outputs than the model's probabilities give. "
+          'gkd_jax has no such constraints. To use the model without it, '
+          f'remove {name} from the file.'
+        )
 
 
 def vocabulary(tokenizer: TokenizerFiles | None) -> str | None:

@@ -358,6 +358,26 @@ def test_another_architecture_is_refused(copy, changes, said):
   assert str(folder / 'config.json') in str(error.value)
 
 
+@pytest.mark.parametrize('file', ['config.json', 'generation_config.json'])
+@pytest.mark.parametrize(
+  'name, value',
+  [('forced_bos_token_id', 7), ('suppress_tokens', [3]), ('bad_words_ids', [])],
+)
+def test_a_constraint_of_the_outputs_is_refused(copy, file, name, value):
+  path = copy('byt5') / file
+  path.write_text(
+    json.dumps(
+      json.loads((path.parent / 'config.json').read_text()) | {name: value}
+    )
+  )
+  if not value:
+    huggingface.open_folder(path.parent)
+    return
+
+  with pytest.raises(ValueError, match=f'{file}: {name} is .*remove {name}'):
+    huggingface.open_folder(path.parent)
+
+
 def test_a_field_that_is_missing_is_named(copy):
   folder = copy('t5_1_1')
   values = json.loads((folder / 'config.json').read_text())
