@@ -98,6 +98,12 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
       f'folder first: gcloud storage cp -r {folder} .'
     )
   values = files.read_json(folder / CONFIG)
+  if values.get('quantization_config') is not None:
+    raise ValueError(
+      f'{folder}: {CONFIG} has a quantization_config; gkd_jax reads float32, '
+      'float16 and bfloat16 weights. Use the original model, or save it without '
+      'quantization: model.dequantize().save_pretrained(NEW_FOLDER).'
+    )
   stored = _stored_tensors(folder)
   family = _family_of(folder / CONFIG, values)
   config, names, unused = family.read_layout(

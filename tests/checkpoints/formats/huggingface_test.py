@@ -358,6 +358,15 @@ def test_another_architecture_is_refused(copy, changes, said):
   assert str(folder / 'config.json') in str(error.value)
 
 
+def test_a_quantized_model_is_refused(copy):
+  path = copy('byt5') / 'config.json'
+  values = json.loads(path.read_text()) | {'quantization_config': {'bits': 8}}
+  path.write_text(json.dumps(values))
+
+  with pytest.raises(ValueError, match='quantization_config; .* dequantize'):
+    huggingface.open_folder(path.parent)
+
+
 @pytest.mark.parametrize('file', ['config.json', 'generation_config.json'])
 @pytest.mark.parametrize(
   'name, value',
