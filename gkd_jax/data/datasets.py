@@ -386,8 +386,8 @@ def special_ids(
     raise ValueError(
       f'The vocabulary of task {config.mixture_or_task_name!r} has EOS id '
       f'{vocabulary.eos_id}, but the model has EOS id {model_config.eos_id}: '
-      'it was trained with another tokenizer. If that is a SentencePiece model, '
-      'set --gin_file=gin/vocabularies/sentencepiece.gin and '
+      'it was trained with another tokenizer. If that is a SentencePiece '
+      'model, set --gin_file=gin/vocabularies/sentencepiece.gin and '
       '--gin.VOCABULARY_PATH to its file; gkd_jax does not read BPE and '
       'WordPiece tokenizers.'
     )

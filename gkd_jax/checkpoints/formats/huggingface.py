@@ -101,8 +101,8 @@ def open_folder(folder: epath.Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   if values.get('quantization_config') is not None:
     raise ValueError(
       f'{folder}: {CONFIG} has a quantization_config; gkd_jax reads float32, '
-      'float16 and bfloat16 weights. Use the original model, or save it without '
-      'quantization: model.dequantize().save_pretrained(NEW_FOLDER).'
+      'float16 and bfloat16 weights. Use the original model, or save it '
+      'without quantization: model.dequantize().save_pretrained(NEW_FOLDER).'
     )
   stored = _stored_tensors(folder)
   family = _family_of(folder / CONFIG, values)
