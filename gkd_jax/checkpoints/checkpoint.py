@@ -8,9 +8,10 @@ renames it when all of it is there.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
-import operator
+import math
 import os
 import platform
 import re
@@ -198,7 +199,7 @@ class Checkpoints:
     policies = [checkpoint_managers.LatestN(n=keep)]
     value = None
     if best_metric is not None:
-      value = operator.itemgetter(best_metric)
+      value = functools.partial(_rank, best_metric, best_mode)
       policies.append(
         checkpoint_managers.BestN(
           get_metric_fn=value,
@@ -405,6 +406,14 @@ def _damaged_descriptions(run_dir: epath.Path) -> Damaged:
     if hosts.any_host(error is not None):
       damaged.append((folder, error or _ELSEWHERE))
   return damaged
+
+
+def _rank(name: str, mode: str | None, metrics: Mapping[str, float]) -> float:
+  """Returns a metric, by which checkpoints are sorted; NaN is the worst."""
+  value = metrics[name]
+  if not math.isnan(value):
+    return value
+  return math.inf if mode == 'min' else -math.inf
 
 
 def _set_aside(run_dir: epath.Path, damaged: Damaged) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads JSON lines files of users, with checks."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -90,7 +91,7 @@ def _parse(
     problem = None if isinstance(values, dict) else 'a JSON object {...}.'
     cause = None
   except ValueError as e:
-    problem, cause = f'JSON: {e}', e
+    problem, cause = f'JSON: {_reason(e)}', e
   if problem:
     other = _other_format(line) if number == 1 else None
     raise ValueError(
@@ -117,6 +118,13 @@ def _parse(
         'within an emoji. Remove it.'
       )
   return values
+
+
+def _reason(error: ValueError) -> str:
+  """Returns the message of an error, with the place within the line."""
+  if isinstance(error, json.JSONDecodeError):
+    return f'{error.msg} at character {error.pos + 1}'
+  return str(error)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -326,6 +327,16 @@ def test_a_checkpoint_that_was_not_evaluated_is_not_the_best(tmp_path):
   save_steps(tmp_path, {1: None, **WER, 5: None}, best_metric='wer')
 
   assert folders(tmp_path) == ['checkpoint_2', 'checkpoint_5']
+
+
+@pytest.mark.parametrize('mode', ['min', 'max'])
+def test_a_metric_that_is_nan_is_not_the_best(tmp_path, mode):
+  nan = {'wer': math.nan}
+  steps = {1: nan, 2: {'wer': 20.0}, 3: nan, 4: nan}
+
+  save_steps(tmp_path, steps, best_metric='wer', best_mode=mode)
+
+  assert folders(tmp_path) == ['checkpoint_2', 'checkpoint_4']
 
 
 def test_the_best_is_remembered_by_a_run_that_goes_on(tmp_path):

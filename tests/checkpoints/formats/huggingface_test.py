@@ -363,7 +363,7 @@ def test_a_quantized_model_is_refused(copy):
   values = json.loads(path.read_text()) | {'quantization_config': {'bits': 8}}
   path.write_text(json.dumps(values))
 
-  with pytest.raises(ValueError, match='quantization_config; .* dequantize'):
+  with pytest.raises(ValueError, match='has a quantization_config; '):
     huggingface.open_folder(path.parent)
 
 
