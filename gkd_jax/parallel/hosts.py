@@ -21,7 +21,11 @@ _num_calls = itertools.count()
 
 
 # {setting of JAX: a value for which gkd_jax is not written}.
-_NOT_SUPPORTED = {'jax_enable_x64': True, 'jax_numpy_rank_promotion': 'raise'}
+_NOT_SUPPORTED = {
+  'jax_enable_x64': True,
+  'jax_numpy_rank_promotion': 'raise',
+  'jax_numpy_dtype_promotion': 'strict',
+}
 
 
 def check_jax_settings() -> None:
@@ -30,7 +34,8 @@ def check_jax_settings() -> None:
     if getattr(jax.config, name) == value:
       raise ValueError(
         f'{name.upper()}={value} is not supported: gkd_jax computes in float32 '
-        'and bfloat16, and broadcasts arrays of different ranks. Unset it.'
+        'and bfloat16, and combines arrays of different ranks and dtypes. '
+        'Unset it.'
       )
 
 

@@ -276,7 +276,11 @@ def test_processes_that_do_not_fit_together_are_refused(given, said):
 
 @pytest.mark.parametrize(
   'setting, value',
-  [('jax_enable_x64', True), ('jax_numpy_rank_promotion', 'raise')],
+  [
+    ('jax_enable_x64', True),
+    ('jax_numpy_rank_promotion', 'raise'),
+    ('jax_numpy_dtype_promotion', 'strict'),
+  ],
 )
 def test_settings_of_jax_that_are_not_supported_are_refused(setting, value):
   hosts.check_jax_settings()
