@@ -208,6 +208,12 @@ def check_folder(path: str, setting: str) -> None:
       'bucket, e.g. with gcsfuse, and use the path of the mount.'
     )
   existing = paths.resolve(path, setting)
+  for folder in (existing, *existing.parents):
+    if step_of(folder) is not None and has_run(folder.parent):
+      raise ValueError(
+        f'{setting} {path}: {folder} is a checkpoint of a run, which removes '
+        'it when it has newer ones. Use another folder.'
+      )
   paths.for_libraries(existing)  # raises if a link is needed, but not possible
   while not os.path.lexists(existing):
     existing = existing.parent

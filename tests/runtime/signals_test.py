@@ -215,6 +215,15 @@ def test_a_folder_through_a_broken_link_is_refused(tmp_path):
     run_folder.check_folder(str(tmp_path / 'link' / 'run'), 'MODEL_DIR')
 
 
+@pytest.mark.parametrize('name', ['checkpoint_2', 'checkpoint_2/eval'])
+def test_a_checkpoint_is_no_folder_for_results(tmp_path, name):
+  (tmp_path / 'config.gin').touch()
+
+  run_folder.check_folder(str(tmp_path / 'eval'), 'EVAL_OUTPUT_DIR')
+  with pytest.raises(ValueError, match='EVAL_OUTPUT_DIR .*is a checkpoint of'):
+    run_folder.check_folder(str(tmp_path / name), 'EVAL_OUTPUT_DIR')
+
+
 def test_a_full_disk_is_named_also_behind_a_link_for_libraries(tmp_path):
   folder = str(tmp_path / 'a[1]')
   file = f'{paths.for_libraries(folder)}/checkpoint_1'
