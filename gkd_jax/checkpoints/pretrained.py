@@ -125,6 +125,12 @@ def _named(setting: str, folder: epath.Path) -> Iterator[None]:
   except Exception as e:  # a damaged file can raise anything
     if not checkpoint.is_damage(e):
       raise
+    if not folder.exists():
+      raise ValueError(
+        f'{setting}: {folder} was removed while it was read: a run that trains '
+        'on removes its old checkpoints. Run the same command again, or copy '
+        'the checkpoint first.'
+      ) from e
     *_, last = traceback.extract_tb(e.__traceback__)
     is_ours = pathlib.Path(last.filename).is_relative_to(_PACKAGE)
     if is_ours and isinstance(e, ValueError):

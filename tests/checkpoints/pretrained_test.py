@@ -171,6 +171,17 @@ def test_parameters_come_in_the_type_that_is_asked_for(name, kept, dtype):
   }
 
 
+def test_a_checkpoint_that_is_removed_before_it_is_read_is_named(
+  run_dir, tmp_path
+):
+  shutil.copytree(run_dir, tmp_path / 'run')
+  source = pretrained.open_checkpoint(tmp_path / 'run')
+  shutil.rmtree(source.folder)
+
+  with pytest.raises(ValueError, match='checkpoint_0 was removed while it was'):
+    source.load(abstract_params(T5(CONFIG, PLACEMENT)), None)
+
+
 def test_our_own_parameters_come_in_the_type_that_is_asked_for(run_dir):
   half = load(run_dir, dtype='bfloat16')
 
