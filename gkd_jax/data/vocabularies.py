@@ -21,6 +21,9 @@ from gkd_jax.runtime import paths
 with epy.lazy_imports():
   import seqio
 
+# The special tokens of ByT5.
+_OF_BYTES = ('<pad>', '</s>', '<unk>')
+
 
 @functools.cache
 def import_libraries() -> float:
@@ -54,7 +57,7 @@ def sentencepiece(path: str, extra_ids: int = 100) -> seqio.Vocabulary:
     return vocabulary
   _check_sentinels(vocabulary, tokenizer)
   added = _check_ids(vocabulary, tokenizer, 'VOCABULARY_PATH')
-  _check_special(vocabulary, tokenizer)
+  _check_special(vocabulary, tokenizer, 'VOCABULARY_PATH')
   if not added:
     return vocabulary
   return added_tokens.make(str(path), extra_ids, added)
@@ -117,11 +120,12 @@ def check_tokenizer(
     return  # `check_fits` refuses it
   if is_bytes:
     names = [
-      token.content
-      for token in tokenizer.added
-      if token.id > 2 and not tokenizer_files.is_sentinel(token.content)
+      *(token.content for token in tokenizer.added if token.id > 2),
+      # Those without an id: transformers adds them to the end.
+      *(token for token in tokenizer.special if token not in _OF_BYTES),
     ]
-    if names:
+    names = [n for n in names if not tokenizer_files.is_sentinel(n)]
+    if names := list(dict.fromkeys(names)):
       raise ValueError(
         f'{tokenizer.folder}: its tokenizer adds {_listed(names)} to the '
         'bytes; gkd_jax adds tokens to SentencePiece models alone.'
@@ -130,6 +134,7 @@ def check_tokenizer(
   if tokenizer.digest is None:
     _check_pieces(vocabulary, tokenizer)
   missing = _check_ids(vocabulary, tokenizer, tokenizer.folder)
+  _check_special(vocabulary, tokenizer, tokenizer.folder)
   if missing:
     raise ValueError(
       f"{tokenizer.folder}: its tokenizer adds tokens that the task's "
@@ -253,8 +258,15 @@ def _check_ids(
 def _check_special(
   vocabulary: seqio.SentencePieceVocabulary,
   tokenizer: tokenizer_files.TokenizerFiles,
+  where: object,
 ) -> None:
-  """Raises ValueError if a special token of a folder has no id."""
+  """Raises ValueError if a special token of a folder has no id.
+
+  Args:
+    vocabulary: with or without added tokens.
+    tokenizer: of the folder.
+    where: path or setting, for errors.
+  """
   model = vocabulary.tokenizer
   placed = {token.content for token in tokenizer.added}
   unplaced = [
@@ -266,7 +278,7 @@ def _check_special(
   ]
   if unplaced:
     raise ValueError(
-      f'VOCABULARY_PATH: the tokenizer files in {tokenizer.folder} name the '
+      f'{where}: the tokenizer files in {tokenizer.folder} name the '
       f'special tokens {_listed(unplaced)}, which are no pieces of the model, '
       'and give them no id. Save them again with transformers: AutoTokenizer.'
       f"from_pretrained('{tokenizer.folder}').save_pretrained(NEW_FOLDER)."

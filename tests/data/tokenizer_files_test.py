@@ -285,13 +285,27 @@ def test_tokens_that_only_one_side_adds_are_refused(folder, tmp_path, model):
     check(plain, vocabulary(added))
 
 
-def test_tokens_added_to_bytes_are_refused(folder):
+def test_special_tokens_without_an_id_are_refused(folder, tmp_path, model):
+  plain = tmp_path / 'plain'
+  plain.mkdir()
+  (plain / 'spiece.model').write_bytes(model)
+  tokens = {'additional_special_tokens': ['<extra_id_0>', '<sep>']}
+  made = folder({'special_tokens_map.json': tokens})
+
+  with pytest.raises(ValueError, match="special tokens '<sep>', which are no"):
+    check(made, vocabulary(plain))
+
+
+@pytest.mark.parametrize('has_id', [True, False])
+def test_tokens_added_to_bytes_are_refused(folder, has_id):
   tokens = ['<extra_id_0>', '<sep>']
+  fields = (
+    config(tokens, first=259)
+    if has_id
+    else {'additional_special_tokens': tokens}
+  )
   made = folder(
-    {
-      'tokenizer_config.json': config(tokens, first=259)
-      | {'tokenizer_class': 'ByT5Tokenizer'}
-    },
+    {'tokenizer_config.json': fields | {'tokenizer_class': 'ByT5Tokenizer'}},
     with_model=False,
   )
 
