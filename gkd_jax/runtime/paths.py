@@ -61,11 +61,14 @@ def resolve(path: str | os.PathLike, setting: str) -> pathlib.Path:
   absolute = pathlib.Path(expanded).absolute()
   odd = re.search(r'[\x00-\x1f\x7f\ud800-\udfff]', os.fspath(absolute))
   if odd:
-    what = f'{odd[0]!r}, a control character'
+    what, how = f'{odd[0]!r}, a control character', 'Use another path'
     if odd[0] > '\x7f':
-      what = f'a byte that is not {sys.getfilesystemencoding().upper()}'
+      encoding = sys.getfilesystemencoding().upper()
+      what = f'a byte that is not {encoding}'
+      if encoding != 'UTF-8':
+        how += ', or a UTF-8 locale: LC_ALL=C.UTF-8'
     raise ValueError(
-      f'{setting} {os.fspath(absolute)!r} contains {what}. Use another path.'
+      f'{setting} {os.fspath(absolute)!r} contains {what}. {how}.'
     )
   if _BUCKETS.match(os.fspath(absolute)):
     raise ValueError(

@@ -2,6 +2,7 @@
 import os
 import pathlib
 import pwd
+import sys
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_a_path_is_absolute(tmp_path, monkeypatch):
 def test_a_path_that_cannot_be_used_is_refused(path, said):
   with pytest.raises(ValueError, match=said):
     paths.resolve(path, 'X')
+
+
+def test_a_locale_that_lacks_a_character_is_named(monkeypatch):
+  monkeypatch.setattr(sys, 'getfilesystemencoding', lambda: 'ascii')
+
+  with pytest.raises(ValueError, match='not ASCII. .*LC_ALL=C.UTF-8'):
+    paths.resolve('a\udcc3\udcb6', 'X')
 
 
 def test_an_empty_home_is_not_the_root(monkeypatch):
