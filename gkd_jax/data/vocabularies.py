@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from etils import epath, epy
 
 from gkd_jax.data import added_tokens, tokenizer_files
-from gkd_jax.runtime import paths
+from gkd_jax.runtime import files, paths
 
 with epy.lazy_imports():
   import seqio
@@ -68,9 +68,7 @@ def _load(path: str, extra_ids: int) -> seqio.SentencePieceVocabulary:
     plain = seqio.SentencePieceVocabulary(path)
     plain.load_model()
   except Exception as e:  # protobuf's and sentencepiece's, of many types
-    raise ValueError(
-      f'VOCABULARY_PATH {path} is not a SentencePiece model: {e}'
-    ) from e
+    raise ValueError(f'VOCABULARY_PATH {_explain(epath.Path(path), e)}') from e
   if not extra_ids:
     return plain
   pieces = plain.tokenizer
@@ -84,6 +82,23 @@ def _load(path: str, extra_ids: int) -> seqio.SentencePieceVocabulary:
   vocabulary = seqio.SentencePieceVocabulary(path, extra_ids)
   vocabulary.load_model()
   return vocabulary
+
+
+def _explain(path: epath.Path, error: Exception) -> str:
+  """Returns what a path is that is no SentencePiece model."""
+  if path.is_dir():
+    return (
+      f'{path} is a folder. Give the file of the SentencePiece model in it, '
+      f'such as {path / tokenizer_files.MODEL}.'
+    )
+  if path.suffix == '.json':
+    return (
+      f'{path} is JSON. gkd_jax reads the SentencePiece model, '
+      f'{tokenizer_files.MODEL} in Hugging Face repositories.'
+    )
+  if not paths.is_remote(path) and (pointer := files.explain_pointer(path)):
+    return pointer
+  return f'{path} is not a SentencePiece model: {error}'
 
 
 # --- A vocabulary and the tokenizer files of a folder -------------------------

@@ -46,6 +46,26 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
   partial.rename(path)
 
 
+LFS_POINTER = b'version https://git-lfs'
+
+
+def explain_pointer(path: os.PathLike) -> str:
+  """Returns what to do with a pointer of Git LFS; '' for another file.
+
+  A clone of a Hugging Face repository without Git LFS has them for its weights.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    return ''
+  with path.open('rb') as file:
+    if file.read(len(LFS_POINTER)) != LFS_POINTER:
+      return ''
+  return (
+    f'{path} is a pointer of Git LFS, not the file. Get it: cd {path.parent} '
+    '&& git lfs install && git lfs pull.'
+  )
+
+
 class CheckpointMismatch(ValueError):
   """A checkpoint is intact but belongs to a run with other settings."""
 

@@ -7,6 +7,7 @@ import pytest
 import seqio
 
 from gkd_jax.data import datasets, vocabularies
+from gkd_jax.runtime import files
 from tests import conftest
 from tests.conftest import LENGTHS
 
@@ -94,8 +95,20 @@ def test_a_vocabulary_that_is_not_there_is_refused(tmp_path):
     vocabularies.sentencepiece(tmp_path / 'x.model')
 
 
-def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
-  (tmp_path / 'x.model').write_bytes(b'hello')
+@pytest.mark.parametrize(
+  'name, content, said',
+  [
+    ('x.model', b'hello', 'x.model is not a SentencePiece model'),
+    ('tokenizer.json', b'{}', 'tokenizer.json is JSON. .*spiece.model'),
+    ('folder', None, 'folder is a folder. .* as .*/folder/spiece.model'),
+    ('x.model', files.LFS_POINTER + b'/spec/v1', 'a pointer of Git LFS'),
+  ],
+)
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, name, content, said):
+  if content is None:
+    (tmp_path / name).mkdir()
+  else:
+    (tmp_path / name).write_bytes(content)
 
-  with pytest.raises(ValueError, match='x.model is not a SentencePiece model'):
-    vocabularies.sentencepiece(tmp_path / 'x.model')
+  with pytest.raises(ValueError, match=f'VOCABULARY_PATH .*{said}'):
+    vocabularies.sentencepiece(tmp_path / name)

@@ -231,6 +231,8 @@ def _stored_tensors(folder: epath.Path) -> dict[str, Tensor]:
     try:
       opened = safetensors.safe_open(file, framework='numpy')
     except (safetensors.SafetensorError, OSError) as e:
+      if pointer := files.explain_pointer(file):
+        raise ValueError(pointer) from e
       raise ValueError(
         f'{file} is not a whole safetensors file: {e}. Copy it again.'
       ) from e

@@ -27,6 +27,7 @@ from gkd_jax.evaluation import programs
 from gkd_jax.models.params import abstract_params
 from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
+from gkd_jax.runtime import files
 from tests import conftest
 
 pytestmark = pytest.mark.slow  # compiles models
@@ -414,6 +415,14 @@ def test_a_file_that_was_cut_short_is_refused(copy, size):
   with pytest.raises(ValueError, match='not a whole safetensors file') as error:
     huggingface.open_folder(folder)
   assert str(file) in str(error.value)
+
+
+def test_a_pointer_of_git_lfs_is_refused_with_the_way_out(copy):
+  folder = copy('t5_1_1')
+  (folder / 'model.safetensors').write_bytes(files.LFS_POINTER + b'/spec/v1')
+
+  with pytest.raises(ValueError, match='pointer of Git LFS, .* git lfs pull'):
+    huggingface.open_folder(folder)
 
 
 def test_a_missing_shard_is_named(copy):
