@@ -247,13 +247,18 @@ def _parameters_named(name: str) -> set[str]:
   """
   meant = gin_errors.meant(name).removeprefix('experiment.').lower()
   words = sorted(re.split('[._]', meant))
-  return {
+  bound = {
     f'{".".join(selector.split(".")[-2:])}.{parameter}'
     for _, selector in gin.config._CONFIG
     if selector != 'gin.macro'
     for parameter in gin_errors.parameters(gin.get_configurable(selector))
+  }
+  return {
+    setting
+    for setting in bound | gin_errors.fields()
+    for _, part, parameter in [setting.rsplit('.', 2)]
     if parameter == name.lower()
-    or sorted([selector.split('.')[-1].lower(), *parameter.split('_')]) == words
+    or sorted([part.lower(), *parameter.split('_')]) == words
   }
 
 

@@ -6,6 +6,7 @@ exception in the user's own code (divergence, reward, policy, task) keeps its
 traceback, because the user needs the file and the line.
 """
 
+import dataclasses
 import difflib
 import inspect
 import pathlib
@@ -13,6 +14,7 @@ import re
 import sys
 import sysconfig
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import gin
@@ -165,9 +167,23 @@ def _in_modules(name: str, config: str) -> str | None:
   return f'{of_name[near[0]]}.{near[0]}' if near else None
 
 
-def _callables(package: str) -> list[str]:
-  """Returns the names of an imported module that a gin file can use."""
-  module = next(
+def fields() -> set[str]:
+  """Returns module.Class.field of the dataclasses of imported modules."""
+  imports = re.findall(
+    r'^(?:from|import) .*?(\w+)$', gin.config_str(), re.MULTILINE
+  )
+  return {
+    f'{module}.{name}.{field.name}'
+    for module in imports
+    for name in _callables(module)
+    if dataclasses.is_dataclass(part := getattr(_module(module), name))
+    for field in dataclasses.fields(part)
+  }
+
+
+def _module(package: str) -> types.ModuleType | None:
+  """Returns an imported module by the name that gin files have for it."""
+  return next(
     (
       module
       for name, module in sys.modules.items()
@@ -176,6 +192,11 @@ def _callables(package: str) -> list[str]:
     ),
     None,
   )
+
+
+def _callables(package: str) -> list[str]:
+  """Returns the names of an imported module that a gin file can use."""
+  module = _module(package)
   return [
     name
     for name, value in (vars(module) if module else {}).items()

@@ -246,6 +246,25 @@ def test_a_misspelt_name_is_refused_with_the_nearest_right_one(
   assert message.endswith(f' Did you mean {nearest}?\n')
 
 
+def test_a_parameter_that_no_file_sets_is_found_by_its_name(refused):
+  message = refused(
+    *(f'--gin_file=gin/{name}.gin' for name in _NO_BEST_METRIC),
+    '--gin.MODEL_DIR=x',
+    "--gin.JSON_LINES_FILES={'train': 'x'}",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 9, 'targets': 9}",
+    *('--gin.TRAIN_STEPS=2', '--gin.LEARNING_RATE=1', '--gin.BATCH_SIZE=4'),
+    *('--gin.EVAL=None', '--gin.BEST_METRIC=greedy/wer'),
+  )
+
+  assert message.endswith(' Did you mean experiment.Keep.best_metric?\n')
+
+
+_NO_BEST_METRIC = (
+  *('runs/train', 'models/t5', 'methods/sft'),
+  *('vocabularies/bytes', 'tasks/json_lines'),
+)
+
+
 def test_a_misspelt_file_is_refused_with_the_nearest_right_one(refused):
   message = refused('--gin_file=configs/cmudict_g2p/studnt.gin')
 
