@@ -11,6 +11,14 @@ from gkd_jax.runtime import paths, run_folder
 from gkd_jax.runtime import signals as signals_lib
 
 
+@pytest.fixture(autouse=True)
+def as_without_nohup():
+  """Tests that nohup started would inherit that SIGHUP is ignored."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 def send(number):
   os.kill(os.getpid(), number)
 
