@@ -240,7 +240,11 @@ TEXTS = (
 def test_texts_with_added_tokens_are_split_and_joined_as_there(tmp_path):
   path = tmp_path / 'spiece.model'
   conftest.train_sentencepiece(
-    path, ['the fox dog'] * 9, vocab_size=16, model_type='unigram'
+    path,
+    ['the fox dog'] * 9,
+    vocab_size=16,
+    hard_vocab_limit=False,
+    model_type='unigram',
   )
   number = vocabularies.sentencepiece(path, 0).vocab_size
   added = {
