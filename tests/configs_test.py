@@ -165,6 +165,7 @@ def jobs_of(run_main, tmp_path, monkeypatch):
   return jobs_of
 
 
+@pytest.mark.slow
 @configs_of('sweep')
 def test_all_points_of_a_sweep_build_all_their_parts(path, build, jobs_of):
   arguments = [*documented_command(path), '--gin.SEEDS=(0,)']

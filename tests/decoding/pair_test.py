@@ -11,6 +11,8 @@ import pytest
 from gkd_jax.decoding import pair
 from gkd_jax.decoding.sampler import ANCESTRAL, GREEDY, SamplerConfig
 
+pytestmark = pytest.mark.slow  # compiles models
+
 TEACHER_LOGITS = np.array([2.0, 1.0, 0.5, -0.5, -2.0])
 STUDENT_LOGITS = np.array([0.5, 1.5, -1.0, 1.0, 0.0])
 

@@ -17,6 +17,8 @@ from gkd_jax.distill import chunked_sums, grading, teachers
 from gkd_jax.distill.divergences import forward_kl, reverse_kl
 from gkd_jax.distill.objectives import Objective
 
+pytestmark = pytest.mark.slow  # compiles models
+
 NAMES = {'a': None, 'b': None}
 PAD = 9.0  # logit of an id that no output has
 log = np.log

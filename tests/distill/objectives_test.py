@@ -13,6 +13,8 @@ from gkd_jax.batch import Batch, Outputs, shift_right
 from gkd_jax.distill import chunked_sums, divergences, objectives
 from tests import references, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 
 def _jsd(module, beta, suffix=''):
   function = getattr(module, 'generalized_jsd' + suffix)

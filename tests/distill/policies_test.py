@@ -12,6 +12,8 @@ from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.distill import policies
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 # Three writers whose tokens give them away; the dataset writes ids below 20.
 STUDENT, TEACHER = 100, 200
 

@@ -16,6 +16,8 @@ from gkd_jax.distill import credit, entailment, rewards
 from gkd_jax.models.t5 import T5
 from tests import conftest, tiny
 
+pytestmark = pytest.mark.slow  # compiles models
+
 
 class Words:
   """A vocabulary of ids for whole words; 0 is pad, 1 EOS, 2 unknown."""

@@ -10,6 +10,8 @@ import seqio
 
 from gkd_jax.data.tasks import arithmetic_cot
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 LENGTHS = {'inputs': 16, 'targets': 48}
 
 

@@ -8,6 +8,8 @@ from gkd_jax.data import datasets, iterators
 from gkd_jax.data.tasks import bbh
 from tests import conftest
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 LENGTHS = {'inputs': 1024, 'targets': 64}
 THINK = "Let's think step by step."
 FIRST = 'boolean_expressions'

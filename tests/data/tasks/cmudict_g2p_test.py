@@ -9,6 +9,8 @@ import seqio
 
 from gkd_jax.data.tasks import cmudict_g2p
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 LENGTHS = {'inputs': 32, 'targets': 32}
 
 

@@ -10,6 +10,8 @@ from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.data.tasks import gsm8k_cot
 from tests import conftest, tfds
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 LENGTHS = {'inputs': 1024, 'targets': 96}
 
 

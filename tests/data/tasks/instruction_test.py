@@ -10,6 +10,8 @@ from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.data.tasks import _common
 from tests import conftest, tfds
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 LENGTHS = {'inputs': 96, 'targets': 32}
 NUM_DOLLY = 200  # of which the last percent, 2, are validation
 

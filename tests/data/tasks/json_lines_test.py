@@ -8,6 +8,8 @@ import seqio
 from gkd_jax.data import datasets, iterators
 from gkd_jax.data.tasks import json_lines
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 LENGTHS = {'inputs': 16, 'targets': 8}
 
 

@@ -8,6 +8,8 @@ from gkd_jax.data import datasets, iterators
 from gkd_jax.data.tasks import mmlu
 from tests import conftest
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 LENGTHS = {'inputs': 1024, 'targets': 8}
 FIRST = 'abstract_algebra'
 PROMPT = """\

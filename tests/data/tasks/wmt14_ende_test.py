@@ -8,6 +8,8 @@ from gkd_jax.data import datasets, iterators, vocabularies
 from gkd_jax.data.tasks import wmt14_ende
 from tests import conftest, tfds
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 NAME = 'wmt14_translate/de-en:1.0.0'
 ROWS = {
   'train': [{'en': f'Give me {i}.', 'de': f'Gib mir {i}.'} for i in range(4)],

@@ -10,6 +10,8 @@ from gkd_jax.data import datasets, iterators
 from gkd_jax.data.tasks import xsum
 from tests import conftest, tfds
 
+pytestmark = pytest.mark.slow  # reads data through seqio
+
 ROWS = {
   'train': [
     {'document': f'Rain fell on day {i}.', 'summary': f'Day {i} was wet.'}
