@@ -28,9 +28,10 @@ from tests import conftest
 from tests.conftest import gin_flags
 
 # Reading what Orbax wrote is done in many tasks, which all fail.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
+pytestmark = [
+  pytest.mark.slow,  # hundreds of damaged settings and runs
+  pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
+]
 
 GKD = '--gin_file=configs/cmudict_g2p/on_policy_forward_kl.gin'
 STUDENT = '--gin_file=configs/cmudict_g2p/student.gin'
@@ -133,7 +134,6 @@ def is_told(finished, name, value):
   )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(2))
 def test_any_value_of_any_setting_is_accepted_or_refused_by_name(
   start, macros, seed, tmp_path
@@ -350,7 +350,6 @@ def start_damaged(train_six, interrupted, folder, name, damage, rng):
   return said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(1))
 def test_a_run_goes_on_from_what_is_whole_or_says_what_is_not(
   train_six, interrupted, tmp_path, seed
@@ -385,7 +384,6 @@ def damage_each(damage, files, rng):
     damage(path, rng)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('part', PARTS)
 @pytest.mark.parametrize('damage', [garbage])
 def test_a_damaged_newest_checkpoint_is_set_aside(
@@ -403,7 +401,6 @@ def test_a_damaged_newest_checkpoint_is_set_aside(
   jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / 'run'), want)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('part', PARTS)
 @pytest.mark.parametrize('damage', [emptied, garbage])
 def test_a_damaged_teacher_is_refused(start, teacher, tmp_path, part, damage):
@@ -434,7 +431,6 @@ def exported(run_main, teacher, tmp_path_factory):
   return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('damage', [emptied, cut_off, garbage, removed])
 @pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
 def test_a_damaged_hugging_face_folder_is_refused(
@@ -507,7 +503,6 @@ def results(run_dir):
   ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'batch, left',
   [
@@ -549,7 +544,6 @@ def test_a_run_whose_disk_was_full_ends_as_if_it_had_not_been(
   assert results(small_disk / 'run') == results(undisturbed)
 
 
-@pytest.mark.slow
 def test_a_run_whose_disk_is_full_from_the_start_can_be_started_later(
   finish, small_disk
 ):

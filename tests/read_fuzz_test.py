@@ -17,6 +17,8 @@ from gkd_jax.data import json_lines, predictions, vocabularies
 from gkd_jax.report import runs, sections
 from tests import conftest, run_folders
 
+pytestmark = pytest.mark.slow  # reads hundreds of files
+
 NUM_DAMAGES = 60  # of each file and each kind
 
 # --- Damages ------------------------------------------------------------------
