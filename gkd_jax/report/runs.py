@@ -562,6 +562,8 @@ def method(run: Run) -> str:
     # The paper's RLEF*: regularized towards the initial student.
     own = run.initial is not None and run.teacher == run.initial
     return f'{"RLEF*" if own else "RL+GKD"} α={weight:g}, {of}'
+  if 'minillm' in str(settings.get('methods.Method.credit')):
+    return 'MiniLLM'
   by_teacher = settings.get('TRAIN_ON_PREDICTIONS') or fraction is None
   if known := _method_of_policy(settings):
     return known if of is None else f'{known}, {of}'

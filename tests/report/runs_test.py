@@ -462,6 +462,10 @@ RL = {
     (gkd('@optax.linear_schedule()'), 'GKD λ(step), forward KL'),
     (gkd(0.5) | {'POLICY': '@policies.replay()'}, 'DistiLLM, forward KL'),
     (gkd(0.5) | {'POLICY': '@policies.interleaved()'}, 'SKD, forward KL'),
+    (
+      gkd(1.0) | {'methods.Method.credit': '@credit.minillm_long_term()'},
+      'MiniLLM',
+    ),
   ],
 )
 def test_a_method_has_its_name_from_its_settings(tmp_path, macros, name):
