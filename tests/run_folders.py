@@ -164,7 +164,6 @@ def study(top: pathlib.Path, wer: dict, **shared) -> pathlib.Path:
         values,
         {500: value + 5, 1000: value + 1},
         RANDOM_SEED=seed,
-        **origin,
-        **macros,
+        **origin | macros,
       )
   return top

@@ -20,7 +20,7 @@ def describe(section: Section) -> str:
   ranked = _ranked(section)
   if len(ranked) < 2:
     return ''
-  if 'gap_closed' in ranked[0].means:
+  if _have_gap(ranked):
     metric, form, scale, unit = 'gap_closed', '{:.1f}', 100.0, ' %'
   else:
     metric, form, scale, unit = section.metric, '{:.2f}', 1.0, ''
@@ -48,7 +48,7 @@ def describe(section: Section) -> str:
 def _ranked(section: Section) -> list[Group]:
   """Returns the methods, best first; [] if a method lacks the metric."""
   methods = section.methods
-  if all('gap_closed' in group.means for group in methods):
+  if _have_gap(methods):
     return sorted(methods, key=lambda g: -g.means['gap_closed'].value)
   if section.mode is None or not all(
     section.metric in group.means for group in methods
@@ -59,6 +59,11 @@ def _ranked(section: Section) -> list[Group]:
     key=lambda g: g.means[section.metric].value,
     reverse=section.mode == 'max',
   )
+
+
+def _have_gap(groups: Sequence[Group]) -> bool:
+  """Whether all have a gap to close; those of several teachers have none."""
+  return all('gap_closed' in group.means for group in groups)
 
 
 def _trend(ranked: Sequence[Group]) -> str:

@@ -55,6 +55,18 @@ def test_without_a_gap_the_main_metric_ranks(tmp_path):
   )
 
 
+def test_a_method_without_a_gap_is_ranked_with_the_others(tmp_path):
+  several = {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}}
+
+  said = finding(tmp_path, WER | {'two': (gkd(1.0) | several, [45.0])})
+
+  assert said.startswith(
+    'Found: on-policy GKD, forward KL ends at 40.00 (WER %, greedy), ImitKD '
+    '44.00'
+  )
+  assert 'teachers a, b 45.00' in said
+
+
 def test_one_method_is_no_comparison(tmp_path):
   wer = {name: WER[name] for name in ('teacher', 'initial', 'sft')}
 
