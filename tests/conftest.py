@@ -183,16 +183,12 @@ def save_model(
   from gkd_jax.models.t5 import T5
   from tests import tiny
 
-  class NoData:
-    def save(self, directory):
-      pass
-
   params = tiny.params(T5(config), seed)
   checkpoints = checkpoint.Checkpoints(
     run_dir, checkpoint.ModelDescription(config, vocabulary)
   )
   state = state_lib.init_state(params, optax.sgd(1.0))
-  checkpoints.save(state, NoData(), train_seconds=0.0)
+  checkpoints.save(state, tiny.NoData(), train_seconds=0.0)
   checkpoints.close()
 
 

@@ -8,7 +8,6 @@ interrupted; one program, which sends nothing to the host and has no [B, T, V].
 
 import dataclasses
 import math
-import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -77,7 +76,7 @@ SETTINGS = {
 # The parts of the carried state that steps change. opsd's teacher, the initial
 # student, is one that they do not.
 MOVING = {'distillm': 'policy', 'sdft': 'teacher', 'taid': 'divergence'}
-# Those that sample in some steps alone.
+# Methods that sample in some of their steps.
 SAMPLES_SOMETIMES = ('distillm', 'f_distill', 'imitkd')
 # With momentum: the optimizer's state matters. Not Adam, which divides by the
 # gradients, and so by the rounding of small ones.
@@ -87,16 +86,6 @@ BATCHES = [
   tiny.batch(seed, (7, 3, 5, 6) * 2, (5, 2, 6, 4) * 2) for seed in (0, 2)
 ]
 B, T = BATCHES[0].decoder_target_tokens.shape
-
-
-class NoData:
-  """A fake iterator that is always at the same place."""
-
-  def save(self, directory):
-    (pathlib.Path(directory) / 'nothing').touch()
-
-  def restore(self, directory):
-    assert (pathlib.Path(directory) / 'nothing').exists()
 
 
 class Run(NamedTuple):
@@ -226,11 +215,11 @@ def run_on(experiment, mesh_shape, num_microbatches, folder=None) -> Run:
     description = checkpoint.ModelDescription(student.config, 'none')
     checkpoints = checkpoint.Checkpoints(folder, description)
     history, state = train(
-      state, lambda x: checkpoints.save(x, NoData(), train_seconds=0.0)
+      state, lambda x: checkpoints.save(x, tiny.NoData(), train_seconds=0.0)
     )
     checkpoints.close()
     checkpoints = checkpoint.Checkpoints(folder, description)
-    resumed = train(checkpoints.restore(abstract, NoData()).state)
+    resumed = train(checkpoints.restore(abstract, tiny.NoData()).state)
   return Run(
     start,
     history,

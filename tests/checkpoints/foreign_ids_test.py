@@ -25,11 +25,6 @@ FIXTURES = conftest.ROOT / 'tests/checkpoints/formats/huggingface_fixtures'
 VOCABULARY = 'PassThroughVocabulary 40 ids'
 
 
-class NoData:
-  def save(self, directory):
-    pass
-
-
 @pytest.fixture(params=['madlad', 'fred'])
 def name(request):
   return request.param
@@ -77,7 +72,7 @@ def test_a_student_is_trained_and_exported_with_its_ids(tmp_path):
   checkpoints = checkpoint.Checkpoints(
     tmp_path / 'run', checkpoint.ModelDescription(student.config, VOCABULARY)
   )
-  checkpoints.save(state, NoData(), train_seconds=0.0)
+  checkpoints.save(state, tiny.NoData(), train_seconds=0.0)
   checkpoints.close()
   export.export(tmp_path / 'run', 'huggingface', tmp_path / 'exported')
 

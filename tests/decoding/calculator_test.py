@@ -874,15 +874,11 @@ def miscalculator(tmp_path_factory):
   for _ in range(500):
     state, _ = train_step(state, state_lib.Frozen(), batch)
 
-  class NoData:
-    def save(self, directory):
-      pass
-
   folder = tmp_path_factory.mktemp('miscalculator')
   checkpoints = checkpoint.Checkpoints(
     folder, checkpoint.ModelDescription(config, 'ByteVocabulary 259 ids')
   )
-  checkpoints.save(state, NoData(), train_seconds=0.0)
+  checkpoints.save(state, tiny.NoData(), train_seconds=0.0)
   checkpoints.close()
   return folder
 

@@ -368,16 +368,6 @@ def test_a_credit_reads_log_probabilities_of_the_draw_and_of_both_models():
 # --- Eight devices, a kill and a resume ---------------------------------------
 
 
-class NoData:
-  """A fake iterator that returns the same batch at every step."""
-
-  def save(self, directory):
-    (pathlib.Path(directory) / 'nothing').touch()
-
-  def restore(self, directory):
-    assert (pathlib.Path(directory) / 'nothing').exists()
-
-
 _steps = {}
 
 
@@ -415,7 +405,7 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
   checkpoints = checkpoint.Checkpoints(
     folder, checkpoint.ModelDescription(student.config, 'none')
   )
-  if saved := checkpoints.restore(abstract, NoData()):
+  if saved := checkpoints.restore(abstract, tiny.NoData()):
     state = saved.state
   first = int(state.step)
   for number in range(first + 1, NUM_STEPS + 1):
@@ -424,7 +414,7 @@ def train(folder, kill_after=None, mesh_shape=(4, 2)):
     if number != 3:  # Orbax may still read what was saved after step 2
       assert all(x.is_deleted() for x in jax.tree.leaves(before))
     if number == 2:
-      checkpoints.save(state, NoData(), train_seconds=0.0)
+      checkpoints.save(state, tiny.NoData(), train_seconds=0.0)
     if number == kill_after:
       while not (pathlib.Path(folder) / 'checkpoint_2').exists():
         time.sleep(0.01)
