@@ -21,7 +21,7 @@ _BINARY = {
   b'\x89HDF': 'HDF5',
   b'\x93NUMPY': 'a NumPy array',
   b'SQLite format 3': 'an SQLite database',
-  files.LFS_POINTER: ('a pointer of Git LFS (git lfs pull gets the file)'),
+  files.LFS_POINTER: 'a pointer of Git LFS (git lfs pull gets the file)',
 }
 # Share of the first bytes of UTF-16 that are NUL, at the least.
 _MIN_UTF_16_NULS = 0.3

@@ -46,7 +46,6 @@ def test_settings_are_those_that_gin_wrote(run_main):
         assert ''.join(repr(value).split()) == ''.join(settings[name].split())
     elif not isinstance(value, gin.config.ConfigurableReference):
       assert settings[name] == value
-  gin.clear_config()
   assert settings['MODEL_DIR'] == f'runs/{"long/" * 20}'  # on a line of its own
   assert settings['DIVERGENCE'] == '@divergences.generalized_jsd'
   assert settings['experiment.Schedule.seed'] == '%RANDOM_SEED'
