@@ -177,6 +177,23 @@ class Model(Protocol):
     """
     ...
 
+  def decode_block(
+    self, cache: Cache, offsets: jax.Array, tokens: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Returns logits [B, N, V] of several positions, and the cache.
+
+    Equals N calls of `decode_step`, but each row has a position of its own. To
+    go back, pass a smaller offset: entries from a row's offset on are replaced
+    or, after the block, not read. The position of `decode_step` stays.
+
+    Args:
+      cache: from `start_cache`, with the entries before each row's offset.
+      offsets: [B] int32, the position of each row's first token here; at most
+        `max_decode_len` - N.
+      tokens: [B, N] int32; the start id is the token of position 0.
+    """
+    ...
+
   # Called directly.
 
   def head_params(self, params: Params) -> Params:

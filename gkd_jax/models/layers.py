@@ -358,6 +358,24 @@ class Attention(nn.Module):
     return x_BLHK.swapaxes(1, 2)
 
 
+def write_block(
+  cached_BHLK: jax.Array, block_BHNK: jax.Array, offsets_B: jax.Array
+) -> jax.Array:
+  """Returns cached keys or values with a block at its position in each row.
+
+  Args:
+    cached_BHLK: [B, H, L, K].
+    block_BHNK: [B, H, N, K].
+    offsets_B: [B] int32, at most L - N.
+  """
+  if cached_BHLK.shape[0] == 1:  # XLA updates it in place
+    at = (0, 0, offsets_B[0], 0)
+    return jax.lax.dynamic_update_slice(cached_BHLK, block_BHNK, at)
+  return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
+    cached_BHLK, block_BHNK, offsets_B, 1
+  )
+
+
 class Mlp(nn.Module):
   """The feed-forward block: (product of act_i(x W_i)) W_o, no biases.
 

@@ -294,6 +294,30 @@ class DecoderLayer(_Layer):
     )
     return x_B1D, keys, values
 
+  def block(
+    self, x_BND, offsets, keys, values, cross, *, bias, self_mask, encoder_mask
+  ):
+    """Returns N positions [B, N, D], and keys and values with those of them."""
+    if self.config.relpos_bias_per_layer:
+      bias = _bias_of_block(
+        self.relpos_bias, offsets, x_BND.shape[1], keys.shape[2]
+      )
+    h = self.pre_self_attention_layer_norm(x_BND)
+    key, value = self.self_attention.keys_values(h)
+    keys = layers.write_block(keys, key, offsets)
+    values = layers.write_block(values, value, offsets)
+    x_BND = self._after_keys_values(
+      x_BND,
+      h,
+      (keys, values),
+      cross,
+      bias=bias,
+      self_mask=self_mask,
+      encoder_mask=encoder_mask,
+      deterministic=True,
+    )
+    return x_BND, keys, values
+
   def _after_keys_values(
     self,
     x,
@@ -440,6 +464,34 @@ class Decoder(nn.Module):
     )
     return self.decoder_norm(x_B1D), cache
 
+  def block(self, cache: Cache, offsets_B, x_BND) -> tuple[jax.Array, Cache]:
+    """Returns hidden states [B, N, D] of N positions, and the cache."""
+    max_decode_len = cache.self_keys[0].shape[2]
+    bias_BHNT = None
+    if not self.config.relpos_bias_per_layer:
+      bias_BHNT = _bias_of_block(
+        self.relpos_bias, offsets_B, x_BND.shape[1], max_decode_len
+      )
+    positions_BN1 = _positions(offsets_B, x_BND.shape[1])[:, :, None]
+    self_mask = (jnp.arange(max_decode_len) <= positions_BN1)[:, None]
+    keys, values = [], []
+    for i, layer in enumerate(self.layers):
+      x_BND, key, value = layer.block(
+        x_BND,
+        offsets_B,
+        cache.self_keys[i],
+        cache.self_values[i],
+        (cache.cross_keys[i], cache.cross_values[i]),
+        bias=bias_BHNT,
+        self_mask=self_mask,
+        encoder_mask=cache.encoder_mask,
+      )
+      x_BND = layer_stack.constrain(x_BND, self.placement)
+      keys.append(self._constrain(key))
+      values.append(self._constrain(value))
+    cache = cache._replace(self_keys=tuple(keys), self_values=tuple(values))
+    return self.decoder_norm(x_BND), cache
+
   def _constrain(self, keys_or_values_BHLK: jax.Array) -> jax.Array:
     return partitioning.constrain(
       keys_or_values_BHLK, self.placement, 'batch', 'heads', 'length', 'kv'
@@ -546,6 +598,15 @@ class T5(nn.Module):
     )
     return self.unembed(hidden[:, 0]), cache
 
+  def decode_block(
+    self, cache: Cache, offsets_B, tokens_BN
+  ) -> tuple[jax.Array, Cache]:
+    """Returns logits [B, N, V] after each token; see `interface.Model`."""
+    hidden, cache = self.decoder.block(
+      cache, offsets_B, self.token_embedder(tokens_BN)
+    )
+    return self.unembed(hidden), cache
+
   def _encoder_mask(self, encoder_input_tokens: jax.Array) -> jax.Array:
     return (encoder_input_tokens != self.config.pad_id)[:, None, None, :]
 
@@ -583,3 +644,20 @@ def _bias_of_step(
   """Returns the bias of one query position, [1, H, 1, max_len]."""
   bias_1HTT = relpos_bias(max_len, max_len)
   return jax.lax.dynamic_slice_in_dim(bias_1HTT, step, 1, axis=2)
+
+
+def _bias_of_block(
+  relpos_bias: layers.RelativePositionBias,
+  offsets_B: jax.Array,
+  num: int,
+  max_len: int,
+) -> jax.Array:
+  """Returns the bias of `num` query positions per row, [B, H, num, max_len]."""
+  bias_HTT = relpos_bias(max_len, max_len)[0]
+  bias_HBNT = jnp.take(bias_HTT, _positions(offsets_B, num), axis=1)
+  return bias_HBNT.swapaxes(0, 1)
+
+
+def _positions(offsets_B: jax.Array, num: int) -> jax.Array:
+  """Returns the positions [B, num] from each row's offset on."""
+  return offsets_B[:, None] + jnp.arange(num)

@@ -9,6 +9,7 @@ import pytest
 
 from gkd_jax.models.params import count_params, init_params, logical_axes
 from gkd_jax.models.t5 import T5, T5Config
+from gkd_jax.parallel import partitioning
 from tests import t5_reference, tiny
 
 pytestmark = pytest.mark.slow  # compiles models
@@ -238,6 +239,89 @@ def test_cached_decoding_equals_the_full_forward_pass(changes):
   np.testing.assert_allclose(np.stack(got, 1), want, rtol=0, atol=1e-5)
   # Position and cache are data: one program serves them all.
   assert num_traces == 1
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'version': '1.0', 'remat': True},
+    {'version': '1.1', 'scan_layers': True},
+    {'relpos_bias_per_layer': True},
+  ],
+  ids=['1.0 with remat', '1.1 with scan', 'umT5'],
+)
+def test_a_block_at_each_rows_position_equals_single_steps(changes):
+  model, params = tiny.model_and_params(
+    0, num_decoder_layers=2, relpos_buckets=8, relpos_max_distance=10, **changes
+  )
+  inputs = tiny.tokens(1, [7, 4, 5], 7)
+  targets = tiny.tokens(2, [12, 12, 12], 12)
+  given = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
+  cache = start_cache(model, params, inputs, max_decode_len=12)
+
+  @jax.jit
+  def decode_block(cache, offsets):
+    at = offsets[:, None] + jnp.arange(3)
+    tokens = jnp.take_along_axis(jnp.asarray(given), at, axis=1)
+    return model.apply(
+      {'params': params}, cache, offsets, tokens, method='decode_block'
+    )
+
+  got = np.full((3, 12, tiny.VOCAB_SIZE), np.nan, np.float32)
+  # Rows advance by 1, 2 or 3, as many as were accepted; or go back.
+  for offsets in ([0, 0, 0], [1, 3, 2], [4, 5, 1], [6, 8, 4], [9, 7, 7]):
+    logits, cache = decode_block(cache, jnp.array(offsets))
+    for row, offset in enumerate(offsets):
+      got[row, offset : offset + 3] = logits[row]
+
+  want = tiny.logits(model, params, inputs, targets)
+  written = ~np.isnan(got)
+  assert written.mean() > 0.9
+  # The same sums in another order.
+  np.testing.assert_allclose(got[written], want[written], rtol=0, atol=1e-5)
+
+
+def blocks_on_one_and_on_all_devices():
+  """Runs in a separate process, see `tiny.on_simulated_devices`."""
+  mesh = partitioning.make_mesh(4, 2)
+  rules = partitioning.standard_logical_axis_rules(2, 1)
+  config = tiny.config(vocab_size=24, num_decoder_layers=2)
+  rows = partitioning.batch_sharding(mesh)
+  inputs = tiny.tokens(1, [7, 4] * 4, 7)
+  tokens, offsets = tiny.tokens(2, [3] * 8, 3), np.arange(8) % 3
+  logits = []
+  for placement in (None, partitioning.Placement(mesh, rules)):
+    model = T5(config, placement)
+    params = tiny.params(T5(config), 0)
+    given = inputs, offsets, tokens
+    if placement is not None:
+      params = jax.device_put(params, placement.shardings(logical_axes(model)))
+      given = jax.device_put(given, rows)
+
+    @jax.jit
+    def decode(params, inputs, offsets, tokens, model=model):
+      params = model.gather_params(params)
+      cache = start_cache(model, params, inputs, max_decode_len=7)
+      logits = []
+      for i in (0, 2):  # from the start on, and after it
+        new, cache = model.apply(
+          {'params': params}, cache, offsets + i, tokens, method='decode_block'
+        )
+        logits.append(new)
+      return jnp.stack(logits)
+
+    logits.append(decode(params, *given))
+  num_devices = [len(x.sharding.device_set) for x in logits]
+  return num_devices, *map(np.asarray, logits)
+
+
+def test_a_block_does_not_depend_on_the_mesh():
+  num_devices, one, all_ = tiny.on_simulated_devices(
+    8, __name__, blocks_on_one_and_on_all_devices.__name__
+  )
+
+  assert num_devices == [1, 8]
+  tiny.assert_equal_but_for_rounding(all_, one)
 
 
 def test_cross_attention_keys_are_not_computed_in_a_decode_step():
