@@ -56,6 +56,7 @@ def run_layers(
   *,
   per_row: Arguments,
   shared: Arguments,
+  per_layer: Arguments | None = None,
   num_microbatches: int = 1,
 ) -> jax.Array:
   """Runs the layers of an encoder or decoder on x.
@@ -67,6 +68,7 @@ def run_layers(
     deterministic: False applies dropout.
     per_row: arguments of every layer whose first axis is the batch.
     shared: arguments of every layer that all rows share.
+    per_layer: arguments whose first axis is that of the layers.
     num_microbatches: each layer loops over this many parts of the batch. Must
       be 1 with dropout.
 
@@ -75,22 +77,24 @@ def run_layers(
   """
   c = stack.config
   x = constrain(x_BLD, stack.placement)
+  per_layer = per_layer or {}
   is_loop = c.scan_layers and stack.layers
   if stack.is_initializing() or not (is_loop or num_microbatches > 1):
-    for layer in stack.layers:
-      x = constrain(
-        layer(x, deterministic, **per_row, **shared), stack.placement
-      )
+    for i, layer in enumerate(stack.layers):
+      own = _of_layer(per_layer, i)
+      x = layer(x, deterministic, **per_row, **shared, **own)
+      x = constrain(x, stack.placement)
     return x
 
   def run_layer(x, layer):
-    params, rng = layer
+    params, rng, own = layer
     x = layer_class(c, parent=None).apply(
       {'params': params},
       x,
       deterministic,
       **per_row,
       **shared,
+      **own,
       rngs=None if rng is None else {'dropout': rng},
     )
     return constrain(x, stack.placement), None
@@ -113,11 +117,16 @@ def run_layers(
     rngs = None
     if c.dropout_rate > 0.0 and not deterministic:
       rngs = jax.random.split(stack.make_rng('dropout'), len(stack.layers))
-    x, _ = jax.lax.scan(run_layer, x, (params, rngs))
+    x, _ = jax.lax.scan(run_layer, x, (params, rngs, per_layer))
   else:
-    for layer in stack.layers:
-      x, _ = run_layer(x, (layer.variables['params'], None))
+    for i, layer in enumerate(stack.layers):
+      own = _of_layer(per_layer, i)
+      x, _ = run_layer(x, (layer.variables['params'], None, own))
   return x if num_microbatches == 1 else merge_rows(x)
+
+
+def _of_layer(per_layer: Arguments, i: int) -> Arguments:
+  return {name: x[i] for name, x in per_layer.items()}
 
 
 def _in_microbatches(
@@ -125,7 +134,7 @@ def _in_microbatches(
 ):
   """Returns a function that runs a layer on all microbatches, for `scan`.
 
-  It maps (x, (params, None)) to (x, None), with x [microbatches, rows, L, D]. A
+  It maps (x, (params, None, own arguments)) to (x, None), with x [microbatches, rows, L, D]. A
   layer's parameters are gathered once for all microbatches.
   """
   placement = stack.placement
@@ -137,12 +146,12 @@ def _in_microbatches(
   }
 
   def run_layer(x, layer_params):
-    params, _ = layer_params
+    params, _, own = layer_params
     if placement is not None and placement.shards_params_over_data:
       boxed = jax.eval_shape(
-        lambda: layer.init(jax.random.key(0), x_BLD, True, **per_row, **shared)[
-          'params'
-        ]
+        lambda: layer.init(
+          jax.random.key(0), x_BLD, True, **per_row, **shared, **own
+        )['params']
       )
       params = jax.lax.with_sharding_constraint(
         params,
@@ -154,7 +163,7 @@ def _in_microbatches(
     def run_microbatch(microbatch):
       x, rows = microbatch
       x = layer.apply(
-        {'params': params}, x, True, **{**per_row, **rows}, **shared
+        {'params': params}, x, True, **{**per_row, **rows}, **shared, **own
       )
       return constrain(x, placement)
 

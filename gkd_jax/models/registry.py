@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gkd_jax.models import t5
+from gkd_jax.models import t5, t5gemma
 from gkd_jax.models.interface import (
   EXECUTION_FIELDS,
   ID_FIELDS,
@@ -35,6 +35,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
   't5': Family(t5.T5Config, t5.T5, t5.SIZES),
+  't5gemma': Family(t5gemma.T5GemmaConfig, t5gemma.T5Gemma, t5gemma.SIZES),
 }
 SIZES: dict[str, ModelConfig] = {
   name: config

@@ -20,7 +20,7 @@ import safetensors.numpy
 from etils import epath
 
 from gkd_jax.checkpoints import checkpoint, mistaken
-from gkd_jax.checkpoints.formats import t5_names
+from gkd_jax.checkpoints.formats import t5_names, t5gemma_names
 from gkd_jax.checkpoints.formats import tensors as tensors_lib
 from gkd_jax.checkpoints.formats.tensors import Tensor
 from gkd_jax.data import tokenizer_files
@@ -32,13 +32,14 @@ from gkd_jax.runtime import files
 
 FORMAT = 'Hugging Face'
 # Family of models -> module with its names.
-_FAMILIES = {'t5': t5_names}
+_FAMILIES = {'t5': t5_names, 't5gemma': t5gemma_names}
 CONFIG = 'config.json'
 _GENERATION = 'generation_config.json'
 # Files of the tokenizer and of generation settings. An export copies them from
 # the folder that the model was loaded from.
 SIDE_FILES = (
   'spiece.model',
+  'tokenizer.model',
   'tokenizer.json',
   'tokenizer_config.json',
   'special_tokens_map.json',

@@ -55,16 +55,15 @@ def read_all(tensor: Tensor) -> np.ndarray:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-  """Whether two matrices are equal; they are read in parts."""
+  """Whether two arrays are equal; they are read in parts."""
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   rows = 4096  # of an embedding: two complete ones may not fit into memory
+  rest = tuple(slice(0, n) for n in a.shape[1:])
   return all(
     np.array_equal(a.read(part), b.read(part))
     for start in range(0, a.shape[0], rows)
-    for part in [
-      (slice(start, min(start + rows, a.shape[0])), slice(0, a.shape[1]))
-    ]
+    for part in [(slice(start, min(start + rows, a.shape[0])), *rest)]
   )
 
 
