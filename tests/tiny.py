@@ -15,8 +15,10 @@ import numpy as np
 
 from gkd_jax.batch import Batch, SpecialIds
 from gkd_jax.distill.methods import Method
+from gkd_jax.models.interface import Model
 from gkd_jax.models.params import init_params
 from gkd_jax.models.t5 import T5, T5Config
+from gkd_jax.models.t5gemma import T5Gemma, T5GemmaConfig
 
 VOCAB_SIZE = 24
 NUM_IDS = 19  # of the tokenizer, so to speak; the rest fills the embedding up
@@ -54,32 +56,72 @@ def config(version='1.1', **changes) -> T5Config:
   return T5Config(**(shape | changes))
 
 
-def params(model: T5, seed: int):
+def t5gemma_config(version: int, **changes) -> T5GemmaConfig:
+  """A T5Gemma whose window is shorter than most rows; see `config`.
+
+  In version 1 encoder and decoder differ in every size.
+  """
+  shape = {
+    'vocab_size': VOCAB_SIZE,
+    'emb_dim': 16,
+    'num_heads': 4,
+    'num_kv_heads': 2,
+    'head_dim': 6,
+    'mlp_dim': 20,
+    'num_encoder_layers': 2,
+    'num_decoder_layers': 2,
+    'window': 3,
+    'full_period': 2,
+    'eoi_id': 18,
+  }
+  own = {
+    1: {
+      'encoder_emb_dim': 12,
+      'encoder_num_heads': 2,
+      'encoder_num_kv_heads': 1,
+      'encoder_mlp_dim': 14,
+      'attention_soft_cap': 2.0,
+      'final_soft_cap': 3.0,
+    },
+    2: {'rope_theta': 1e6, 'rope_factor': 8.0},
+  }
+  return T5GemmaConfig(version=version, **(shape | own[version] | changes))
+
+
+def params(model: Model, seed: int):
   """Random parameters of the usual size, no norm's scale left at 1.
 
   Made with NumPy: to initialise a model would take longer than most tests do.
   """
   rng = np.random.default_rng(seed)
+  is_t5 = model.config.family == 't5'
 
   def draw(path, leaf):
     noise = rng.standard_normal(leaf.shape)
     kind = path[-1].key
     if kind == 'scale':
-      return jnp.float32(1.0 + 0.2 * noise)
+      return jnp.float32((1.0 if is_t5 else 0.0) + 0.2 * noise)
     if kind == 'kernel':
       noise /= leaf.shape[0] ** 0.5
+    if kind == 'embedding' and not is_t5:
+      noise /= leaf.shape[1] ** 0.5
     return jnp.float32(noise)
 
   return jax.tree_util.tree_map_with_path(draw, _shapes(model))
 
 
 @functools.cache
-def _shapes(model: T5):
+def _shapes(model: Model):
   return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def model_and_params(seed: int, version='1.1', **changes):
   model = T5(config(version, **changes))
+  return model, params(model, seed)
+
+
+def t5gemma_and_params(seed: int, version: int, **changes):
+  model = T5Gemma(t5gemma_config(version, **changes))
   return model, params(model, seed)
 
 
@@ -115,7 +157,7 @@ jit_as_users_do = functools.partial(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(model: T5, params, inputs, targets):
+def logits(model: Model, params, inputs, targets):
   """Teacher-forced logits [B, T, V]."""
   return model.apply({'params': params}, inputs, targets)
 

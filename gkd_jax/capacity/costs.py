@@ -10,7 +10,7 @@ cache: each array that a phase needs is read or written once.
 
 from typing import NamedTuple
 
-from gkd_jax.models.interface import ModelConfig
+from gkd_jax.models.interface import ModelConfig, StackShape
 
 
 class Cost(NamedTuple):
@@ -104,76 +104,117 @@ def of_step(
 def count_weights(config: ModelConfig) -> int:
   """Returns the number of parameters in matrices, without norms and biases."""
   c = config
-  encoder = c.num_encoder_layers * (_attention(c) + _mlp(c))
-  decoder = c.num_decoder_layers * (2 * _attention(c) + _mlp(c))
-  tables = 1 if c.logits_via_embedding else 2
-  return encoder + decoder + tables * c.vocab_size * c.emb_dim
+  encoder = c.encoder.num_layers * (
+    _attention(c, c.encoder) + _mlp(c, c.encoder)
+  )
+  own = _attention(c, c.decoder) + _mlp(c, c.decoder)
+  cross = 0
+  if c.has_cross_attention:
+    cross = _queries(c, c.decoder) + _keys(c, c.decoder, c.encoder.emb_dim)
+  decoder = c.decoder.num_layers * (own + cross)
+  # The first table is the output projection.
+  tables = c.decoder.emb_dim + (c.num_tables - 1) * c.encoder.emb_dim
+  return encoder + decoder + c.vocab_size * tables
 
 
 def cache_bytes(
   config: ModelConfig, *, batch_size: int, input_length: int, target_length: int
 ) -> int:
-  """Returns the bytes of the KV cache of sampling."""
-  c = config
-  width = {'float32': 4, 'bfloat16': 2}[c.dtype]
+  """Returns the bytes of the KV cache of sampling, without windows."""
+  width = {'float32': 4, 'bfloat16': 2}[config.dtype]
   tokens = batch_size * (input_length + target_length)
-  return 2 * c.num_decoder_layers * tokens * c.num_heads * c.head_dim * width
+  return tokens * _cached(config) * width
 
 
-def _attention(c: ModelConfig) -> int:
-  return 4 * c.emb_dim * c.num_heads * c.head_dim
+def _cached(c: ModelConfig) -> int:
+  """Returns how many numbers the decoder caches of a token."""
+  stack = c.decoder
+  return 2 * stack.num_layers * stack.num_kv_heads * c.head_dim
 
 
-def _mlp(c: ModelConfig) -> int:
-  return (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
+def _queries(c: ModelConfig, stack: StackShape) -> int:
+  """Returns the weights of queries and outputs of an attention."""
+  return 2 * stack.emb_dim * stack.num_heads * c.head_dim
+
+
+def _keys(c: ModelConfig, stack: StackShape, emb_dim: int) -> int:
+  """Returns the weights of keys and values of an attention.
+
+  Args:
+    c: the model's shape.
+    stack: of the attention.
+    emb_dim: width of what it attends to.
+  """
+  return 2 * emb_dim * stack.num_kv_heads * c.head_dim
+
+
+def _attention(c: ModelConfig, stack: StackShape) -> int:
+  return _queries(c, stack) + _keys(c, stack, stack.emb_dim)
+
+
+def _mlp(c: ModelConfig, stack: StackShape) -> int:
+  return (len(c.mlp_activations) + 1) * stack.emb_dim * stack.mlp_dim
 
 
 def _products(
-  num_layers: int, weights: float, rows: float, pairs: float, c, weight_bytes
+  stack: StackShape,
+  weights: float,
+  rows: float,
+  pairs: float,
+  c: ModelConfig,
+  weight_bytes: int,
 ) -> Cost:
   """Returns the cost of the matrix products of a stack of layers.
 
   Args:
-    num_layers: number of layers.
+    stack: the shape of its layers.
     weights: weights per layer, each multiplied with each token.
     rows: tokens in the batch.
-    pairs: pairs of query and key in the batch.
+    pairs: pairs of query and key in the batch; windows are not counted.
     c: the model's shape.
     weight_bytes: bytes per weight.
   """
-  attended = 4.0 * pairs * c.num_heads * c.head_dim  # scores, then values
+  # Scores, then values.
+  attended = 4.0 * pairs * stack.num_heads * c.head_dim
   return Cost(
-    num_layers * (2.0 * rows * weights + attended),
-    float(num_layers * weights * weight_bytes),
+    stack.num_layers * (2.0 * rows * weights + attended),
+    float(stack.num_layers * weights * weight_bytes),
   )
 
 
 def _encoder(c: ModelConfig, B: int, S: int, weight_bytes: int) -> Cost:
-  weights = _attention(c) + _mlp(c)
-  return _products(
-    c.num_encoder_layers, weights, B * S, B * S * S, c, weight_bytes
-  )
+  weights = _attention(c, c.encoder) + _mlp(c, c.encoder)
+  return _products(c.encoder, weights, B * S, B * S * S, c, weight_bytes)
+
+
+def _of_targets(c: ModelConfig) -> int:
+  """Returns the weights of a decoder layer that multiply the targets.
+
+  In the attention to the encoder these are queries and outputs.
+  """
+  weights = _attention(c, c.decoder) + _mlp(c, c.decoder)
+  if c.has_cross_attention:
+    weights += _queries(c, c.decoder)
+  return weights
 
 
 def _decoder(c: ModelConfig, B: int, S: int, T: int, weight_bytes: int) -> Cost:
-  """The decoder, teacher-forced, with the cross-attention's keys and values."""
-  # The cross-attention applies half of its weights to the inputs (keys and
-  # values) and half to the targets (queries and outputs).
-  targets = 1.5 * _attention(c) + _mlp(c)
+  """The decoder, teacher-forced, with keys and values of the inputs."""
   return _products(
-    c.num_decoder_layers, targets, B * T, B * T * (T + S), c, weight_bytes
+    c.decoder, _of_targets(c), B * T, B * T * (T + S), c, weight_bytes
   ) + _cross(c, B, S, weight_bytes)
 
 
 def _cross(c: ModelConfig, B: int, S: int, weight_bytes: int) -> Cost:
-  """The cross-attention's keys and values, once for all tokens."""
-  return _products(
-    c.num_decoder_layers, 0.5 * _attention(c), B * S, 0, c, weight_bytes
-  )
+  """The decoder's keys and values of the inputs, once for all tokens."""
+  weights = _keys(c, c.decoder, c.encoder.emb_dim)
+  cost = _products(c.decoder, weights, B * S, 0, c, weight_bytes)
+  # Kernels that the decoder's self-attention also uses are counted there.
+  return cost if c.has_cross_attention else cost._replace(bytes=0.0)
 
 
 def _head(c: ModelConfig, tokens: int, weight_bytes: int) -> Cost:
-  size = c.emb_dim * c.vocab_size
+  size = c.decoder.emb_dim * c.vocab_size
   return Cost(2.0 * tokens * size, float(size * weight_bytes))
 
 
@@ -181,11 +222,9 @@ def _sampling(
   c: ModelConfig, B: int, S: int, T: int, weight_bytes: int
 ) -> Cost:
   """Sampling T tokens; each step reads all decoder weights and the KV cache."""
-  weights = 1.5 * _attention(c) + _mlp(c)
   seen = (T + 1) / 2  # keys of the self-attention, on average
   one = _products(
-    c.num_decoder_layers, weights, B, B * (seen + S), c, weight_bytes
+    c.decoder, _of_targets(c), B, B * (seen + S), c, weight_bytes
   ) + _head(c, B, weight_bytes)
-  cached = 2.0 * c.num_decoder_layers * c.num_heads * c.head_dim * weight_bytes
-  caches = Cost(0.0, B * (seen + S) * cached)
+  caches = Cost(0.0, B * (seen + S) * float(_cached(c) * weight_bytes))
   return (one + caches).times(T) + _cross(c, B, S, weight_bytes)

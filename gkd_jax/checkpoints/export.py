@@ -70,7 +70,9 @@ def export(
   partial.mkdir(parents=True)
   if export_format == 'huggingface':
     beside = pretrained.side_files(source.folder)
-    huggingface.save(partial, source.config, params, dtype=dtype, source=beside)
+    note = huggingface.save(
+      partial, source.config, params, dtype=dtype, source=beside
+    )
     tokenizer = huggingface.tokenizer_file_names(partial)
     if not tokenizer and 'ByteVocabulary' in (source.vocabulary or ''):
       huggingface.write_byte_tokenizer(partial, source.config.vocab_size)
@@ -80,14 +82,8 @@ def export(
       if tokenizer
       else 'No tokenizer files: the checkpoint came without.'
     )
-    if source.config.relpos_bias_per_layer and (
-      not source.config.scales_decoder_outputs
-    ):
-      console.log(
-        'Note: transformers 5 scales the outputs of every umT5, this one was '
-        'trained without. What it samples there will differ from here; greedy '
-        'and beam outputs do not.'
-      )
+    if note:
+      console.log(f'Note: {note}')
   else:
     t5x.save(
       partial,

@@ -10,7 +10,7 @@ Methods that compute are called as
 A family of models is a module in this folder, listed in `registry`.
 """
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
@@ -26,20 +26,37 @@ EXECUTION_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
 ID_FIELDS = ('pad_id', 'start_id', 'eos_id')
 
 
+class StackShape(NamedTuple):
+  """The shape of an encoder or a decoder.
+
+  Attributes:
+    num_layers: its depth.
+    emb_dim: D, width of the residual stream.
+    num_heads: H, heads of queries.
+    num_kv_heads: heads of keys and values, at most H.
+    mlp_dim: F.
+  """
+
+  num_layers: int
+  emb_dim: int
+  num_heads: int
+  num_kv_heads: int
+  mlp_dim: int
+
+
 class ModelConfig(Protocol):
   """The shape of a model and how it is run: a frozen, hashable dataclass.
 
   Attributes:
     family: its key in `registry.FAMILIES`.
     vocab_size: rows of the embedding, at least the tokenizer's number of ids.
-    emb_dim: D, width of the residual stream.
-    num_heads: H.
+    encoder: shape of the encoder.
+    decoder: shape of the decoder.
     head_dim: K.
-    mlp_dim: F.
+    has_cross_attention: whether decoder layers have kernels of their own for
+      the attention to the encoder, or use those of their self-attention.
+    num_tables: [V, D] arrays, of embeddings and output projection.
     mlp_activations: one activation, or several whose product is a gated MLP.
-    num_encoder_layers: depth of the encoder.
-    num_decoder_layers: depth of the decoder.
-    logits_via_embedding: whether the output projection is the embedding.
     dropout_rate: in training.
     dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
     remat: whether the backward pass recomputes each layer, to save memory.
@@ -51,14 +68,12 @@ class ModelConfig(Protocol):
 
   family: ClassVar[str]
   vocab_size: int
-  emb_dim: int
-  num_heads: int
+  encoder: StackShape
+  decoder: StackShape
   head_dim: int
-  mlp_dim: int
+  has_cross_attention: bool
+  num_tables: int
   mlp_activations: tuple[str, ...]
-  num_encoder_layers: int
-  num_decoder_layers: int
-  logits_via_embedding: bool
   dropout_rate: float
   dtype: str
   remat: bool

@@ -134,8 +134,9 @@ def _in_microbatches(
 ):
   """Returns a function that runs a layer on all microbatches, for `scan`.
 
-  It maps (x, (params, None, own arguments)) to (x, None), with x [microbatches, rows, L, D]. A
-  layer's parameters are gathered once for all microbatches.
+  It maps (x, (params, None, own arguments)) to (x, None), with x
+  [microbatches, rows, L, D]. A layer's parameters are gathered once for all
+  microbatches.
   """
   placement = stack.placement
   layer = layer_class(stack.config, parent=None)

@@ -89,7 +89,7 @@ def published(size: str, **changes: Any) -> ModelConfig:
 
   Args:
     size: a key of SIZES, e.g. 't5_1_1_small'.
-    **changes: fields of the config, e.g. dropout_rate=0.1.
+    **changes: fields of the config, e.g. dropout_rate=0.1; None: as published.
 
   Raises:
     ValueError: there is no such size.
@@ -98,6 +98,7 @@ def published(size: str, **changes: Any) -> ModelConfig:
     raise ValueError(
       f'No model of size {size!r}. There are: {", ".join(SIZES)}.'
     )
+  changes = {name: x for name, x in changes.items() if x is not None}
   return dataclasses.replace(SIZES[size], **changes)
 
 

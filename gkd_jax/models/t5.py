@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from gkd_jax.batch import SpecialIds, shift_right
 from gkd_jax.models import layer_stack, layers
+from gkd_jax.models.interface import StackShape
 from gkd_jax.parallel import partitioning
 
 Params = Any
@@ -51,6 +52,7 @@ class T5Config:
   """
 
   family: ClassVar[str] = 't5'
+  has_cross_attention: ClassVar[bool] = True
 
   vocab_size: int
   emb_dim: int
@@ -130,6 +132,27 @@ class T5Config:
       f'{kind} of width {self.emb_dim} with {self.num_encoder_layers} + '
       f'{self.num_decoder_layers} layers'
     )
+
+  @property
+  def encoder(self) -> StackShape:
+    """The shape of the encoder."""
+    return StackShape(
+      self.num_encoder_layers,
+      self.emb_dim,
+      self.num_heads,
+      self.num_heads,
+      self.mlp_dim,
+    )
+
+  @property
+  def decoder(self) -> StackShape:
+    """The shape of the decoder."""
+    return self.encoder._replace(num_layers=self.num_decoder_layers)
+
+  @property
+  def num_tables(self) -> int:
+    """The embedding, and the output projection of an untied model."""
+    return 1 if self.logits_via_embedding else 2
 
   @property
   def scales_decoder_outputs(self) -> bool:

@@ -10,11 +10,12 @@ caps on logits. T5Gemma 2 (Gemma 3) has one attention in each decoder layer, to
 the targets and the encoder outputs at once, norms of queries and keys, and one
 embedding.
 
-Source: Zhang et al. (2025), arXiv:2504.06225 and arXiv:2512.14856; transformers,
-`models/t5gemma` and `models/t5gemma2`.
+Source: Zhang et al. (2025), arXiv:2504.06225 and arXiv:2512.14856;
+transformers, `models/t5gemma` and `models/t5gemma2`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +26,7 @@ from flax import linen as nn
 
 from gkd_jax.batch import MASKED_LOGIT, SpecialIds, shift_right
 from gkd_jax.models import layer_stack, layers
+from gkd_jax.models.interface import StackShape
 from gkd_jax.parallel import partitioning
 from gkd_jax.parallel.partitioning import Placement
 
@@ -35,6 +37,9 @@ Params = Any
 _KEY_AXIS = 'joined_kv_heads'
 _KEY_HEADS = 'kv_heads'  # of the cache
 _QUERY_AXIS = 'joined_kv'
+# What may differ between encoder and decoder, beside their depths.
+_OF_STACK = ('emb_dim', 'num_heads', 'num_kv_heads', 'mlp_dim')
+MAX_BLOCK = 32  # positions that are decoded at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,6 @@ class T5GemmaConfig:
 
   family: ClassVar[str] = 't5gemma'
   mlp_activations: ClassVar[tuple[str, ...]] = ('gelu', 'linear')
-  logits_via_embedding: ClassVar[bool] = True
 
   version: int
   vocab_size: int
@@ -149,33 +153,32 @@ class T5GemmaConfig:
     )
 
   @property
-  def encoder(self) -> 'Shape':
-    """The shape of the encoder's layers."""
+  def encoder(self) -> StackShape:
+    """The shape of the encoder."""
     own = {name: getattr(self, f'encoder_{name}') for name in _OF_STACK}
     changes = {name: value for name, value in own.items() if value is not None}
-    return self.decoder._replace(**changes)
+    return self.decoder._replace(num_layers=self.num_encoder_layers, **changes)
 
   @property
-  def decoder(self) -> 'Shape':
-    """The shape of the decoder's layers."""
-    return Shape(*(getattr(self, name) for name in _OF_STACK))
+  def decoder(self) -> StackShape:
+    """The shape of the decoder."""
+    shape = {name: getattr(self, name) for name in _OF_STACK}
+    return StackShape(num_layers=self.num_decoder_layers, **shape)
+
+  @property
+  def has_cross_attention(self) -> bool:
+    """Whether the attention to the encoder has kernels of its own."""
+    return self.version == 1
+
+  @property
+  def num_tables(self) -> int:
+    """One embedding, or one of each stack; the output projection is tied."""
+    return 2 if self.version == 1 else 1
 
   def is_full(self, num_layers: int) -> np.ndarray:
     """Returns, for each layer of a stack, 1 if it has no window, else 0."""
     period = self.full_period
     return np.asarray([int((i + 1) % period == 0) for i in range(num_layers)])
-
-
-class Shape(NamedTuple):
-  """The shape of the layers of a stack."""
-
-  emb_dim: int
-  num_heads: int
-  num_kv_heads: int
-  mlp_dim: int
-
-
-_OF_STACK = Shape._fields
 
 
 def _check(c: T5GemmaConfig) -> None:
@@ -188,9 +191,7 @@ def _check(c: T5GemmaConfig) -> None:
       )
 
   check('version', c.version in (1, 2), '1 or 2')
-  check(
-    'dtype', c.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'"
-  )
+  check('dtype', c.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'")
   sizes = ('vocab_size', *_OF_STACK, 'window', 'full_period')
   for name in sizes:
     check(name, getattr(c, name) >= 1, '1 or more')
@@ -356,17 +357,15 @@ class Embed(layers.Embed):
     return jnp.where(is_eoi, self.eoi_embedding.astype(self.dtype), x)
 
 
-def rotary(
-  config: T5GemmaConfig, positions: jax.Array
-) -> jax.Array:
+def rotary(config: T5GemmaConfig, positions: jax.Array) -> jax.Array:
   """Returns cosines and sines of the rotary positions.
 
   Args:
     config: with the bases of layers with and without window.
-    positions: [L] int.
+    positions: [..., L] int.
 
   Returns:
-    [2, 2, L, K / 2] float32: layers with a window, without; cosine, sine.
+    [2, 2, ..., L, K / 2] float32: layers with a window, without; cosine, sine.
   """
   c = config
   exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim
@@ -376,7 +375,9 @@ def rotary(
       1.0 / np.float32(c.rope_theta) ** exponents / c.rope_factor,
     ]
   ).astype(np.float32)
-  angles = positions.astype(jnp.float32)[:, None] * frequencies[:, None]
+  angles = jnp.stack(
+    [positions.astype(jnp.float32)[..., None] * x for x in frequencies]
+  )
   return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
 
@@ -385,7 +386,7 @@ def rotate(x: jax.Array, rope: jax.Array) -> jax.Array:
 
   Args:
     x: queries or keys.
-    rope: [2, L, K / 2] cosines and sines.
+    rope: [2, ..., L, K / 2] cosines and sines.
   """
   cos, sin = rope
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -412,7 +413,7 @@ class Attention(nn.Module):
   """Grouped-query attention: R = H / G heads of queries share keys and values.
 
   Attributes:
-    shape: of the layers of the stack.
+    shape: of the stack.
     head_dim: K.
     dtype: of the activations.
     scale: factor of the attention logits.
@@ -420,7 +421,7 @@ class Attention(nn.Module):
     has_norms: whether queries and keys have norms (version 2).
   """
 
-  shape: Shape
+  shape: StackShape
   head_dim: int
   dtype: Any
   scale: float
@@ -507,7 +508,7 @@ class _Layer(nn.Module):
 
   config: T5GemmaConfig
 
-  def _attention(self, shape: Shape) -> Attention:
+  def _attention(self, shape: StackShape) -> Attention:
     c = self.config
     return Attention(
       shape=shape,
@@ -518,7 +519,7 @@ class _Layer(nn.Module):
       has_norms=c.version == 2,
     )
 
-  def _mlp(self, shape: Shape) -> layers.Mlp:
+  def _mlp(self, shape: StackShape) -> layers.Mlp:
     c = self.config
     return layers.Mlp(
       mlp_dim=shape.mlp_dim,
@@ -557,7 +558,7 @@ class EncoderLayer(_Layer):
       is_full: 1 if the layer has no window, else 0.
     """
     rope = rope[is_full]
-    mask &= window | (is_full == 1)
+    mask = mask & (window | (is_full == 1))
     h = self.pre_attention_layer_norm(x_BSD)
     seen = Seen(*self.attention.keys_values(h, rope), mask)
     h = self.post_attention_layer_norm(self.attention.attend(h, [seen], rope))
@@ -580,7 +581,7 @@ class DecoderLayer(_Layer):
     self.pre_self_attention_layer_norm = self._norm()
     self.self_attention = self._attention(shape)
     self.post_self_attention_layer_norm = self._norm()
-    if self.config.version == 1:
+    if self.config.has_cross_attention:
       self.pre_cross_attention_layer_norm = self._norm()
       self.encoder_decoder_attention = self._attention(shape)
       self.post_cross_attention_layer_norm = self._norm()
@@ -623,35 +624,30 @@ class DecoderLayer(_Layer):
   def cross_keys_values(self, encoded_BSD) -> tuple[jax.Array, jax.Array]:
     """Returns keys and values of the encoder outputs, [B, G, S, K] each."""
     attention = self.self_attention
-    if self.config.version == 1:
+    if self.config.has_cross_attention:
       attention = self.encoder_decoder_attention
     return attention.keys_values(encoded_BSD, rope=None)
 
-  def step(self, x_B1D, step, keys, values, cross: Seen, rope):
-    """Returns one position [B, 1, D], and keys and values with those of it.
+  def cached(self, x_BND, write, keys, values, mask, cross: Seen, rope):
+    """Returns N positions [B, N, D], and keys and values with those of them.
 
     Args:
-      x_B1D: [B, 1, D].
-      step: [] int32, the position.
-      keys: [B, G, L, K]. If L is less than the number of positions, those of
-        the last L are kept, that of position t at t % L.
+      x_BND: [B, N, D].
+      write: (cached keys or values, those of x) -> all of them.
+      keys: [B, G, L, K].
       values: likewise.
+      mask: see `Seen`, of all keys.
       cross: of the encoder outputs.
-      rope: [2, 1, K / 2] of the position.
+      rope: cosines and sines of the positions.
     """
-    h = self.pre_self_attention_layer_norm(x_B1D)
-    key, value = self.self_attention.keys_values(h, rope)
-    size = keys.shape[2]
-    at = (0, 0, step % size, 0)
-    keys = jax.lax.dynamic_update_slice(keys, key, at)
-    values = jax.lax.dynamic_update_slice(values, value, at)
-    mask = (jnp.arange(size) <= step)[None, None, None]
-    own = Seen(keys, values, mask)
-    x_B1D = self._after_keys_values(x_B1D, h, own, cross, rope, True)
-    return x_B1D, keys, values
+    h = self.pre_self_attention_layer_norm(x_BND)
+    new_keys, new_values = self.self_attention.keys_values(h, rope)
+    own = Seen(write(keys, new_keys), write(values, new_values), mask)
+    x_BND = self._after_keys_values(x_BND, h, own, cross, rope, True)
+    return x_BND, own.keys, own.values
 
   def _after_keys_values(self, x, h, own, cross, rope, deterministic):
-    if self.config.version == 1:
+    if self.config.has_cross_attention:
       h = self.self_attention.attend(h, [own], rope)
       h = self.post_self_attention_layer_norm(h)
       x += self.dropout(h, deterministic=deterministic)
@@ -679,7 +675,7 @@ class Cache(NamedTuple):
   """The state of cached decoding; tuples have one entry per layer."""
 
   step: jax.Array  # [] int32, position of the next token
-  # [B, G, L, K]; L is T, or the window if the layer has one that is shorter
+  # [B, G, L, K]; L is T, or less if the layer has a window
   self_keys: tuple[jax.Array, ...]
   self_values: tuple[jax.Array, ...]
   cross_keys: tuple[jax.Array, ...]  # [B, G, S, K], computed once
@@ -770,7 +766,7 @@ class Decoder(nn.Module):
     """Returns a cache with cross-attention keys and values; others are zero."""
     c = self.config
     cross = [layer.cross_keys_values(encoded_BSD) for layer in self.layers]
-    windowed = min(c.window, max_decode_len)
+    windowed = min(c.window + MAX_BLOCK - 1, max_decode_len)
     empty = tuple(
       self._constrain(
         jnp.zeros(
@@ -796,33 +792,85 @@ class Decoder(nn.Module):
 
   def step(self, cache: Cache, x_B1D) -> tuple[jax.Array, Cache]:
     """Returns the next position's hidden state [B, 1, D], and the cache."""
-    rope = rotary(self.config, cache.step[None])
-    is_full = self.config.is_full(self.config.num_decoder_layers)
+    hidden, cache = self._advance(cache, cache.step[None, None], x_B1D)
+    return hidden, cache._replace(step=cache.step + 1)
+
+  def block(self, cache: Cache, offsets_B, x_BND) -> tuple[jax.Array, Cache]:
+    """Returns hidden states [B, N, D] of N positions, and the cache."""
+    positions_BN = offsets_B[:, None] + jnp.arange(x_BND.shape[1])
+    return self._advance(cache, positions_BN, x_BND)
+
+  def _advance(self, cache, positions, x_BND):
+    """Runs positions [B, N], or [1, 1] if all rows have the same."""
+    c = self.config
+    rope = rotary(c, positions[:, None])
     keys, values = [], []
-    for i, layer in enumerate(self.layers):
-      cross = Seen(
-        cache.cross_keys[i], cache.cross_values[i], cache.encoder_mask
-      )
-      x_B1D, key, value = layer.step(
-        x_B1D,
-        cache.step,
+    for i, is_full in enumerate(c.is_full(c.num_decoder_layers)):
+      size = cache.self_keys[i].shape[2]
+      window = size if is_full else c.window
+      x_BND, key, value = self.layers[i].cached(
+        x_BND,
+        functools.partial(_write, positions, is_ring=size > window),
         cache.self_keys[i],
         cache.self_values[i],
-        cross,
-        rope[is_full[i]],
+        _cached_mask(positions, size, window),
+        Seen(cache.cross_keys[i], cache.cross_values[i], cache.encoder_mask),
+        rope[is_full],
       )
-      x_B1D = layer_stack.constrain(x_B1D, self.placement)
+      x_BND = layer_stack.constrain(x_BND, self.placement)
       keys.append(self._constrain(key))
       values.append(self._constrain(value))
-    cache = cache._replace(
-      step=cache.step + 1, self_keys=tuple(keys), self_values=tuple(values)
-    )
-    return self.decoder_norm(x_B1D), cache
+    cache = cache._replace(self_keys=tuple(keys), self_values=tuple(values))
+    return self.decoder_norm(x_BND), cache
 
   def _constrain(self, keys_or_values_BGLK: jax.Array) -> jax.Array:
     return partitioning.constrain(
       keys_or_values_BGLK, self.placement, 'batch', _KEY_HEADS, 'length', 'kv'
     )
+
+
+# A layer with a window caches its last L = window + MAX_BLOCK - 1 positions,
+# position t at t % L. A block of that many positions replaces none that a later
+# query sees, also if some of the block are then decoded again.
+
+
+def _write(
+  positions: jax.Array, cached: jax.Array, new: jax.Array, *, is_ring: bool
+) -> jax.Array:
+  """Returns cached keys or values with those of some positions.
+
+  Args:
+    positions: [B, N], consecutive in each row, or [1, 1].
+    cached: [B, G, L, K].
+    new: [B, G, N, K].
+    is_ring: whether L may be less than the number of positions.
+  """
+  size = cached.shape[2]
+  if positions.shape == (1, 1):
+    at = (0, 0, positions[0, 0] % size, 0)
+    return jax.lax.dynamic_update_slice(cached, new, at)
+  if not is_ring:
+    return layers.write_block(cached, new, positions[:, 0])
+  num = positions.shape[1]
+  if num > MAX_BLOCK:
+    raise ValueError(
+      f'T5Gemma decodes at most {MAX_BLOCK} positions at once, got {num}.'
+    )
+  rows = jnp.arange(cached.shape[0])[:, None]
+  # The indexed axes come first: [B, N, G, K].
+  return cached.at[rows, :, positions % size].set(new.swapaxes(1, 2))
+
+
+def _cached_mask(positions: jax.Array, size: int, window: int) -> jax.Array:
+  """Returns which cached positions are seen from some, [B, 1, N, size].
+
+  Args:
+    positions: [B, N] of the queries.
+    size: number of cached positions, L; position t is at t % L.
+    window: the last so many are seen.
+  """
+  age = (positions[:, :, None] - jnp.arange(size)) % size
+  return (age <= jnp.minimum(positions, window - 1)[:, :, None])[:, None]
 
 
 # --- The model ----------------------------------------------------------------
@@ -959,6 +1007,19 @@ class T5Gemma(nn.Module):
       cache, self.token_embedder(tokens_B[:, None])
     )
     return self.unembed(hidden[:, 0]), cache
+
+  def decode_block(
+    self, cache: Cache, offsets_B, tokens_BN
+  ) -> tuple[jax.Array, Cache]:
+    """Returns logits [B, N, V] after each token; see `interface.Model`.
+
+    N is at most MAX_BLOCK if a window is shorter than `max_decode_len`, and a
+    row may then go back by one block.
+    """
+    hidden, cache = self.decoder.block(
+      cache, offsets_B, self.token_embedder(tokens_BN)
+    )
+    return self.unembed(hidden), cache
 
   def _encoder_mask(self, encoder_input_tokens: jax.Array) -> jax.Array:
     return (encoder_input_tokens != self.config.pad_id)[:, None, None, :]

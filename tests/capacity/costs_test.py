@@ -15,7 +15,7 @@ from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
 from gkd_jax.models.params import init_params, param_shapes
-from gkd_jax.models.registry import SIZES
+from gkd_jax.models.registry import SIZES, make_model
 from gkd_jax.models.t5 import T5
 from tests import tiny
 
@@ -25,6 +25,9 @@ B, S, T = 3, 5, 4
 STUDENTS = {
   'T5 1.1': tiny.config(num_encoder_layers=2, num_decoder_layers=3),
   'T5 1.0': tiny.config('1.0', num_encoder_layers=3, num_decoder_layers=2),
+  # Windows as long as the rows: they are not counted.
+  'T5Gemma 1': tiny.t5gemma_config(1, num_decoder_layers=3, window=9),
+  'T5Gemma 2': tiny.t5gemma_config(2, num_encoder_layers=3, window=9),
 }
 TEACHER = tiny.config(emb_dim=20, num_heads=3, mlp_dim=28)
 
@@ -49,7 +52,7 @@ def flops(function, *args) -> int:
 
 @pytest.fixture(params=STUDENTS)
 def student(request):
-  return T5(STUDENTS[request.param])
+  return make_model(STUDENTS[request.param])
 
 
 @pytest.fixture
@@ -164,7 +167,10 @@ def test_a_weight_of_two_bytes_halves_what_sampling_reads():
   assert of()['sampling'].bytes == 2 * of(weight_bytes=2)['sampling'].bytes
 
 
-@pytest.mark.parametrize('size', ['t5_1_1_small', 't5_1_0_base'])
+@pytest.mark.parametrize(
+  'size',
+  ['t5_1_1_small', 't5_1_0_base', 't5gemma_9b_2b', 't5gemma_2_270m_270m'],
+)
 def test_weights_are_all_parameters_but_norms_and_biases(size):
   config = SIZES[size]
 
@@ -172,7 +178,7 @@ def test_weights_are_all_parameters_but_norms_and_biases(size):
 
   matrices = [
     math.prod(shape)
-    for name, shape in param_shapes(T5(config)).items()
+    for name, shape in param_shapes(make_model(config)).items()
     if len(shape) > 1 and 'rel_embedding' not in name
   ]
   assert got == sum(matrices)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 import math
 
 import pytest
@@ -22,6 +23,18 @@ from tests import tiny
     ('t5_1_1_large', 783_150_080),
     ('t5_1_1_xl', 2_849_757_184),
     ('t5_1_1_xxl', 11_135_332_352),
+    # The text model; those of T5Gemma 1 have two embeddings.
+    ('t5gemma_s_s', 312_517_632),
+    ('t5gemma_b_b', 591_490_560),
+    ('t5gemma_l_l', 1_241_761_792),
+    ('t5gemma_ml_ml', 2_200_345_344),
+    ('t5gemma_xl_xl', 3_766_980_608),
+    ('t5gemma_2b_2b', 5_596_853_760),
+    ('t5gemma_9b_2b', 12_292_375_296),
+    ('t5gemma_9b_9b', 20_333_401_088),
+    ('t5gemma_2_270m_270m', 368_424_832),
+    ('t5gemma_2_1b_1b', 1_697_783_168),
+    ('t5gemma_2_4b_4b', 7_089_112_576),
   ],
 )
 def test_published_sizes_have_the_published_number_of_parameters(size, number):
@@ -68,15 +81,26 @@ def test_a_family_implements_the_protocol(family):
   fields = {field.name for field in dataclasses.fields(classes.config)}
 
   assert all(callable(getattr(classes.model, name)) for name in methods)
-  assert {*interface.ModelConfig.__annotations__} <= {*fields, 'family'}
+  assert all(
+    name in fields or hasattr(classes.config, name)
+    for name in interface.ModelConfig.__annotations__
+  )
   assert {*interface.EXECUTION_FIELDS, *interface.ID_FIELDS} <= fields
   assert classes.config.family == family
 
 
-def test_a_config_comes_back_from_json():
-  config = tiny.config(eos_id=2, mlp_activations=('relu',))
+@pytest.mark.parametrize(
+  'config',
+  [
+    tiny.config(eos_id=2, mlp_activations=('relu',)),
+    tiny.t5gemma_config(1, never_written=(4, 5)),
+  ],
+  ids=lambda config: config.family,
+)
+def test_a_config_comes_back_from_json(config):
+  values = json.loads(json.dumps(registry.config_to_json(config)))
 
-  assert registry.config_from_json(registry.config_to_json(config)) == config
+  assert registry.config_from_json(values) == config
 
 
 def test_an_unknown_family_is_refused():
@@ -90,4 +114,7 @@ def test_a_shape_that_is_not_published_is_described():
   assert registry.describe(registry.SIZES['t5_1_1_xl']) == 't5_1_1_xl'
   assert registry.describe(tiny.config()) == (
     'T5 1.1 of width 16 with 1 + 1 layers'
+  )
+  assert registry.describe(tiny.t5gemma_config(1)) == (
+    'T5Gemma 1 of width 12 + 16 with 2 + 2 layers'
   )

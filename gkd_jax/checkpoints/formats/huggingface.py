@@ -9,6 +9,7 @@ such as `t5_names`.
 
 import collections
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -311,7 +312,7 @@ def save(
   dtype: str = 'float32',
   source: epath.Path | None = None,
   max_shard_bytes: int = _MAX_SHARD_BYTES,
-) -> None:
+) -> str | None:
   """Writes a folder that `transformers` loads.
 
   Args:
@@ -319,44 +320,28 @@ def save(
     config: the model's shape.
     params: {our name: array}; the arrays of one shard are copied at a time.
     dtype: of the weights, 'float32' or 'bfloat16'.
-    source: a folder to copy `SIDE_FILES` and the other fields of config.json
-      from.
+    source: a folder to copy `SIDE_FILES`, the other fields of config.json and
+      tensors that our model does not have (of images) from.
     max_shard_bytes: the maximum size of a file.
+
+  Returns:
+    What differs in `transformers` from the model here; None: nothing.
   """
-  was = {}
+  was, others = {}, {}
+  family = _FAMILIES[config.family]
   if source is not None and (source / CONFIG).exists():
     was = files.read_json(source / CONFIG)
-  family = _FAMILIES[config.family]
+    others = _passed_through(source, family)
   ids = {theirs: getattr(config, ours) for ours, theirs in _ID_NAMES.items()}
   values = family.config_to_json(config, was) | ids | {'dtype': dtype}
-  names = family.tensor_names(config)
-  kept = np.dtype(dtype)
-  shards = list(
-    _shards({n: params[n].size * kept.itemsize for n in names}, max_shard_bytes)
+  _save_weights(
+    folder,
+    family.tensor_names(config),
+    params,
+    np.dtype(dtype),
+    others,
+    max_shard_bytes,
   )
-  weight_map = {}
-  for i, ours in enumerate(shards):
-    file = _WEIGHTS
-    if len(shards) > 1:
-      file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-    arrays = {}
-    for name in ours:
-      theirs, transpose = names[name]
-      array = np.asarray(params[name]).astype(kept, copy=False)
-      arrays[theirs] = np.ascontiguousarray(array.T if transpose else array)
-      weight_map[theirs] = file
-    safetensors.numpy.save_file(arrays, folder / file, {'format': 'pt'})
-    del arrays
-  if len(shards) > 1:
-    total = sum(params[n].size for n in names)
-    index = {
-      'metadata': {
-        'total_parameters': total,
-        'total_size': total * kept.itemsize,
-      },
-      'weight_map': dict(sorted(weight_map.items())),
-    }
-    _write_json(folder / _INDEX, index)
   if source is not None:
     for name in SIDE_FILES:
       if (source / name).exists():
@@ -364,6 +349,70 @@ def save(
   _write_json(folder / CONFIG, values)
   if not (folder / _GENERATION).exists():
     _write_json(folder / _GENERATION, ids)
+  return family.export_note(config, bool(others))
+
+
+def _passed_through(source: epath.Path, family: Any) -> dict[str, Tensor]:
+  """Returns {name: Tensor} of a folder's tensors that our model lacks."""
+  if not family.PASSED_THROUGH or not any(
+    is_weights(file.name) for file in source.iterdir()
+  ):
+    return {}
+  return {
+    name: tensor
+    for name, tensor in _stored_tensors(source).items()
+    if name.startswith(family.PASSED_THROUGH)
+  }
+
+
+def _save_weights(
+  folder: epath.Path,
+  names: Mapping[str, tuple[str, bool]],
+  params: Mapping[str, Any],
+  dtype: np.dtype,
+  others: Mapping[str, Tensor],
+  max_shard_bytes: int,
+) -> None:
+  """Writes the safetensors files, and their index if there are several.
+
+  Args:
+    folder: to write into.
+    names: {our name: (tensor name, whether it is the transpose)}.
+    params: {our name: array}.
+    dtype: of the parameters in the files.
+    others: tensors that are copied as they are.
+    max_shard_bytes: the maximum size of a file.
+  """
+  sizes = {n: params[n].size * dtype.itemsize for n in names}
+  sizes |= {n: math.prod(x.shape) * x.dtype.itemsize for n, x in others.items()}
+  shards = list(_shards(sizes, max_shard_bytes))
+  weight_map, num_params = {}, 0
+  for i, of_shard in enumerate(shards):
+    file = _WEIGHTS
+    if len(shards) > 1:
+      file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+    arrays = {}
+    for name in of_shard:
+      if name in others:
+        theirs, array = name, tensors_lib.read_all(others[name])
+      else:
+        theirs, transpose = names[name]
+        array = np.asarray(params[name]).astype(dtype, copy=False)
+        array = array.T if transpose else array
+      arrays[theirs] = np.ascontiguousarray(array)
+      weight_map[theirs] = file
+      num_params += array.size
+    safetensors.numpy.save_file(arrays, folder / file, {'format': 'pt'})
+    del arrays
+  if len(shards) > 1:
+    index = {
+      'metadata': {
+        'total_parameters': num_params,
+        'total_size': sum(sizes.values()),
+      },
+      'weight_map': dict(sorted(weight_map.items())),
+    }
+    _write_json(folder / _INDEX, index)
 
 
 def tokenizer_file_names(folder: epath.Path) -> list[str]:

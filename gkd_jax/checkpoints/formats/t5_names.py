@@ -20,6 +20,8 @@ from gkd_jax.runtime import files
 # whose fields contradict each other.
 _KEPT_FIELDS = ('task_specific_params', 'tokenizer_class', 'n_positions')
 MODEL_TYPES = ('t5', 'mt5', 'umt5')
+# Prefixes of tensors that our model does not have; an export copies them.
+PASSED_THROUGH = ()
 # feed_forward_proj -> our activations. In gated-gelu, GELU is the tanh form.
 _ACTIVATIONS = {
   'relu': ('relu',),
@@ -345,3 +347,20 @@ def config_to_json(
     'tie_word_embeddings': scale or config.logits_via_embedding,
     **({'scale_decoder_outputs': scale} if kind == 't5' else {}),
   }
+
+
+def export_note(config: ModelConfig, passed_through: bool) -> str | None:
+  """Returns what differs in transformers from the model here; None: nothing.
+
+  Args:
+    config: of the model.
+    passed_through: whether the folder has tensors of PASSED_THROUGH.
+  """
+  del passed_through  # a T5 has none
+  if config.relpos_bias_per_layer and not config.scales_decoder_outputs:
+    return (
+      'transformers 5 scales the outputs of every umT5, this one was trained '
+      'without. What it samples there will differ from here; greedy and beam '
+      'outputs do not.'
+    )
+  return None

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The family `t5gemma` in Hugging Face's folders: config.json, tensor names.
 
-Source: transformers, `models/t5gemma` and `models/t5gemma2`. Files differ in age:
-`text_model.` may be part of the encoder's names, tied tensors may be absent, and
-the rotary positions have old and new fields.
+Files differ: `text_model.` may be part of the encoder's names, tied tensors may
+be absent, and the rotary positions have old and new fields.
+
+Source: transformers, `models/t5gemma` and `models/t5gemma2`.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from gkd_jax.checkpoints.formats import tensors as tensors_lib
@@ -20,8 +20,12 @@ from gkd_jax.runtime import files
 
 _VERSIONS = {'t5gemma': 1, 't5gemma2': 2}
 MODEL_TYPES = tuple(_VERSIONS)
-# Tensors of the image encoder of T5Gemma 2, which texts do not use.
-_VISION = ('model.encoder.vision_tower.', 'model.encoder.multi_modal_projector.')
+# Prefixes of tensors that our model does not have, of the image encoder of
+# T5Gemma 2; an export copies them.
+PASSED_THROUGH = (
+  'model.encoder.vision_tower.',
+  'model.encoder.multi_modal_projector.',
+)
 _TEXT = 'text_model.'
 _HEAD = 'lm_head.out_proj.weight'
 # Names of the same array; a file holds one or more of them.
@@ -139,12 +143,8 @@ def read_layout(
     names[ours] = (_one_of(path, spellings, stored), False)
   _check_vocab_size(path, values, stored, names)
   unused = {name for spellings in tied.values() for name in spellings}
-  return config, names, unused | {n for n in stored if is_unused(n)}
-
-
-def is_unused(name: str) -> bool:
-  """Whether a tensor is part of a T5Gemma 2 but not of its text model."""
-  return name.startswith(_VISION)
+  unused |= {name for name in stored if name.startswith(PASSED_THROUGH)}
+  return config, names, unused
 
 
 def _spelling(name: str, stored: Mapping[str, Tensor]) -> str:
@@ -388,13 +388,10 @@ def tensor_names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
       False,
     )
   self_attention = {'encoder': 'attention', 'decoder': 'self_attention'}
-  for stack, num_layers in (
-    ('encoder', config.num_encoder_layers),
-    ('decoder', config.num_decoder_layers),
-  ):
+  for stack in ('encoder', 'decoder'):
     names[f'{stack}/{stack}_norm/scale'] = (f'model.{stack}.norm.weight', False)
     blocks = {self_attention[stack]: 'self_attn'}
-    if stack == 'decoder' and config.version == 1:
+    if stack == 'decoder' and config.has_cross_attention:
       blocks['encoder_decoder_attention'] = 'cross_attn'
     norms = {
       'attention': 'self_attn',
@@ -402,7 +399,7 @@ def tensor_names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
       'encoder_decoder_attention': 'cross_attn',
       'mlp': 'feedforward',
     }
-    for i in range(num_layers):
+    for i in range(getattr(config, stack).num_layers):
       of_layer = _layer_names(blocks, norms, has_norms=config.version == 2)
       for ours, (theirs, transpose) in of_layer.items():
         names[f'{stack}/layers_{i}/{ours}'] = (
@@ -454,7 +451,10 @@ def _layer_names(
 
 def check_can_hold(config: ModelConfig) -> None:
   """Raises ValueError if transformers cannot represent the model."""
-  for stack, shape in (('encoder', config.encoder), ('decoder', config.decoder)):
+  for stack, shape in (
+    ('encoder', config.encoder),
+    ('decoder', config.decoder),
+  ):
     if shape.emb_dim % shape.num_heads:
       raise ValueError(
         f'transformers has no T5Gemma whose {stack} has emb_dim '
@@ -536,7 +536,6 @@ def _stack_to_json(
   if version == 2 and stack == 'encoder':
     old = old.get('text_config', {})
   shape = getattr(config, stack)
-  num_layers = getattr(config, f'num_{stack}_layers')
   full = {'rope_type': 'default', 'rope_theta': config.rope_theta}
   if config.rope_factor != 1.0:
     full |= {'rope_type': 'linear', 'factor': config.rope_factor}
@@ -549,15 +548,17 @@ def _stack_to_json(
     'vocab_size': config.vocab_size,
     'hidden_size': shape.emb_dim,
     'intermediate_size': shape.mlp_dim,
-    'num_hidden_layers': num_layers,
+    'num_hidden_layers': shape.num_layers,
     'num_attention_heads': shape.num_heads,
     'num_key_value_heads': shape.num_kv_heads,
     'head_dim': config.head_dim,
-    'query_pre_attn_scalar': config.query_pre_attn_scalar or config.head_dim,
+    'query_pre_attn_scalar': _whole(
+      config.query_pre_attn_scalar or config.head_dim
+    ),
     'sliding_window': config.window,
     'layer_types': [
       _FULL if is_full else _SLIDING
-      for is_full in np.asarray(config.is_full(num_layers))
+      for is_full in config.is_full(shape.num_layers)
     ],
     'attn_logit_softcapping': config.attention_soft_cap,
     'final_logit_softcapping': config.final_soft_cap,
@@ -578,3 +579,24 @@ def _stack_to_json(
     if stack == 'decoder':
       values['cross_attention_hidden_size'] = config.encoder.emb_dim
   return values
+
+
+def _whole(number: float) -> int | float:
+  """Returns a number as transformers requires it: an int if it is whole."""
+  return int(number) if number == int(number) else number
+
+
+def export_note(config: ModelConfig, passed_through: bool) -> str | None:
+  """Returns what differs in transformers from the model here; None: nothing.
+
+  Args:
+    config: of the model.
+    passed_through: whether the folder has tensors of PASSED_THROUGH.
+  """
+  if config.version == 1 or passed_through:
+    return None
+  return (
+    'the image encoder of this T5Gemma 2 is left out: gkd_jax trains on texts. '
+    'transformers reports its tensors as missing and initialises them; texts '
+    'do not depend on them.'
+  )

@@ -492,6 +492,11 @@ def save(
 
 def check_can_hold(config: ModelConfig) -> None:
   """Raises ValueError if T5X's networks cannot represent the model."""
+  if config.family != 't5':
+    raise ValueError(
+      f'T5X has T5 alone; this model is {config.describe()}. Export it with '
+      "EXPORT_FORMAT='huggingface'."
+    )
   if config.mlp_activations not in (('relu',), ('gelu', 'linear')):
     raise ValueError(
       'A T5X checkpoint does not say its activations, and its readers take a '

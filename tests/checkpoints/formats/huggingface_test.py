@@ -24,8 +24,8 @@ from gkd_jax.checkpoints.formats import huggingface, tensors
 from gkd_jax.data import tokenizer_files
 from gkd_jax.decoding import beam_search, sampler
 from gkd_jax.evaluation import programs
+from gkd_jax.models import registry
 from gkd_jax.models.params import abstract_params
-from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from gkd_jax.runtime import files
 from tests import conftest
@@ -48,6 +48,22 @@ ARCHITECTURES = {
   'bfloat16': {'logits_via_embedding': False},
   'madlad': {'pad_id': 1, 'start_id': 0, 'eos_id': 2},
   'fred': {'pad_id': 0, 'start_id': 0, 'eos_id': 2},
+  't5gemma': {
+    'version': 1,
+    'encoder_emb_dim': 20,
+    'num_kv_heads': 4,
+    'full_period': 2,
+    'final_soft_cap': 30.0,
+    'start_id': 2,
+  },
+  't5gemma2': {
+    'version': 2,
+    'num_kv_heads': 1,
+    'window': 4,
+    'rope_factor': 8.0,
+    'eoi_id': 38,
+    'never_written': (37, 38, 39),
+  },
 }
 each = pytest.mark.parametrize('name', ARCHITECTURES)
 
@@ -56,7 +72,8 @@ each = pytest.mark.parametrize('name', ARCHITECTURES)
 def load(folder, dtype='float32'):
   """Returns a folder's model and parameters, shared by all tests."""
   config, arrays = huggingface.open_folder(epath.Path(folder))
-  model = T5(config, partitioning.Placement(partitioning.make_mesh()))
+  placement = partitioning.Placement(partitioning.make_mesh())
+  model = registry.make_model(config, placement)
   abstract = abstract_params(model)
   return model, tensors.place(arrays, abstract, dtype)
 
@@ -105,7 +122,9 @@ def test_the_shape_is_that_of_the_config(name):
 
   for field, value in ARCHITECTURES[name].items():
     assert getattr(config, field) == value
-  assert (config.emb_dim, config.num_heads, config.head_dim) == (16, 2, 6)
+  num_heads = 4 if name.startswith('t5gemma') else 2
+  assert (config.emb_dim, config.head_dim) == (16, 6)
+  assert config.num_heads == num_heads
 
 
 @each
@@ -203,7 +222,9 @@ def stored(folder):
 def test_a_round_trip_changes_no_bit(name, tmp_path):
   dtype = 'bfloat16' if name == 'bfloat16' else 'float32'
 
-  folder = save(epath.Path(tmp_path) / 'out', name, dtype=dtype)
+  folder = save(
+    epath.Path(tmp_path) / 'out', name, dtype=dtype, source=FIXTURES / name
+  )
 
   was, now = stored(FIXTURES / name), stored(folder)
   assert was.keys() == now.keys()
