@@ -56,6 +56,37 @@ MODELS = {
     | {'d_ff': 1024, 'pad_token_id': 1, 'eos_token_id': 2},
   ),
   'fred': ('t5', SMALL | fixtures.UNTIED | {'d_ff': 1024, 'eos_token_id': 2}),
+  't5gemma_s_s': (
+    't5gemma',
+    {
+      'vocab_size': 256_000,
+      'hidden_size': 512,
+      'head_dim': 64,
+      'query_pre_attn_scalar': 64,
+      'intermediate_size': 1024,
+      'num_attention_heads': 8,
+      'num_key_value_heads': 8,
+      'num_hidden_layers': 8,
+      'sliding_window': 16,
+    },
+  ),
+  # Six layers instead of 18: one of them has no window.
+  't5gemma_2_270m_270m': (
+    't5gemma2',
+    {
+      'vocab_size': 262_144,
+      'hidden_size': 640,
+      'head_dim': 256,
+      'query_pre_attn_scalar': 256,
+      'intermediate_size': 2048,
+      'num_attention_heads': 4,
+      'num_key_value_heads': 1,
+      'num_hidden_layers': 6,
+      'sliding_window': 16,
+      'layer_types': [*5 * ['sliding_attention'], 'full_attention'],
+      'image_ids': (255_999, 256_000, 256_001),
+    },
+  ),
 }
 LENGTH = 64
 NUM_EXAMPLES = 48
