@@ -8,9 +8,13 @@ than 1 % of them. Bytes are the memory traffic that remains with a perfect
 cache: each array that a phase needs is read or written once.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gkd_jax.models.interface import ModelConfig, StackShape
+
+WIDTHS = {'float32': 4, 'bfloat16': 2}  # bytes of a number
 
 
 class Cost(NamedTuple):
@@ -44,6 +48,7 @@ def of_step(
   input_length: int,
   target_length: int,
   teacher_input_length: int | None = None,
+  num_outputs: int = 1,
   num_microbatches: int = 1,
   weight_bytes: int = 4,
   teacher_weight_bytes: int = 4,
@@ -61,6 +66,8 @@ def of_step(
     input_length: S.
     target_length: T.
     teacher_input_length: tokens of the inputs that the teacher reads; None: S.
+    num_outputs: outputs that are compared for each input; the encoders run once
+      for all of them.
     num_microbatches: parts of the batch; every phase but sampling reads the
       weights once per part.
     weight_bytes: bytes per weight in the student's products, 2 for bfloat16.
@@ -69,21 +76,24 @@ def of_step(
 
   Returns:
     {'student_encoder', 'sampling', 'teacher', 'student', 'optimizer': cost}.
-    'student' is the student's decoder, the objective (with the teacher's
-    projection to the vocabulary) and the backward pass. Each phase is the named
-    scope of that name in `step`.
+    'sampling' is one rollout of the student. 'student' is the student's
+    decoder, the objective (with the teacher's projection to the vocabulary) and
+    the backward pass. Each phase is the named scope of that name in `step`.
   """
   rows = batch_size // num_microbatches
+  outputs = rows * num_outputs
   encoder = _encoder(student, rows, input_length, weight_bytes)
-  decoder = _decoder(student, rows, input_length, target_length, weight_bytes)
-  heads = _head(student, rows * target_length, weight_bytes).times(3)
+  decoder = _decoder(
+    student, outputs, input_length, target_length, weight_bytes
+  )
+  heads = _head(student, outputs * target_length, weight_bytes).times(3)
   of_part = {}
   if teacher is not None:
-    heads += _head(teacher, rows * target_length, teacher_weight_bytes)
+    heads += _head(teacher, outputs * target_length, teacher_weight_bytes)
     read = teacher_input_length or input_length
     of_part['teacher'] = _encoder(
       teacher, rows, read, teacher_weight_bytes
-    ) + _decoder(teacher, rows, read, target_length, teacher_weight_bytes)
+    ) + _decoder(teacher, outputs, read, target_length, teacher_weight_bytes)
   # The backward pass has two products for each of the forward pass.
   again = 1 if student.remat else 0
   shared = num_microbatches == 1 and student.dropout_rate == 0.0
@@ -93,12 +103,93 @@ def of_step(
   num_params = count_weights(student)
   return {
     **{name: c.times(num_microbatches) for name, c in of_part.items()},
-    'sampling': _sampling(
-      student, batch_size, input_length, target_length, weight_bytes
+    'sampling': of_rollout(
+      student,
+      batch_size=batch_size,
+      input_length=input_length,
+      target_length=target_length,
+      weight_bytes=weight_bytes,
     ),
     # Reads gradient, parameter and moments, writes the latter two.
     'optimizer': Cost(0.0, 4.0 * num_params * (3 + 2 * moments)),
   }
+
+
+def of_rollout(
+  model: ModelConfig,
+  *,
+  batch_size: int,
+  input_length: int,
+  target_length: int,
+  weight_bytes: int = 4,
+  with_encoder: bool = False,
+) -> Cost:
+  """Returns the cost of sampling one output of full length for each input.
+
+  Args:
+    model: the shape of the model that writes.
+    batch_size: B.
+    input_length: S.
+    target_length: T.
+    weight_bytes: bytes per weight, and per number in the KV cache.
+    with_encoder: whether the encoder runs for it.
+  """
+  cost = _sampling(model, batch_size, input_length, target_length, weight_bytes)
+  if with_encoder:
+    cost += _encoder(model, batch_size, input_length, weight_bytes)
+  return cost
+
+
+def of_forward(
+  model: ModelConfig,
+  *,
+  batch_size: int,
+  input_length: int,
+  target_length: int,
+  weight_bytes: int = 4,
+  with_encoder: bool = True,
+) -> Cost:
+  """Returns the cost of the logits of given outputs; args as `of_rollout`."""
+  B, S, T = batch_size, input_length, target_length
+  cost = _decoder(model, B, S, T, weight_bytes)
+  cost += _head(model, B * T, weight_bytes)
+  if with_encoder:
+    cost += _encoder(model, B, S, weight_bytes)
+  return cost
+
+
+def of_unembed(model: ModelConfig, tokens: int, weight_bytes: int = 4) -> Cost:
+  """Returns the cost of projecting hidden states of tokens to logits."""
+  return _head(model, tokens, weight_bytes)
+
+
+def of_call(
+  model: ModelConfig,
+  method: str,
+  shapes: Sequence[Sequence[int]],
+  weight_bytes: int = 4,
+) -> Cost | None:
+  """Returns the cost of one call of a method of a model.
+
+  Args:
+    model: its shape.
+    method: of `models.interface.Model`.
+    shapes: of the arrays that it is called with, without the parameters.
+    weight_bytes: bytes per weight.
+
+  Returns:
+    None for a method other than 'encode', 'decode' and 'unembed'.
+  """
+  if method == 'encode':
+    (B, S), *_ = shapes
+    return _encoder(model, B, S, weight_bytes)
+  if method == 'decode':
+    _, (_, S), (B, T), *_ = shapes
+    return _decoder(model, B, S, T, weight_bytes)
+  if method == 'unembed':
+    (*tokens, _), *_ = shapes
+    return _head(model, math.prod(tokens), weight_bytes)
+  return None
 
 
 def count_weights(config: ModelConfig) -> int:
@@ -121,7 +212,7 @@ def cache_bytes(
   config: ModelConfig, *, batch_size: int, input_length: int, target_length: int
 ) -> int:
   """Returns the bytes of the KV cache of sampling, without windows."""
-  width = {'float32': 4, 'bfloat16': 2}[config.dtype]
+  width = WIDTHS[config.dtype]
   tokens = batch_size * (input_length + target_length)
   return tokens * _cached(config) * width
 

@@ -11,10 +11,12 @@ embeddings and one token for each word of a reward's settings; parameters of
 teacher and reward model are float32 unless a dtype is set.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import math
+import operator
 import os
 import re
 import time
@@ -25,8 +27,8 @@ import jax
 from jax.experimental import topologies
 
 from gkd_jax import build
-from gkd_jax.batch import Batch
-from gkd_jax.capacity import collectives, costs, roofline
+from gkd_jax.batch import Batch, SpecialIds
+from gkd_jax.capacity import calls, collectives, costs, roofline
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.distill.grading import make_grader
 from gkd_jax.distill.methods import Method
@@ -47,6 +49,12 @@ from gkd_jax.runtime import console, files, paths
 # Takes the place of the compiler's error message.
 _NOT_COMPILED = 'not compiled: the arguments of the program alone are too large'
 _NO_COST = costs.Cost(0.0, 0.0)
+# What a policy or a credit calls -> its phase; all others are sampling.
+_PHASES = {
+  'compare': 'compare',
+  'compute_rewards': 'reward',
+  'log_probs': 'credit',
+}
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -111,7 +119,6 @@ def precompile(
     'compile_seconds': round(compile_seconds, 1),
     **_memory(topology, compiled, refusal, given, needs_teacher),
     **_costs(experiment, planned, compiled, topology),
-    'not_counted': _not_counted(experiment.method),
     'versions': _versions(),
   }
   if output is not None:
@@ -128,7 +135,7 @@ class _Planned(NamedTuple):
   reward: build.Model
   batch: Batch
   train_step: Callable[..., Any]
-  num_ids: int
+  ids: SpecialIds
   mesh: jax.sharding.Mesh
 
 
@@ -165,9 +172,7 @@ def _plan(experiment: Experiment, mesh: jax.sharding.Mesh) -> _Planned:
     experiment, plan, teacher=teacher.module, ids=ids, reward_fn=reward_fn
   )
   batch = build.abstract_batch(experiment.data.train, mesh)
-  return _Planned(
-    plan, teacher, reward_model, batch, train_step, ids.num_ids, mesh
-  )
+  return _Planned(plan, teacher, reward_model, batch, train_step, ids, mesh)
 
 
 def _shapes(
@@ -231,7 +236,7 @@ def _describe_run(experiment: Experiment, planned: _Planned) -> dict[str, Any]:
     'batch_size': dataset.batch_size,
     'num_microbatches': experiment.optimization.num_microbatches,
     'feature_lengths': dict(dataset.task_feature_lengths),
-    'num_ids': planned.num_ids,
+    'num_ids': planned.ids.num_ids,
   }
 
 
@@ -245,59 +250,230 @@ def _costs(
   dataset = experiment.data.train
   data = planned.mesh.shape['data']
   student = planned.plan.student
-  lengths = {
-    'batch_size': dataset.batch_size,
-    'input_length': dataset.task_feature_lengths['inputs'],
-    'target_length': dataset.task_feature_lengths['targets'],
-  }
   caches = costs.cache_bytes(
-    student.config, **lengths | {'batch_size': dataset.batch_size // data}
+    student.config,
+    batch_size=dataset.batch_size // data,
+    input_length=dataset.task_feature_lengths['inputs'],
+    target_length=dataset.task_feature_lengths['targets'],
   )
-
-  def with_teacher(config, model_shards=1, weight_bytes=4, input_length=None):
-    return roofline.on_a_device(
-      student.config,
-      config,
-      **lengths,
-      num_microbatches=experiment.optimization.num_microbatches,
-      data=data,
-      student_model=student.placement.num_shards('mlp'),
-      teacher_model=model_shards,
-      teacher_weight_bytes=weight_bytes,
-      teacher_input_length=input_length,
-      # Reads gradient, parameters and optimizer state; writes the latter two.
-      optimizer_bytes=3 * _bytes_on_a_device(planned.plan.state.params)
-      + 2 * _bytes_on_a_device(planned.plan.state.opt_state),
-    )
-
-  without_teacher, *of_teachers = (
-    with_teacher(None),
-    *(
-      with_teacher(
-        model.module.config,
-        model.module.placement.num_shards('mlp'),
-        _itemsize(model.params),
-        input_length,
-      )
-      for model, input_length in _graders(experiment.method, planned)
-    ),
-  )
-  phases = of_teachers[0] if of_teachers else without_teacher
-  for more in of_teachers[1:]:
-    phases = {
-      name: cost + more[name] + without_teacher.get(name, _NO_COST).times(-1)
-      for name, cost in phases.items()
-    }
+  graders = [
+    _reader(model, input_length)
+    for model, input_length in _graders(experiment.method, planned)
+  ]
+  called, not_counted = _called(experiment, planned, graders)
+  # Reads gradient, parameters and optimizer state; writes the latter two.
+  optimizer_bytes = 3 * _bytes_on_a_device(
+    planned.plan.state.params
+  ) + 2 * _bytes_on_a_device(planned.plan.state.opt_state)
+  phases = {
+    **_of_comparison(experiment, planned, graders),
+    **called,
+    'optimizer': costs.Cost(0.0, optimizer_bytes),
+  }
   return {
     'caches': caches // student.placement.num_shards('heads'),
     **_times(
       compiled,
-      phases,
+      {name: phases[name] for name in roofline.PHASES if name in phases},
       topology,
-      lengths['target_length'],
-      samples=experiment.method.policy.student_may_write,
+      dataset.task_feature_lengths['targets'],
     ),
+    'not_counted': not_counted,
   }
+
+
+class _Reader(NamedTuple):
+  """A model on one device, as `costs` counts it."""
+
+  config: ModelConfig
+  shards: int  # devices that share each matrix product
+  weight_bytes: int
+  input_length: int
+
+  def cost(self, function: Callable[..., costs.Cost], **sizes) -> costs.Cost:
+    """Returns the cost on one device by a function of `costs`."""
+    whole = function(
+      self.config,
+      input_length=self.input_length,
+      weight_bytes=self.weight_bytes,
+      **sizes,
+    )
+    return whole.times(1 / self.shards)
+
+
+def _reader(model: build.Model, input_length: int) -> _Reader:
+  return _Reader(
+    model.module.config,
+    model.module.placement.num_shards('mlp'),
+    _itemsize(model.params),
+    input_length,
+  )
+
+
+def _of_comparison(
+  experiment: Experiment, planned: _Planned, graders: Sequence[_Reader]
+) -> dict[str, costs.Cost]:
+  """Returns the phases that compare given outputs, on one device."""
+  dataset, student = experiment.data.train, planned.plan.student
+
+  def with_teacher(teacher: _Reader | None):
+    phases = roofline.on_a_device(
+      student.config,
+      teacher and teacher.config,
+      batch_size=dataset.batch_size,
+      input_length=dataset.task_feature_lengths['inputs'],
+      target_length=dataset.task_feature_lengths['targets'],
+      num_microbatches=experiment.optimization.num_microbatches,
+      data=planned.mesh.shape['data'],
+      student_model=student.placement.num_shards('mlp'),
+      teacher_model=teacher.shards if teacher else 1,
+      teacher_weight_bytes=teacher.weight_bytes if teacher else 4,
+      teacher_input_length=teacher and teacher.input_length,
+      num_outputs=experiment.method.policy.num_outputs,
+    )
+    del phases['sampling']  # see `_called`
+    return phases
+
+  alone = with_teacher(None)
+  if not experiment.method.objective.needs_teacher:
+    return alone
+  total, *others = map(with_teacher, graders)
+  for more in others:
+    total = {
+      name: cost + more[name] + alone.get(name, _NO_COST).times(-1)
+      for name, cost in total.items()
+    }
+  return total
+
+
+def _called(
+  experiment: Experiment, planned: _Planned, graders: Sequence[_Reader]
+) -> tuple[dict[str, costs.Cost], list[str]]:
+  """Returns the phases that policy and credit call, and what has no cost.
+
+  Costs are those on one device; see `calls`. In a step without dropout and
+  microbatches the student's encoder runs in a phase of its own.
+  """
+  dataset, method = experiment.data.train, experiment.method
+  student = planned.plan.student.config
+  parts = experiment.optimization.num_microbatches
+  data = planned.mesh.shape['data']
+  num_rows = dataset.batch_size * method.policy.num_outputs // parts
+  target_length = dataset.task_feature_lengths['targets']
+  ours = _Reader(
+    student,
+    planned.plan.student.placement.num_shards('mlp'),
+    costs.WIDTHS[student.dtype],
+    dataset.task_feature_lengths['inputs'],
+  )
+  shares_encoder = (
+    parts == 1
+    and student.dropout_rate == 0.0
+    and method.policy.buffer_rows is None
+  )
+
+  def rollout(reader, rows, with_encoder):
+    # Sampling reads weights and cache in the dtype of the activations.
+    width = min(reader.weight_bytes, costs.WIDTHS[reader.config.dtype])
+    return reader._replace(weight_bytes=width).cost(
+      costs.of_rollout,
+      batch_size=rows,
+      target_length=target_length,
+      with_encoder=with_encoder,
+    )
+
+  def forward(reader, with_encoder):
+    return reader.cost(
+      costs.of_forward,
+      batch_size=dataset.batch_size // data // parts,
+      target_length=target_length,
+      with_encoder=with_encoder,
+    ).times(parts)
+
+  def unembed(reader):
+    tokens = num_rows // data * target_length
+    cost = costs.of_unembed(reader.config, tokens, reader.weight_bytes)
+    return cost.times(parts / reader.shards)
+
+  def flops(number):
+    return sum(n * of[name].flops for name, n in number.items())
+
+  rows = dataset.batch_size // data
+  of = {'sample_student': rollout(ours, rows, with_encoder=False)}
+  if method.policy.needs_teacher:
+    theirs = graders[0]
+    of['sample_teacher'] = rollout(theirs, rows, with_encoder=True)
+    of['sample_pair'] = of['sample_student'] + of['sample_teacher']
+    of['compare'] = forward(ours, not shares_encoder) + forward(theirs, True)
+  found = calls.of_policy(
+    method.policy,
+    planned.batch,
+    planned.plan.state.carried.policy,
+    flops,
+  )
+  not_counted = []
+  if method.credit is not None:
+    of_reward, not_counted = _of_reward(experiment, planned, num_rows)
+    readers = [ours, *(graders if method.objective.needs_teacher else [])]
+    of |= {
+      'compute_rewards': of_reward,
+      'log_probs': functools.reduce(operator.add, map(unembed, readers)),
+      'sample_greedy': rollout(
+        ours, num_rows // data, with_encoder=not shares_encoder
+      ).times(parts),
+    }
+    found += calls.of_credit(
+      method.credit,
+      num_rows,
+      target_length,
+      all_by_student=method.policy.student_data_fraction == 1.0,
+      has_teacher=method.objective.needs_teacher,
+      weigh=flops,
+    )
+  phases = {}
+  for name, number in found.items():
+    phase = _PHASES.get(name, 'sampling')
+    cost = of[name].times(number)
+    phases[phase] = phases.get(phase, _NO_COST) + cost
+  return phases, not_counted
+
+
+def _of_reward(
+  experiment: Experiment, planned: _Planned, num_rows: int
+) -> tuple[costs.Cost, list[str]]:
+  """Returns the cost of a reward on one device, and what it lacks.
+
+  Args:
+    experiment: whose method's credit may have a reward.
+    planned: its models.
+    num_rows: outputs in a microbatch, on all devices.
+  """
+  reward, (module, params, _) = experiment.method.reward, planned.reward
+  if reward is None:
+    return _NO_COST, []
+  if module is None:
+    return _NO_COST, ['the reward']
+  data = planned.mesh.shape['data']
+  total, not_counted = _NO_COST, []
+  for call in calls.of_reward(
+    lambda model: reward.make_reward_fn(_WordVocabulary(), planned.ids, model),
+    module,
+    params,
+    batch_size=num_rows,
+    lengths=experiment.data.train.task_feature_lengths,
+  ):
+    cost = costs.of_call(
+      module.config,
+      call.method,
+      [(rows // data, *rest) for rows, *rest in call.shapes],
+      _itemsize(params),
+    )
+    if cost is None:
+      not_counted.append(f"{call.method} of the reward's model")
+    else:
+      total += cost
+  parts = experiment.optimization.num_microbatches
+  return total.times(parts / module.placement.num_shards('mlp')), not_counted
 
 
 def _graders(
@@ -463,17 +639,15 @@ def _available(topology: str) -> int | None:
   return None if chip is None else int(chip.available * 2**30)
 
 
-def _times(compiled, cost, topology, max_decode_len, *, samples):
+def _times(compiled, cost, topology, max_decode_len):
   """Returns the part of the report about times.
 
   phases: see `roofline.of_phases`.
-  step_seconds: lower bound of a step, including sampling if the policy samples;
-    None for simulated devices.
+  step_seconds: lower bound of a step that takes the costliest way through its
+    policy; None for simulated devices.
   sampling_share: fraction of `step_seconds` spent on sampling.
   collectives: see `roofline.summary`; None if nothing was compiled.
   """
-  if not samples:
-    cost = {name: c for name, c in cost.items() if name != 'sampling'}
   found = None
   if compiled is not None:
     found = collectives.find(compiled.as_text(), max_decode_len)
@@ -491,18 +665,6 @@ def _times(compiled, cost, topology, max_decode_len, *, samples):
     if compiled is None
     else roofline.summary(found, phases),
   }
-
-
-def _not_counted(method: Method) -> list[str]:
-  """Returns the parts of a step that no phase includes."""
-  parts = []
-  if method.policy.needs_teacher:
-    parts.append("sampling the teacher's outputs")
-  if method.policy.num_outputs > 1:
-    parts.append('all outputs of an input but one')
-  if method.reward is not None:
-    parts.append('the reward')
-  return parts
 
 
 def _itemsize(params) -> int:

@@ -48,7 +48,17 @@ CHIPS = {
   'v6e': Chip(32, 31.25, 918e12, 1638e9, 400e9),
 }
 
-PHASES = ('student_encoder', 'sampling', 'teacher', 'student', 'optimizer')
+# Named scopes of a step. Only those that it has are phases of a report.
+PHASES = (
+  'student_encoder',
+  'sampling',
+  'compare',
+  'teacher',
+  'credit',
+  'reward',
+  'student',
+  'optimizer',
+)
 _PHASE = re.compile(rf'\b({"|".join(PHASES)})\b')
 
 
@@ -64,10 +74,12 @@ def on_a_device(
   student_model: int,
   teacher_model: int,
   teacher_weight_bytes: int,
-  optimizer_bytes: int,
   teacher_input_length: int | None = None,
+  num_outputs: int = 1,
 ) -> dict[str, Cost]:
-  """Returns the cost of each phase on one device.
+  """Returns the cost of each phase of `costs.of_step` on one device.
+
+  The optimizer is left out: its state may be sharded in another way.
 
   Args:
     student: the student's shape.
@@ -82,8 +94,8 @@ def on_a_device(
     teacher_model: devices that each matrix product of the teacher is sharded
       over.
     teacher_weight_bytes: bytes per weight of the teacher.
-    optimizer_bytes: a device's memory traffic of the parameter update.
     teacher_input_length: tokens of the inputs that the teacher reads; None: S.
+    num_outputs: outputs that are compared for each input.
   """
   cost = costs.of_step(
     student,
@@ -93,7 +105,8 @@ def on_a_device(
     input_length=input_length,
     target_length=target_length,
     teacher_input_length=teacher_input_length,
-    weight_bytes={'float32': 4, 'bfloat16': 2}[student.dtype],
+    num_outputs=num_outputs,
+    weight_bytes=costs.WIDTHS[student.dtype],
     teacher_weight_bytes=teacher_weight_bytes,
   )
   shared = {'teacher': teacher_model}
@@ -101,7 +114,7 @@ def on_a_device(
     phase: cost[phase].times(1 / shared.get(phase, student_model))
     for phase in PHASES
     if phase in cost and phase != 'optimizer'
-  } | {'optimizer': Cost(0.0, optimizer_bytes)}
+  }
 
 
 def of_phases(

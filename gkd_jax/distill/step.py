@@ -421,6 +421,7 @@ def _draw(
   )
 
 
+@jax.named_scope('compare')
 def _compare(
   models, params, teacher_params, batch, encoded, num_microbatches, outputs
 ) -> Comparison:
@@ -448,18 +449,17 @@ def _compare(
       'token': jnp.argmax(teacher_logits, axis=-1).astype(jnp.int32),
     }
 
-  with jax.named_scope('compare'):
-    found = chunked_sums.token_values(
-      values,
-      unembed(models.student),
-      unembed(teacher),
-      models.method.objective.chunk_tokens,
-      models.student.head_params(params),
-      of_student,
-      teacher.head_params(teacher.gather_params(teacher_params)),
-      of_teacher,
-      outputs.tokens,
-    )
+  found = chunked_sums.token_values(
+    values,
+    unembed(models.student),
+    unembed(teacher),
+    models.method.objective.chunk_tokens,
+    models.student.head_params(params),
+    of_student,
+    teacher.head_params(teacher.gather_params(teacher_params)),
+    of_teacher,
+    outputs.tokens,
+  )
   return Comparison(found['kl'], found['token'])
 
 
@@ -576,6 +576,7 @@ def _evidence(
     )
     return Outputs(drawn.tokens, drawn.weights)
 
+  @jax.named_scope('reward')
   def compute_rewards(outputs):
     return rewards.compute(
       models.reward_fn, rows.batch, outputs, shared.frozen.reward
@@ -592,6 +593,7 @@ def _evidence(
   )
 
 
+@jax.named_scope('credit')
 def _log_probs(
   ids, student_unembed, teacher_unembed, chunk_tokens, *arrays
 ) -> credit_lib.LogProbs:

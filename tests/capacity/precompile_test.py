@@ -141,30 +141,147 @@ def test_the_program_is_the_one_that_train_runs(
     assert got == want
 
 
+def reported(**settings):
+  """Returns the description and the costs of a step that is not compiled."""
+  experiment = experiments.experiment(
+    **SETTINGS
+    | {'policy': policies.student(), 'train_dataset': DATASET}
+    | settings,
+    total_steps=7,
+  )
+  plan = precompile._plan(experiment, experiment.mesh.make())
+  return precompile._describe_run(experiment, plan) | precompile._costs(
+    experiment, plan, None, 'cpu:1'
+  )
+
+
 def test_the_passes_of_all_teachers_are_counted():
   names = {'a': None, 'b': None}
-
-  def reported(method_teacher, shape, path=None):
-    experiment = experiments.experiment(
-      **SETTINGS | {'policy': policies.student(), 'train_dataset': DATASET},
-      method_teacher=method_teacher,
-      teacher=shape,
-      teacher_checkpoint_path=path,
-      total_steps=7,
-    )
-    plan = precompile._plan(experiment, experiment.mesh.make())
-    return precompile._describe_run(experiment, plan) | precompile._costs(
-      experiment, plan, None, 'cpu:1'
-    )
-
   shapes = {'a': TEACHER, 'b': STUDENT}
-  alone = [reported(teachers.checkpoint(), x) for x in shapes.values()]
-  both = reported(teachers.averaged(names), shapes, names)
+  alone = [
+    reported(method_teacher=teachers.checkpoint(), teacher=x)
+    for x in shapes.values()
+  ]
+  both = reported(
+    method_teacher=teachers.averaged(names),
+    teacher=shapes,
+    teacher_checkpoint_path=names,
+  )
 
   passes = [x['phases']['teacher']['flops'] for x in (*alone, both)]
   assert passes[2] == passes[0] + passes[1]
   assert both['teacher a']['num_params'] == num_params(TEACHER)
   assert both['teacher b']['num_params'] == num_params(STUDENT)
+
+
+B, S, T = DATASET.batch_size, *conftest.LENGTHS.values()
+
+
+def by_hand(c: T5Config, rows: int) -> dict[str, int]:
+  """FLOPs of the matrix products of one layer each."""
+  width = c.num_heads * c.head_dim
+  attention, mlp = 4 * c.emb_dim * width, 3 * c.emb_dim * c.mlp_dim
+  keys = 2 * rows * S * attention // 2
+  of_targets = 2 * rows * T * (attention + attention // 2 + mlp)
+  head = 2 * rows * T * c.emb_dim * c.vocab_size
+  cross = 4 * rows * T * S * width
+  return {
+    'encoder': 2 * rows * S * (attention + mlp) + 4 * rows * S * S * width,
+    # Each token attends to itself and those before it.
+    'rollout': keys
+    + of_targets
+    + head
+    + cross
+    + 2 * rows * T * (T + 1) * width,
+    'decoder': keys + of_targets + cross + 4 * rows * T * T * width,
+    'head': head,
+  }
+
+
+STUDENTS, TEACHERS = by_hand(STUDENT, B), by_hand(TEACHER, B)
+
+
+@pytest.mark.parametrize(
+  ('policy', 'sampling', 'compare'),
+  [
+    (policies.dataset(), None, None),
+    (policies.student(), STUDENTS['rollout'], None),
+    (policies.teacher(), TEACHERS['encoder'] + TEACHERS['rollout'], None),
+    (
+      policies.interleaved(),
+      STUDENTS['rollout'] + TEACHERS['encoder'] + TEACHERS['rollout'],
+      None,
+    ),
+    (
+      policies.corrected(2),
+      3 * STUDENTS['rollout'],
+      2
+      * sum(
+        of[name]
+        for of in (STUDENTS, TEACHERS)
+        for name in of
+        if name != 'rollout'
+      ),
+    ),
+  ],
+)
+def test_all_that_write_and_compare_are_counted(policy, sampling, compare):
+  report = reported(policy=policy, teacher=TEACHER)
+
+  got = {name: phase['flops'] for name, phase in report['phases'].items()}
+  assert got.get('sampling') == sampling
+  assert got.get('compare') == compare
+  assert report['not_counted'] == []
+
+
+def test_all_outputs_of_an_input_are_counted():
+  phases = reported(policy=policies.paired(), teacher=TEACHER)['phases']
+
+  assert phases['sampling']['flops'] == (
+    STUDENTS['rollout'] + TEACHERS['encoder'] + TEACHERS['rollout']
+  )
+  # The encoder reads each input once.
+  assert phases['teacher']['flops'] == (
+    TEACHERS['encoder'] + 2 * TEACHERS['decoder']
+  )
+
+
+def test_rewards_and_the_greedy_outputs_for_comparison_are_counted():
+  judge = T5Config(261, 8, 2, 4, 10, 1, 1)
+  report = reported(
+    student=dataclasses.replace(STUDENT, dropout_rate=0.0),
+    student_sampler=sampler.ANCESTRAL,
+    teacher=TEACHER,
+    credit=credit.reinforce(entailment.entailment(), 0.5, 'self_critical'),
+    reward_model=judge,
+  )
+
+  got = {name: phase['flops'] for name, phase in report['phases'].items()}
+  # In microbatches the encoder runs again for the greedy outputs.
+  assert got['sampling'] == 2 * STUDENTS['rollout'] + STUDENTS['encoder']
+  # It reads input, output, two words and EOS, and answers with a token.
+  length = S + T + 3
+  width = judge.num_heads * judge.head_dim
+  attention, mlp = 4 * judge.emb_dim * width, 3 * judge.emb_dim * judge.mlp_dim
+  of_inputs = length * (2 * (attention + mlp) + attention + 4 * length * width)
+  of_token = 2 * (attention + attention // 2 + mlp) + 4 * (length + 1) * width
+  one = of_inputs + of_token + 2 * judge.emb_dim * judge.vocab_size
+  assert got['reward'] == 2 * B * one
+  assert report['not_counted'] == []
+
+
+def test_a_pass_for_log_probabilities_is_counted():
+  report = reported(
+    student=dataclasses.replace(STUDENT, dropout_rate=0.0),
+    student_sampler=sampler.ANCESTRAL,
+    teacher=TEACHER,
+    objective=objectives.Objective(divergences.reverse_kl),
+    credit=credit.minillm_long_term(),
+  )
+
+  assert report['phases']['credit']['flops'] == (
+    STUDENTS['head'] + TEACHERS['head']
+  )
 
 
 def test_a_rewards_model_is_compiled_in(what_is_compiled):
@@ -354,7 +471,8 @@ def test_each_phase_says_what_it_computes_reads_and_receives(simulated):
   _, report = simulated
   phases = report['phases']
 
-  assert phases.keys() == {*roofline.PHASES, 'other'}
+  unused = {'compare', 'credit', 'reward'}
+  assert phases.keys() == {*roofline.PHASES, 'other'} - unused
   lengths = {'input_length': 16, 'target_length': 16}
   student = T5Config(384, 16, 2, 8, 32, 1, 1)
   whole = costs.of_step(student, None, batch_size=64, **lengths)
