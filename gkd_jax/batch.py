@@ -140,6 +140,20 @@ def mask_unused_ids(logits: jax.Array, ids: SpecialIds) -> jax.Array:
   """
   numbers = jnp.arange(logits.shape[-1])
   usable = numbers < ids.num_ids
-  for never in ids.never_written:
-    usable &= numbers != never
+  for first, last in _runs(ids.never_written):
+    if first == last:
+      usable &= numbers != first
+    else:
+      usable &= (numbers < first) | (numbers > last)
   return jnp.where(usable, logits, MASKED_LOGIT)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+  """Returns the first and the last of each run of consecutive numbers."""
+  runs = []
+  for number in sorted(numbers):
+    if runs and number <= runs[-1][1] + 1:
+      runs[-1] = (runs[-1][0], number)
+    else:
+      runs.append((number, number))
+  return runs

@@ -380,7 +380,8 @@ def special_ids(
     model_config: see `models.interface`.
 
   Raises:
-    ValueError: vocabulary and model have different EOS ids.
+    ValueError: vocabulary and model have different EOS ids, or the start of
+      the model is an unknown token of the vocabulary.
   """
   if vocabulary.eos_id != model_config.eos_id:
     raise ValueError(
@@ -391,7 +392,21 @@ def special_ids(
       '--gin.VOCABULARY_PATH to its file; gkd_jax does not read BPE and '
       'WordPiece tokenizers.'
     )
-  return model_config.special_ids(vocabulary.vocab_size)
+  ids = model_config.special_ids(vocabulary.vocab_size)
+  if (
+    ids.start != ids.pad
+    and ids.start in ids.never_written
+    and ids.start == vocabulary.unk_id
+    and not isinstance(vocabulary, seqio.ByteVocabulary)  # it has no such token
+  ):
+    raise ValueError(
+      f'The decoder of the model, {model_config.describe()}, starts with id '
+      f'{ids.start}, which no output may hold. In the vocabulary of task '
+      f'{config.mixture_or_task_name!r} it is the unknown token, which targets '
+      'hold. Use the vocabulary that the model was trained with.'
+    )
+  never = {*ids.never_written, *vocabularies.unused_ids(vocabulary)}
+  return dataclasses.replace(ids, never_written=tuple(sorted(never)))
 
 
 # Rows of a batch [n, ...] -> tokens written for them [n, T].

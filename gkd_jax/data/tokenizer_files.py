@@ -7,6 +7,7 @@ special tokens. What they name is used or refused: see `vocabularies`.
 
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,13 @@ from etils import epath
 from gkd_jax.runtime import files
 
 MODEL = 'spiece.model'
+FAST = 'tokenizer.json'
 SENTENCEPIECE = 'SentencePiece'
 BYTES = 'bytes'
 
+# Names of the file of the SentencePiece model; the second is Gemma's.
+_MODELS = (MODEL, 'tokenizer.model')
 _CONFIG = 'tokenizer_config.json'
-_FAST = 'tokenizer.json'
 _ADDED = 'added_tokens.json'
 _SPECIAL = 'special_tokens_map.json'
 # Class of the tokenizer, without 'Fast' -> kind.
@@ -31,6 +34,8 @@ _KINDS = {
   'UMT5Tokenizer': SENTENCEPIECE,
   'ByT5Tokenizer': BYTES,
 }
+# Its tokenizer.json, if there is one, has the SentencePiece model as a BPE.
+_GEMMA = 'GemmaTokenizer'
 # Classes that may hold any kind of model.
 _GENERIC = (None, 'PreTrainedTokenizer', 'TokenizersBackend')
 # Files of other kinds of tokenizers.
@@ -55,12 +60,15 @@ class TokenizerFiles(NamedTuple):
   Attributes:
     folder: of the files.
     kind: SENTENCEPIECE, BYTES, or the name of another class or model.
-    digest: sha256 of spiece.model; None without this file.
+    digest: sha256 of the SentencePiece model; None without this file.
     added: the tokens with an id of their own in these files, by id; some may be
       pieces of the model.
     special: all special tokens that the files name.
     extra_ids: number of sentinels, if a file has it.
-    pieces: of tokenizer.json's model, by id; None without this file.
+    pieces: of tokenizer.json's Unigram model, by id; None without it.
+    named: special tokens by their names, such as {'eos': '</s>'}.
+    json_digest: sha256 of what tokenizer.json says of tokens and texts; None
+      without this file.
   """
 
   folder: epath.Path
@@ -70,6 +78,8 @@ class TokenizerFiles(NamedTuple):
   special: Sequence[str]
   extra_ids: int | None
   pieces: Sequence[str] | None
+  named: Mapping[str, str]
+  json_digest: str | None
 
 
 def is_sentinel(token: str) -> bool:
@@ -85,14 +95,14 @@ def read(folder: str | os.PathLike) -> TokenizerFiles | None:
   """
   folder = epath.Path(folder)
   config, fast, added, special = (
-    _read_json(folder / name) for name in (_CONFIG, _FAST, _ADDED, _SPECIAL)
+    _read_json(folder / name) for name in (_CONFIG, FAST, _ADDED, _SPECIAL)
   )
   kind, pieces = _kind_and_pieces(folder, config, fast)
   if kind is None:
     return None
   digest = None
-  if (folder / MODEL).is_file():
-    digest = hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()
+  if model := _model(folder):
+    digest = hashlib.sha256((folder / model).read_bytes()).hexdigest()
   return TokenizerFiles(
     folder,
     kind,
@@ -100,7 +110,7 @@ def read(folder: str | os.PathLike) -> TokenizerFiles | None:
     _merged(
       itertools.chain(
         _of_config(folder / _CONFIG, config),
-        _of_fast(folder / _FAST, fast),
+        _of_fast(folder / FAST, fast),
         _of_added(folder / _ADDED, added),
       )
     ),
@@ -114,7 +124,29 @@ def read(folder: str | os.PathLike) -> TokenizerFiles | None:
     ),
     files.field(config, 'extra_ids', int, folder / _CONFIG, None),
     pieces,
+    dict(
+      itertools.chain(
+        _named(folder / _SPECIAL, special), _named(folder / _CONFIG, config)
+      )
+    ),
+    _json_digest(fast) if fast else None,
   )
+
+
+def _model(folder: epath.Path) -> str | None:
+  """Returns the name of the SentencePiece model in a folder."""
+  return next((name for name in _MODELS if _has(folder, name)), None)
+
+
+def _json_digest(fast: Mapping[str, Any]) -> str:
+  """Returns a hash of tokenizer.json without what is set for each use."""
+  kept = {
+    name: value
+    for name, value in fast.items()
+    if name not in ('version', 'truncation', 'padding', 'post_processor')
+  }
+  text = json.dumps(kept, sort_keys=True, ensure_ascii=False)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _kind_and_pieces(
@@ -124,26 +156,33 @@ def _kind_and_pieces(
 ) -> tuple[str | None, list[str] | None]:
   name = files.field(config, 'tokenizer_class', str, folder / _CONFIG, None)
   if name is None:
-    there = [n for n in (_CONFIG, _FAST, MODEL, *_OTHERS) if _has(folder, n)]
+    names = (_CONFIG, FAST, *_MODELS, *_OTHERS)
+    there = [n for n in names if _has(folder, n)]
     if not there:
       return None, None
-    if there == [MODEL]:  # any folder; its config.json may be of anything
+    if there in (
+      [name] for name in _MODELS
+    ):  # any folder; its config.json may be of anything
       return SENTENCEPIECE, None
     path = folder / 'config.json'
     name = files.field(_read_json(path), 'tokenizer_class', str, path, None)
   pieces, kind_of_model = None, None
   if fast:
-    of = files.field(fast, 'model', dict, folder / _FAST)
-    kind_of_model = files.field(of, 'type', str, folder / _FAST, 'unknown type')
+    of = files.field(fast, 'model', dict, folder / FAST)
+    kind_of_model = files.field(of, 'type', str, folder / FAST, 'unknown type')
     if kind_of_model == 'Unigram':
-      pieces = _pieces(folder / _FAST, of)
+      pieces = _pieces(folder / FAST, of)
   of_class = name and name.removesuffix('Fast')
   if of_class not in _GENERIC:
+    if of_class == _GEMMA and _model(folder):
+      return SENTENCEPIECE, None
     kind = _KINDS.get(of_class, name)
+    if kind_of_model and kind not in (SENTENCEPIECE, BYTES):
+      kind = f'{name} with a model of type {kind_of_model}'
     if kind == SENTENCEPIECE and fast and pieces is None:
       kind = f'{name} with a model of type {kind_of_model}'
     return kind, pieces
-  if pieces is not None or _has(folder, MODEL):
+  if pieces is not None or _model(folder):
     return SENTENCEPIECE, pieces
   if kind_of_model is None:
     kind_of_model = next(
@@ -249,10 +288,8 @@ def _merged(
 
 def _special(path: epath.Path, values: Mapping[str, Any]) -> Iterator[str]:
   """Yields the special tokens that a file names."""
-  for name in _NAMED_TOKENS:
-    value = values.get(f'{name}_token')
-    if value is not None:
-      yield _content(path, f'{name}_token', value)
+  for _, token in _named(path, values):
+    yield token
   for name in _LISTED_TOKENS:
     value = values.get(name)
     if isinstance(value, Mapping):
@@ -261,6 +298,16 @@ def _special(path: epath.Path, values: Mapping[str, Any]) -> Iterator[str]:
       raise ValueError(f'{path}: {name} must be a list of tokens.')
     for token in value or ():
       yield _content(path, name, token)
+
+
+def _named(
+  path: epath.Path, values: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+  """Yields (name, token) of special tokens such as EOS."""
+  for name in _NAMED_TOKENS:
+    value = values.get(f'{name}_token')
+    if value is not None:
+      yield name, _content(path, f'{name}_token', value)
 
 
 def _content(path: epath.Path, name: str, value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from etils import epath, epy
 
 from gkd_jax.data import added_tokens, tokenizer_files
+from gkd_jax.data import tokenizer_json as tokenizer_json_lib
 from gkd_jax.runtime import files, paths
 
 with epy.lazy_imports():
@@ -63,6 +65,52 @@ def sentencepiece(path: str, extra_ids: int = 100) -> seqio.Vocabulary:
   return added_tokens.make(str(path), extra_ids, added)
 
 
+def tokenizer_json(path: str) -> seqio.Vocabulary:
+  """Returns the vocabulary of a `tokenizer.json` of Hugging Face.
+
+  Args:
+    path: of the file. The files beside it name its special tokens.
+
+  Raises:
+    ValueError: the file does not exist or is none, no file names EOS, or the
+      package `tokenizers` is not installed.
+  """
+  path = paths.resolve(path, 'VOCABULARY_PATH')
+  if not epath.Path(path).exists():
+    raise ValueError(f'VOCABULARY_PATH {path} {paths.missing(path)}.')
+  if epath.Path(path).is_dir():
+    raise ValueError(
+      f'VOCABULARY_PATH {path} is a folder. Give the {tokenizer_files.FAST} in '
+      'it.'
+    )
+  import_libraries()
+  return tokenizer_json_lib.make(str(path))
+
+
+def unused_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
+  """Returns the ids of pieces that no text has, such as Gemma's <unused0>."""
+  if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    return _unused_pieces(str(vocabulary.sentencepiece_model_file))
+  pieces = getattr(vocabulary, 'pieces', {})
+  return tuple(sorted(n for piece, n in pieces.items() if _is_unused(piece)))
+
+
+@functools.cache
+def _unused_pieces(path: str) -> tuple[int, ...]:
+  plain = seqio.SentencePieceVocabulary(path)
+  plain.load_model()
+  model = plain.tokenizer
+  return tuple(
+    n
+    for n in range(model.get_piece_size())
+    if model.is_unused(n) or _is_unused(model.id_to_piece(n))
+  )
+
+
+def _is_unused(piece: str) -> bool:
+  return re.fullmatch(r'<unused\d+>', piece) is not None
+
+
 def _load(path: str, extra_ids: int) -> seqio.SentencePieceVocabulary:
   try:
     plain = seqio.SentencePieceVocabulary(path)
@@ -93,8 +141,10 @@ def _explain(path: epath.Path, error: Exception) -> str:
     )
   if path.suffix == '.json':
     return (
-      f'{path} is JSON. gkd_jax reads the SentencePiece model, '
-      f'{tokenizer_files.MODEL} in Hugging Face repositories.'
+      f'{path} is JSON. This setting takes the SentencePiece model, '
+      f'{tokenizer_files.MODEL} in Hugging Face repositories. To read a '
+      f'{tokenizer_files.FAST}, add --gin_file=gin/vocabularies/'
+      'tokenizer_json.gin instead of sentencepiece.gin.'
     )
   if not paths.is_remote(path) and (pointer := files.explain_pointer(path)):
     return pointer
@@ -118,6 +168,9 @@ def check_tokenizer(
   """
   is_pieces = isinstance(vocabulary, seqio.SentencePieceVocabulary)
   is_bytes = isinstance(vocabulary, seqio.ByteVocabulary)
+  if digest := getattr(vocabulary, 'json_digest', None):
+    _check_json(vocabulary, digest, tokenizer)
+    return
   if tokenizer is None or not (is_pieces or is_bytes):
     return
   if tokenizer.kind not in (
@@ -127,9 +180,15 @@ def check_tokenizer(
     raise ValueError(
       f'{tokenizer.folder} has the tokenizer {tokenizer.kind}, which gkd_jax '
       "does not read: the model's ids are not those of the task's vocabulary, "
-      f'{describe(vocabulary)}. Use a checkpoint with a SentencePiece model '
-      "(T5's tokenizer) or bytes (ByT5's), or write a seqio.Vocabulary and a "
-      'task that uses it.'
+      f'{describe(vocabulary)}. '
+      + (
+        'Use its file: --gin_file=gin/vocabularies/tokenizer_json.gin '
+        f'--gin.VOCABULARY_PATH={tokenizer.folder}/{tokenizer_files.FAST}.'
+        if tokenizer.json_digest
+        else 'Use a checkpoint with a SentencePiece model, a tokenizer.json or '
+        "bytes (ByT5's tokenizer), or write a seqio.Vocabulary and a task that "
+        'uses it.'
+      )
     )
   if is_bytes != (tokenizer.kind == tokenizer_files.BYTES):
     return  # `check_fits` refuses it
@@ -165,6 +224,26 @@ def check_tokenizer(
       f'vocabulary adds: {_listed(extra)}. Student and teacher must have the '
       'same tokens.'
     )
+
+
+def _check_json(
+  vocabulary: seqio.Vocabulary,
+  digest: str,
+  tokenizer: tokenizer_files.TokenizerFiles | None,
+) -> None:
+  """Raises ValueError unless a tokenizer.json is that of a folder."""
+  if tokenizer is None or tokenizer.json_digest == digest:
+    return
+  raise ValueError(
+    f"{tokenizer.folder}: its tokenizer is not that of the task's vocabulary, "
+    f'{vocabulary}: it has '
+    + (
+      f'another {tokenizer_files.FAST}.'
+      if tokenizer.json_digest
+      else f'no {tokenizer_files.FAST}. If a file in the folder is its '
+      'SentencePiece model, use gin/vocabularies/sentencepiece.gin.'
+    )
+  )
 
 
 def _check_pieces(
@@ -325,6 +404,8 @@ def describe(vocabulary: seqio.Vocabulary) -> str:
       digest = hashlib.sha256(repr(added).encode()).hexdigest()
       text += f', {len(added)} added tokens {digest[:8]}'
     return text
+  if digest := getattr(vocabulary, 'json_digest', None):
+    return f'{kind} {size} ids, {tokenizer_files.FAST} sha256 {digest}'
   return f'{kind} {size} ids'
 
 
@@ -332,7 +413,7 @@ def file_of(vocabulary: seqio.Vocabulary) -> str | None:
   """Returns the file that a vocabulary is read from; None if there is none."""
   if isinstance(vocabulary, seqio.SentencePieceVocabulary):
     return str(vocabulary.sentencepiece_model_file)
-  return None
+  return getattr(vocabulary, 'json_path', None)
 
 
 def decode(vocabulary: seqio.Vocabulary, tokens: Iterable[int]) -> str:

@@ -270,6 +270,29 @@ def test_sentencepiece_tokenizers_are_accepted(folder, name):
   check(made, vocabulary(made))
 
 
+def test_gemma_is_accepted_with_its_sentencepiece_model(
+  folder, tmp_path, model
+):
+  plain = tmp_path / 'plain'
+  plain.mkdir()
+  (plain / 'tokenizer.model').write_bytes(model)
+  of = vocabularies.sentencepiece(plain / 'tokenizer.model', 0)
+  made = folder(
+    {
+      'tokenizer_config.json': {'tokenizer_class': 'GemmaTokenizer'},
+      'tokenizer.json': {'model': {'type': 'BPE'}},
+    },
+    with_model=False,
+  )
+
+  with pytest.raises(
+    ValueError, match='GemmaTokenizer with a model of type BPE.*tokenizer_json'
+  ):
+    check(made, of)
+  (made / 'tokenizer.model').write_bytes(model)
+  check(made, of)
+
+
 def test_tokens_that_only_one_side_adds_are_refused(folder, tmp_path, model):
   added = folder({'tokenizer_config.json': config(['{', '}'])})
   plain = tmp_path / 'plain'

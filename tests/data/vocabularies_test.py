@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import hashlib
+import sys
 import time
 
 import pytest
@@ -112,3 +113,26 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, name, content, said):
 
   with pytest.raises(ValueError, match=f'VOCABULARY_PATH .*{said}'):
     vocabularies.sentencepiece(tmp_path / name)
+
+
+def test_ids_of_unused_pieces_are_found(tmp_path):
+  path = tmp_path / 'tokenizer.model'
+  conftest.train_sentencepiece(
+    path,
+    ['abc'] * 9,
+    vocab_size=9,
+    user_defined_symbols=['<unused0>', '<unused1>'],
+  )
+
+  vocabulary = vocabularies.sentencepiece(path, 0)
+
+  assert vocabularies.unused_ids(vocabulary) == (3, 4)
+  assert vocabularies.unused_ids(vocabularies.byte()) == ()
+
+
+def test_a_tokenizer_json_needs_its_package(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tokenizers', None)
+  (tmp_path / 'tokenizer.json').write_text('{}')
+
+  with pytest.raises(ValueError, match='pip install .tokenizers'):
+    vocabularies.tokenizer_json(tmp_path / 'tokenizer.json')

@@ -212,9 +212,10 @@ def vocabulary(tokenizer: TokenizerFiles | None) -> str | None:
   """Returns a folder's tokenizer in the form of `vocabularies.describe`.
 
   Returns:
-    'model sha256 ...', 'ByteVocabulary', or 'SentencePieceVocabulary' if the
-    file of the SentencePiece model is missing; None if there is no tokenizer,
-    or one of another kind, which `vocabularies.check_tokenizer` refuses.
+    'model sha256 ...', 'ByteVocabulary', 'SentencePieceVocabulary' if the file
+    of the SentencePiece model is missing, or `json_vocabulary` if there is
+    another model; None without a tokenizer, or with one that
+    `vocabularies.check_tokenizer` refuses.
   """
   if tokenizer is None:
     return None
@@ -222,7 +223,16 @@ def vocabulary(tokenizer: TokenizerFiles | None) -> str | None:
     if tokenizer.digest is None:
       return 'SentencePieceVocabulary'
     return f'model sha256 {tokenizer.digest}'
-  return 'ByteVocabulary' if tokenizer.kind == tokenizer_files.BYTES else None
+  if tokenizer.kind == tokenizer_files.BYTES:
+    return 'ByteVocabulary'
+  return json_vocabulary(tokenizer)
+
+
+def json_vocabulary(tokenizer: TokenizerFiles | None) -> str | None:
+  """Returns a folder's tokenizer.json as in `vocabularies.describe`."""
+  if tokenizer is None or tokenizer.json_digest is None:
+    return None
+  return f'{tokenizer_files.FAST} sha256 {tokenizer.json_digest}'
 
 
 def _stored_tensors(folder: epath.Path) -> dict[str, Tensor]:
