@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the smallest TPU slice for each of the paper's pairs of models.
+"""Finds the smallest TPU slice for the paper's pairs of models, and others.
 
     python scripts/tpu_slices.py
 
@@ -48,6 +48,22 @@ PAIRS = {
   'XXL → XL, XSum': (
     32,
     (*XSUM, '--gin.SIZE=t5_1_1_xl', '--gin.TEACHER_SIZE=t5_1_1_xxl'),
+  ),
+  'T5Gemma 2 4B → 270M, XSum': (
+    32,
+    (
+      *XSUM,
+      '--gin.SIZE=t5gemma_2_270m_270m',
+      '--gin.TEACHER_SIZE=t5gemma_2_4b_4b',
+    ),
+  ),
+  'T5Gemma 9B-2B → 2B-2B, XSum': (
+    32,
+    (
+      *XSUM,
+      '--gin.SIZE=t5gemma_2b_2b',
+      '--gin.TEACHER_SIZE=t5gemma_9b_2b',
+    ),
   ),
 }
 # Settings of all pairs: bfloat16 products, and all parameters sharded.

@@ -180,10 +180,10 @@ def save_model(
 
   from gkd_jax.checkpoints import checkpoint
   from gkd_jax.distill import state as state_lib
-  from gkd_jax.models.t5 import T5
+  from gkd_jax.models.registry import make_model
   from tests import tiny
 
-  params = tiny.params(T5(config), seed)
+  params = tiny.params(make_model(config), seed)
   checkpoints = checkpoint.Checkpoints(
     run_dir, checkpoint.ModelDescription(config, vocabulary)
   )

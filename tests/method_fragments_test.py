@@ -23,7 +23,7 @@ from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill import teachers
 from gkd_jax.models.params import abstract_params
-from gkd_jax.models.t5 import T5
+from gkd_jax.models.registry import make_model
 from gkd_jax.parallel import partitioning
 from tests import conftest, tiny
 
@@ -81,7 +81,20 @@ SAMPLES_SOMETIMES = ('distillm', 'f_distill', 'imitkd')
 # With momentum: the optimizer's state matters. Not Adam, which divides by the
 # gradients, and so by the rounding of small ones.
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
-STUDENT, STUDENT_PARAMS = tiny.model_and_params(0)
+# Its start id is none of the tokenizer's.
+T5GEMMA = {
+  'num_heads': 2,
+  'num_kv_heads': 1,
+  'num_encoder_layers': 1,
+  'num_decoder_layers': 1,
+  'start_id': 20,
+}
+STUDENTS = {
+  't5': tiny.config(),
+  't5gemma': tiny.t5gemma_config(2, **T5GEMMA),
+}
+# Of the second family: models write alone, and two in one loop.
+OF_T5GEMMA = ('gkd', 'skd')
 BATCHES = [
   tiny.batch(seed, (7, 3, 5, 6) * 2, (5, 2, 6, 4) * 2) for seed in (0, 2)
 ]
@@ -113,11 +126,12 @@ class Run(NamedTuple):
   metrics: tuple[str, ...]
 
 
-def runs_of(name, folder):
+def runs_of(name, family, folder):
   """Runs in a separate process, see `tiny.on_simulated_devices`.
 
   Args:
     name: of a fragment.
+    family: of student and teachers.
     folder: to save into.
 
   Returns:
@@ -129,8 +143,8 @@ def runs_of(name, folder):
     experiment_lib.check(experiment)
     assert run.config_text()  # every override is read
     # Here, because functions that gin made read their settings when called.
-    runs.append(run_on(experiment, (1, 1), 1))
-    runs.append(run_on(experiment, MESH, NUM_MICROBATCHES, folder))
+    runs.append(run_on(experiment, family, (1, 1), 1))
+    runs.append(run_on(experiment, family, MESH, NUM_MICROBATCHES, folder))
 
   base = 'arithmetic_cot/rl_gkd' if name == 'rlef' else 'cmudict_g2p/gkd'
   settings = {
@@ -153,7 +167,9 @@ def runs_of(name, folder):
   return runs
 
 
-def run_on(experiment, mesh_shape, num_microbatches, folder=None) -> Run:
+def run_on(
+  experiment, family, mesh_shape, num_microbatches, folder=None
+) -> Run:
   """Trains tiny models with a method; with a folder, also resumes."""
   method = experiment.method
   method = dataclasses.replace(
@@ -164,19 +180,17 @@ def run_on(experiment, mesh_shape, num_microbatches, folder=None) -> Run:
     *mesh_shape, jax.devices()[: math.prod(mesh_shape)]
   )
   placement = partitioning.Placement(mesh)
-  student = T5(STUDENT.config, placement)
-  teacher, teacher_params = teachers_of(method, placement)
-  reward_fn = method.reward and method.reward.make_reward_fn(
-    None, tiny.IDS, None
-  )
+  student = make_model(STUDENTS[family], placement)
+  teacher, teacher_params = teachers_of(method, family, placement)
+  ids = student.config.special_ids(tiny.NUM_IDS)
+  reward_fn = method.reward and method.reward.make_reward_fn(None, ids, None)
   batches = batches_of(experiment, mesh)
   abstract = state_lib.abstract_state(
     abstract_params(student), OPTIMIZER, mesh, method, batch=batches[0]
   )
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  state = state_lib.init_state(
-    STUDENT_PARAMS, OPTIMIZER, method, batch=batches[0]
-  )
+  params = tiny.params(make_model(student.config), 0)
+  state = state_lib.init_state(params, OPTIMIZER, method, batch=batches[0])
   # Donated: a copy, each time.
   state = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
   frozen = state_lib.Frozen(
@@ -188,7 +202,7 @@ def run_on(experiment, mesh_shape, num_microbatches, folder=None) -> Run:
       teacher=teacher,
       method=method,
       optimizer=OPTIMIZER,
-      ids=tiny.IDS,
+      ids=ids,
       seed=3,
       num_microbatches=num_microbatches,
       reward_fn=reward_fn,
@@ -232,16 +246,19 @@ def run_on(experiment, mesh_shape, num_microbatches, folder=None) -> Run:
   )
 
 
-def teachers_of(method, placement):
+def teachers_of(method, family, placement):
   """Returns the model and parameters of a method's checkpoint, or several."""
   names = teachers.checkpoint_names(method.teacher)
   if not method.needs_teacher_checkpoint:
     names = []
   models, params = {}, {}
   for i, name in enumerate(names):
-    config = tiny.config('1.0', emb_dim=12 + 4 * i)
-    models[name] = T5(config, placement)
-    params[name] = tiny.params(T5(config), 1 + i)
+    width = {'emb_dim': 12 + 4 * i}
+    config = tiny.config('1.0', **width)
+    if family == 't5gemma':
+      config = tiny.t5gemma_config(1, **T5GEMMA, **width)
+    models[name] = make_model(config, placement)
+    params[name] = tiny.params(make_model(config), 1 + i)
   if len(names) < 2:
     return models.get(None), params.get(None)
   return models, params
@@ -277,10 +294,16 @@ def loops_outside_branches(jaxpr) -> int:
   return number
 
 
-@pytest.mark.parametrize('name', [path.stem for path in FRAGMENTS])
-def test_a_method_keeps_what_holds_for_every_step(name, tmp_path):
+@pytest.mark.parametrize(
+  ('name', 'family'),
+  [
+    *((path.stem, 't5') for path in FRAGMENTS),
+    *((name, 't5gemma') for name in OF_T5GEMMA),
+  ],
+)
+def test_a_method_keeps_what_holds_for_every_step(name, family, tmp_path):
   one, eight = tiny.on_simulated_devices(
-    8, __name__, runs_of.__name__, name, tmp_path
+    8, __name__, runs_of.__name__, name, family, tmp_path
   )
 
   check_that_it_trains(name, one)

@@ -184,7 +184,12 @@ def _v1_1(*shape) -> T5Config:
   )
 
 
-# Source: t5x/examples/t5/{t5_1_0,t5_1_1}/*.gin. FLAN-T5 has the 1.1 shapes.
+def _mt5(*shape) -> T5Config:
+  return dataclasses.replace(_v1_1(*shape), vocab_size=250_112)
+
+
+# Source: t5x/examples/t5/{t5_1_0,t5_1_1,mt5}/*.gin; UL2's config.json. FLAN-T5
+# has the 1.1 shapes, mT0 and Aya-101 those of mT5, FLAN-UL2 that of UL2.
 SIZES: dict[str, T5Config] = {
   't5_1_0_small': _v1_0(512, 8, 64, 2048, 6),
   't5_1_0_base': _v1_0(768, 12, 64, 3072, 12),
@@ -196,6 +201,14 @@ SIZES: dict[str, T5Config] = {
   't5_1_1_large': _v1_1(1024, 16, 64, 2816, 24),
   't5_1_1_xl': _v1_1(2048, 32, 64, 5120, 24),
   't5_1_1_xxl': _v1_1(4096, 64, 64, 10240, 24),
+  'mt5_small': _mt5(512, 6, 64, 1024, 8),
+  'mt5_base': _mt5(768, 12, 64, 2048, 12),
+  'mt5_large': _mt5(1024, 16, 64, 2816, 24),
+  'mt5_xl': _mt5(2048, 32, 64, 5120, 24),
+  'mt5_xxl': _mt5(4096, 64, 64, 10240, 24),
+  'ul2': dataclasses.replace(
+    _v1_0(4096, 16, 256, 16384, 32), mlp_activations=('silu', 'linear')
+  ),
 }
 
 

@@ -23,6 +23,12 @@ from tests import tiny
     ('t5_1_1_large', 783_150_080),
     ('t5_1_1_xl', 2_849_757_184),
     ('t5_1_1_xxl', 11_135_332_352),
+    ('mt5_small', 300_176_768),
+    ('mt5_base', 582_401_280),
+    ('mt5_large', 1_229_581_312),
+    ('mt5_xl', 3_742_619_648),
+    ('mt5_xxl', 12_921_057_280),
+    ('ul2', 19_459_613_696),
     # The text model; those of T5Gemma 1 have two embeddings.
     ('t5gemma_s_s', 312_517_632),
     ('t5gemma_b_b', 591_490_560),

@@ -183,6 +183,11 @@ def _special_ids(
       if type(value) is not int:
         raise ValueError(
           f'{folder / file}: {theirs} is {value}; gkd_jax needs one id.'
+          + (
+            ' Leave the one that ends the targets, EOS of the vocabulary.'
+            if ours == 'eos_id'
+            else ''
+          )
         )
       if ids.setdefault(ours, value) != value:
         raise ValueError(

@@ -311,24 +311,26 @@ def _full_period(
   """Returns the period of the layers without a window."""
   for name in ('_sliding_window_pattern', 'sliding_window_pattern'):
     default = files.field(own, name, int, path, default)
+    if default < 1:
+      raise ValueError(f'{path}: {name} must be 1 or more, not {default}.')
   types = files.field(own, 'layer_types', list, path, None)
   if types is None:
     return default
 
-  def has(period):
-    return types == [
-      _SLIDING if (i + 1) % period else _FULL for i in range(num_layers)
-    ]
-
+  if len(types) != num_layers:
+    raise ValueError(
+      f'{path}: num_hidden_layers of the {stack} is {num_layers}, but its '
+      f'layer_types has {len(types)} entries.'
+    )
   # The default first: a stack of few layers may fit several.
-  periods = (default, *range(1, num_layers + 2))
-  for period in periods:
-    if has(period):
+  for period in (default, *range(1, num_layers + 2)):
+    if types == [
+      _SLIDING if (i + 1) % period else _FULL for i in range(num_layers)
+    ]:
       return period
   raise ValueError(
     f'{path}: layer_types of the {stack} is {types}; gkd_jax supports '
-    f'{num_layers} layers, {num_layers and _SLIDING}, of which every n-th is '
-    f'{_FULL}.'
+    f'{_SLIDING} and, as every n-th layer, {_FULL}.'
   )
 
 

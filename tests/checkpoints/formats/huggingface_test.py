@@ -600,6 +600,59 @@ def test_no_decoder_layers_are_no_decoder_layers(copy):
     huggingface.open_folder(folder)
 
 
+def test_null_decoder_layers_are_as_many_as_in_the_encoder(copy):
+  folder = copy('t5_1_1')
+  change_config(folder, num_decoder_layers=None)
+
+  config, _ = huggingface.open_folder(folder)
+
+  assert config.num_decoder_layers == config.num_encoder_layers
+
+
+@pytest.mark.parametrize('field', ['torch_dtype', 'dtype'])
+def test_weights_of_a_fine_tuned_model_may_be_float16(copy, field):
+  folder = copy('t5_1_1')
+  was = stored(folder)
+  rewrite(
+    folder,
+    lambda x: x.update({k: v.astype(np.float16) for k, v in x.items()}),
+  )
+  change_config(folder, **{field: 'float16'})
+
+  _, arrays = huggingface.open_folder(folder)
+
+  embedding = arrays['token_embedder/embedding']
+  assert embedding.dtype == np.float16
+  np.testing.assert_array_equal(
+    tensors.read_all(embedding), was['shared.weight'].astype(np.float16)
+  )
+
+
+def test_a_vocabulary_may_have_grown(copy):
+  folder = copy('t5_1_1')
+
+  def grow(arrays):
+    for name in ('shared.weight', 'lm_head.weight'):
+      arrays[name] = np.pad(arrays[name], ((0, 3), (0, 0)))
+
+  rewrite(folder, grow)
+  change_config(folder, vocab_size=43)
+
+  config, arrays = huggingface.open_folder(folder)
+
+  assert config.vocab_size == 43
+  assert arrays['decoder/logits_dense/kernel'].shape == (16, 43)
+
+
+def test_a_head_that_is_no_embedding_unties_what_the_config_ties(copy):
+  folder = copy('t5_1_1')
+  change_config(folder, tie_word_embeddings=True)
+
+  config, _ = huggingface.open_folder(folder)
+
+  assert not config.logits_via_embedding
+
+
 # --- Where an old file says the same in another way ---------------------------
 
 
