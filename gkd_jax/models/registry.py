@@ -106,9 +106,12 @@ def describe(config: ModelConfig) -> str:
   """Returns a short description of a shape: its published size, if any."""
   free = ('vocab_size', *EXECUTION_FIELDS, *ID_FIELDS)
   ignored = {name: getattr(config, name) for name in free}
-  for name, size in SIZES.items():
-    if size.family == config.family and (
-      dataclasses.replace(size, **ignored) == config
-    ):
-      return name
-  return config.describe()
+  names = [
+    name
+    for name, size in SIZES.items()
+    if size.family == config.family
+    and dataclasses.replace(size, **ignored) == config
+  ]
+  # The vocabulary tells mT5 from T5 1.1.
+  same = [n for n in names if SIZES[n].vocab_size == config.vocab_size]
+  return (*same, *names, config.describe())[0]

@@ -66,9 +66,15 @@ def test_it_is_described_in_one_line(run_dir):
 
 @pytest.mark.parametrize('size', SIZES)
 def test_a_published_size_is_called_by_its_name(size):
-  config = dataclasses.replace(SIZES[size], vocab_size=384, dtype='bfloat16')
+  config = dataclasses.replace(SIZES[size], dtype='bfloat16')
 
   assert registry.describe(config) == size
+
+
+def test_a_published_size_with_another_vocabulary_is_called_by_its_name():
+  config = dataclasses.replace(SIZES['t5_1_1_small'], vocab_size=384)
+
+  assert registry.describe(config) == 't5_1_1_small'
 
 
 @pytest.mark.parametrize('content', [None, 'README.md'])
