@@ -408,10 +408,13 @@ def load_model(
 def _make_frozen_model(
   config: ModelConfig, experiment: Experiment, mesh: Mesh, like: Teacher
 ) -> interface.Model:
-  """Makes a teacher or reward model with the student's dtype and layer scan."""
+  """Makes a teacher or reward model that is run as the student is."""
   student = experiment.student.config
   config = dataclasses.replace(
-    config, dtype=student.dtype, scan_layers=student.scan_layers
+    config,
+    dtype=student.dtype,
+    scan_layers=student.scan_layers,
+    query_block=student.query_block,
   )
   return registry.make_model(
     config, partitioning.Placement(mesh, like.axis_rules)

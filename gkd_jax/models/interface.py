@@ -21,7 +21,13 @@ Params = Any  # nested dicts of arrays, with T5X's names
 Cache = Any  # a tree whose leaves are scalars, or have the rows as first axis
 
 # Fields of a config that set how a model is run, not its parameters.
-EXECUTION_FIELDS = ('dropout_rate', 'dtype', 'remat', 'scan_layers')
+EXECUTION_FIELDS = (
+  'dropout_rate',
+  'dtype',
+  'remat',
+  'scan_layers',
+  'query_block',
+)
 # Fields of a config that name the special ids; see `SpecialIds`.
 ID_FIELDS = ('pad_id', 'start_id', 'eos_id')
 
@@ -61,6 +67,8 @@ class ModelConfig(Protocol):
     dtype: of the activations, 'float32' or 'bfloat16'; weights are float32.
     remat: whether the backward pass recomputes each layer, to save memory.
     scan_layers: whether a stack of layers is compiled as one loop.
+    query_block: attention over more positions is computed in blocks of so many
+      queries.
     pad_id: pads the encoder's input.
     start_id: the decoder's first input.
     eos_id: ends an output.
@@ -78,6 +86,7 @@ class ModelConfig(Protocol):
   dtype: str
   remat: bool
   scan_layers: bool
+  query_block: int
   pad_id: int
   start_id: int
   eos_id: int

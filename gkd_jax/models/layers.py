@@ -8,7 +8,8 @@ Source: Raffel et al. (2020), arXiv:1910.10683; T5X, `t5x/examples/t5`.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +248,32 @@ def relative_position_bucket(
   return bucket + np.where(distance < num_exact, distance, far)
 
 
+class DistanceBias(NamedTuple):
+  """A bias of attention logits that depends on the distance alone.
+
+  It stands for the array [1, H, Q, L] where that is too large.
+  """
+
+  # [H, N] float32, with N >= Q + L - 1. The last L entries are those of query
+  # 0; each later query's are one entry earlier.
+  by_distance: jax.Array
+
+  def rows(self, start: jax.Array, num_queries: int, key_len: int) -> jax.Array:
+    """Returns the bias [1, H, num_queries, L] of queries from `start` on."""
+    num_heads, n = self.by_distance.shape
+    width = num_queries + key_len - 1
+    first = n - width - start
+    x_HW = jax.lax.dynamic_slice_in_dim(self.by_distance, first, width, axis=1)
+    # Rows of width + 1 entries, read as rows of width entries, move each row to
+    # the right by one more. A gather would be slow on TPUs.
+    x_HW = jnp.pad(x_HW, ((0, 0), (0, 1)))
+    x_HQW = jnp.broadcast_to(x_HW[:, None], (num_heads, num_queries, width + 1))
+    flat = x_HQW.reshape(num_heads, -1)[:, : num_queries * width]
+    return flat.reshape(1, num_heads, num_queries, width)[
+      ..., num_queries - 1 :
+    ]
+
+
 class RelativePositionBias(nn.Module):
   """A learnt bias of attention logits: one number for each head and bucket.
 
@@ -260,10 +287,8 @@ class RelativePositionBias(nn.Module):
   num_buckets: int = 32
   max_distance: int = 128
 
-  @nn.compact
-  def __call__(self, query_len: int, key_len: int) -> jax.Array:
-    """Returns the bias [1, H, query_len, key_len]."""
-    table_HR = self.param(
+  def setup(self):
+    self.rel_embedding = self.param(
       'rel_embedding',
       nn.with_logical_partitioning(
         nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
@@ -272,13 +297,29 @@ class RelativePositionBias(nn.Module):
       (self.num_heads, self.num_buckets),
       jnp.float32,
     )
-    bucket_QK = relative_position_bucket(
-      np.arange(key_len)[None, :] - np.arange(query_len)[:, None],
+
+  def __call__(self, query_len: int, key_len: int) -> jax.Array:
+    """Returns the bias [1, H, query_len, key_len]."""
+    return self._look_up(
+      np.arange(key_len)[None, :] - np.arange(query_len)[:, None]
+    )[None]
+
+  def by_distance(self, query_len: int, key_len: int) -> DistanceBias:
+    """Returns the same bias, of which rows are made when they are needed."""
+    bias_HN = self._look_up(np.arange(1 - query_len, key_len))
+    return DistanceBias(bias_HN.astype(jnp.float32))
+
+  def _look_up(self, relative_position: np.ndarray) -> jax.Array:
+    buckets = relative_position_bucket(
+      relative_position,
       bidirectional=self.bidirectional,
       num_buckets=self.num_buckets,
       max_distance=self.max_distance,
     )
-    return jnp.take(table_HR.astype(self.dtype), bucket_QK, axis=1)[None]
+    return jnp.take(self.rel_embedding.astype(self.dtype), buckets, axis=1)
+
+
+Bias = jax.Array | DistanceBias | None
 
 
 class Attention(nn.Module):
@@ -286,6 +327,15 @@ class Attention(nn.Module):
 
   T5 includes that factor in the initial query weights. Keys and values are not
   computed in `attend`, so that a decoder can cache them.
+
+  Attributes:
+    num_heads: H.
+    head_dim: K.
+    emb_dim: D.
+    dtype: of the activations.
+    dropout_rate: of the attention weights.
+    query_block: more queries than these are processed in blocks of this size,
+      each of which is computed again in the backward pass.
   """
 
   num_heads: int
@@ -293,6 +343,7 @@ class Attention(nn.Module):
   emb_dim: int
   dtype: Dtype
   dropout_rate: float = 0.0
+  query_block: int = 256
 
   def setup(self):
     joined_kv = self.num_heads * self.head_dim
@@ -318,9 +369,10 @@ class Attention(nn.Module):
     key_BHLK: jax.Array,
     value_BHLK: jax.Array,
     *,
-    bias: jax.Array | None,
+    bias: Bias,
     mask: jax.Array | None,
     deterministic: bool,
+    causal: bool = False,
   ) -> jax.Array:
     """Attends from x to keys and values.
 
@@ -328,22 +380,34 @@ class Attention(nn.Module):
       x_BQD: [B, Q, D], from which the queries are computed.
       key_BHLK: [B, H, L, K].
       value_BHLK: [B, H, L, K].
-      bias: [1, H, Q, L] added to the attention logits.
-      mask: bool, broadcastable to [B, H, Q, L]; False excludes a key.
+      bias: added to the attention logits; an array is [1, H, Q, L].
+      mask: bool, broadcastable to [B, H, Q, L], or to [B, H, 1, L] if there are
+        more than `query_block` queries; False excludes a key.
       deterministic: True disables dropout.
+      causal: whether query i sees the keys up to i only.
 
     Returns:
       [B, Q, D].
     """
     query_BHQK = self._split(self.query(x_BQD))
-    logits_BHQL = contract('BHQK,BHLK->BHQL', query_BHQK, key_BHLK)
-    if bias is not None:
-      logits_BHQL += bias.astype(jnp.float32)
-    if mask is not None:
-      logits_BHQL = jnp.where(mask, logits_BHQL, MASKED_LOGIT)
-    probs_BHQL = jax.nn.softmax(logits_BHQL).astype(self.dtype)
-    probs_BHQL = self.dropout(probs_BHQL, deterministic=deterministic)
-    out_BHQK = contract('BHQL,BHLK->BHQK', probs_BHQL, value_BHLK)
+    is_dropping = self.dropout_rate > 0.0 and not deterministic
+    attend = functools.partial(
+      _attend, bias=bias, mask=mask, causal=causal, dtype=self.dtype
+    )
+    if query_BHQK.shape[2] <= self.query_block:
+      drop = functools.partial(self.dropout, deterministic=deterministic)
+      out_BHQK = attend(0, query_BHQK, key_BHLK, value_BHLK, drop=drop)
+    else:
+      kept_BH1L = None
+      if is_dropping:
+        shape = (*key_BHLK.shape[:2], 1, key_BHLK.shape[2])
+        kept_BH1L = self.dropout(jnp.ones(shape, self.dtype), False)
+      attend = functools.partial(
+        attend, drop=lambda p: p if kept_BH1L is None else p * kept_BH1L
+      )
+      out_BHQK = in_query_blocks(
+        attend, query_BHQK, key_BHLK, value_BHLK, self.query_block
+      )
     out_BQHK = out_BHQK.swapaxes(1, 2)
     return self.out(out_BQHK.reshape(*x_BQD.shape[:2], -1))
 
@@ -374,6 +438,79 @@ def write_block(
   return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
     cached_BHLK, block_BHNK, offsets_B, 1
   )
+
+
+def _attend(
+  start,
+  query_BHQK,
+  key_BHLK,
+  value_BHLK,
+  *,
+  bias: Bias,
+  mask,
+  causal: bool,
+  dtype,
+  drop,
+) -> jax.Array:
+  """Returns [B, H, Q, K] float32 for the queries from position `start` on."""
+  num_queries, num_keys = query_BHQK.shape[2], key_BHLK.shape[2]
+  logits_BHQL = contract('BHQK,BHLK->BHQL', query_BHQK, key_BHLK)
+  if isinstance(bias, DistanceBias):
+    logits_BHQL += bias.rows(start, num_queries, num_keys)
+  elif bias is not None:
+    logits_BHQL += bias.astype(jnp.float32)
+  if mask is not None:
+    logits_BHQL = jnp.where(mask, logits_BHQL, MASKED_LOGIT)
+  if causal:
+    at_Q = start + jnp.arange(num_queries)
+    is_seen_QL = jnp.arange(num_keys) <= at_Q[:, None]
+    logits_BHQL = jnp.where(is_seen_QL, logits_BHQL, MASKED_LOGIT)
+  probs_BHQL = drop(jax.nn.softmax(logits_BHQL).astype(dtype))
+  return contract('BHQL,BHLK->BHQK', probs_BHQL, value_BHLK)
+
+
+def in_query_blocks(
+  attend: Callable[..., jax.Array],
+  query_BHQK: jax.Array,
+  key_BHLK: jax.Array,
+  value_BHLK: jax.Array,
+  block: int,
+) -> jax.Array:
+  """Calls `attend` for one block of queries after the other.
+
+  No array has all queries and all keys: the backward pass computes the
+  attention of each block again.
+
+  Args:
+    attend: (position of the first query, queries [B, H, block, K], keys,
+      values) -> [B, H, block, K] float32.
+    query_BHQK: [B, H, Q, K].
+    key_BHLK: [B, H, L, K].
+    value_BHLK: [B, H, L, K].
+    block: number of queries of a block. The last block is padded.
+
+  Returns:
+    [B, H, Q, K] float32.
+  """
+  batch_size, num_heads, num_queries, head_dim = query_BHQK.shape
+  num_blocks = -(-num_queries // block)
+  padding = num_blocks * block - num_queries
+  blocks = jnp.pad(query_BHQK, ((0, 0), (0, 0), (0, padding), (0, 0)))
+  blocks = blocks.reshape(batch_size, num_heads, num_blocks, block, head_dim)
+  # In float32, because their gradients are sums over the blocks.
+  keys, values = (x.astype(jnp.float32) for x in (key_BHLK, value_BHLK))
+
+  @jax.checkpoint
+  def attend_block(start, query_BHqK):
+    key, value = (x.astype(key_BHLK.dtype) for x in (keys, values))
+    return attend(start, query_BHqK, key, value)
+
+  out = jax.lax.map(
+    lambda x: attend_block(*x),
+    (jnp.arange(num_blocks) * block, jnp.moveaxis(blocks, 2, 0)),
+  )
+  out = jnp.moveaxis(out, 0, 2).reshape(batch_size, num_heads, -1, head_dim)
+  return out[:, :, :num_queries]
 
 
 class Mlp(nn.Module):

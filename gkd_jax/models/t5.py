@@ -42,6 +42,8 @@ class T5Config:
     scan_layers: whether a stack of layers is compiled as one loop, except in
       decoding. It compiles faster, and holds a copy of the weights while it
       runs. The parameters and their names are the same.
+    query_block: attention over more positions than these is computed in blocks
+      of so many queries, forwards and backwards: less memory.
     relpos_buckets: number of buckets of the relative position bias.
     relpos_max_distance: all larger distances share a bucket.
     relpos_bias_per_layer: whether each layer has its own bias (umT5, and T5X's
@@ -68,6 +70,7 @@ class T5Config:
   dtype: str = 'float32'
   remat: bool = False
   scan_layers: bool = False
+  query_block: int = 256
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
   relpos_bias_per_layer: bool = False
@@ -85,7 +88,7 @@ class T5Config:
       raise ValueError(
         f"T5Config.dtype must be 'float32' or 'bfloat16', got {self.dtype!r}."
       )
-    for name in ('emb_dim', 'num_heads', 'head_dim', 'mlp_dim'):
+    for name in ('emb_dim', 'num_heads', 'head_dim', 'mlp_dim', 'query_block'):
       if getattr(self, name) < 1:
         raise ValueError(
           f'T5Config.{name} must be 1 or more, got {getattr(self, name)}.'
@@ -236,6 +239,7 @@ class _Layer(nn.Module):
       emb_dim=c.emb_dim,
       dtype=c.dtype,
       dropout_rate=c.dropout_rate,
+      query_block=c.query_block,
     )
 
   def _mlp(self) -> layers.Mlp:
@@ -265,7 +269,7 @@ class EncoderLayer(_Layer):
   def __call__(self, x_BSD, deterministic, *, bias, mask):
     """Returns [B, S, D]; bias is None if each layer has its own."""
     if self.config.relpos_bias_per_layer:
-      bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
+      bias = _bias(self.relpos_bias, x_BSD.shape[1], self.config)
     h = self.pre_attention_layer_norm(x_BSD)
     h = self.attention(h, h, bias=bias, mask=mask, deterministic=deterministic)
     x_BSD += self.dropout(h, deterministic=deterministic)
@@ -288,12 +292,10 @@ class DecoderLayer(_Layer):
     self.mlp = self._mlp()
     self.dropout = _dropout(self.config)
 
-  def __call__(
-    self, x_BTD, deterministic, *, encoded, bias, causal_mask, encoder_mask
-  ):
+  def __call__(self, x_BTD, deterministic, *, encoded, bias, encoder_mask):
     """Returns [B, T, D], for all positions at once."""
     if self.config.relpos_bias_per_layer:
-      bias = self.relpos_bias(x_BTD.shape[1], x_BTD.shape[1])
+      bias = _bias(self.relpos_bias, x_BTD.shape[1], self.config)
     h = self.pre_self_attention_layer_norm(x_BTD)
     keys, values = self.self_attention.keys_values(h)
     return self._after_keys_values(
@@ -302,7 +304,8 @@ class DecoderLayer(_Layer):
       (keys, values),
       self.encoder_decoder_attention.keys_values(encoded),
       bias=bias,
-      self_mask=causal_mask,
+      self_mask=None,
+      causal=True,
       encoder_mask=encoder_mask,
       deterministic=deterministic,
     )
@@ -365,9 +368,15 @@ class DecoderLayer(_Layer):
     self_mask,
     encoder_mask,
     deterministic,
+    causal=False,
   ):
     h = self.self_attention.attend(
-      h, *own, bias=bias, mask=self_mask, deterministic=deterministic
+      h,
+      *own,
+      bias=bias,
+      mask=self_mask,
+      deterministic=deterministic,
+      causal=causal,
     )
     x += self.dropout(h, deterministic=deterministic)
     h = self.encoder_decoder_attention.attend(
@@ -400,7 +409,7 @@ class Encoder(nn.Module):
     """Returns [B, S, D]; mask is [B, 1, 1, S] bool."""
     bias = None
     if not self.config.relpos_bias_per_layer:
-      bias = self.relpos_bias(x_BSD.shape[1], x_BSD.shape[1])
+      bias = _bias(self.relpos_bias, x_BSD.shape[1], self.config)
     x_BSD = self.dropout(x_BSD, deterministic=deterministic)
     x_BSD = layer_stack.run_layers(
       self,
@@ -435,11 +444,9 @@ class Decoder(nn.Module):
     self, x_BTD, encoded_BSD, encoder_mask, deterministic, num_microbatches
   ):
     """Returns teacher-forced hidden states [B, T, D], after the last norm."""
-    length = x_BTD.shape[1]
     bias = None
     if not self.config.relpos_bias_per_layer:
-      bias = self.relpos_bias(length, length)
-    causal_mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+      bias = _bias(self.relpos_bias, x_BTD.shape[1], self.config)
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
     x_BTD = layer_stack.run_layers(
       self,
@@ -447,7 +454,7 @@ class Decoder(nn.Module):
       x_BTD,
       deterministic,
       per_row={'encoded': encoded_BSD, 'encoder_mask': encoder_mask},
-      shared={'bias': bias, 'causal_mask': causal_mask},
+      shared={'bias': bias},
       num_microbatches=num_microbatches,
     )
     x_BTD = self.decoder_norm(x_BTD)
@@ -672,6 +679,17 @@ def _relpos_bias(
     num_buckets=config.relpos_buckets,
     max_distance=config.relpos_max_distance,
   )
+
+
+def _bias(
+  relpos_bias: layers.RelativePositionBias, length: int, config: T5Config
+) -> layers.Bias:
+  """Returns the bias of self-attention over `length` positions."""
+  if length > config.query_block:
+    # The last block is padded.
+    num_blocks = -(-length // config.query_block)
+    return relpos_bias.by_distance(num_blocks * config.query_block, length)
+  return relpos_bias(length, length)
 
 
 def _bias_of_step(

@@ -120,6 +120,24 @@ def test_no_array_of_either_model_holds_all_logits(program):
   assert positions == max(24, CHUNK_TOKENS) < B * T
 
 
+def test_no_array_holds_the_attention_between_all_of_many_inputs():
+  length = 2048
+  inputs = jnp.full((1, length), 2)
+  batch = Batch(
+    inputs, BATCH.decoder_target_tokens[:1], BATCH.decoder_loss_weights[:1]
+  )
+
+  step = jitted_step(policies.student())
+  lowered = step.lower(start(), state_lib.Frozen(TEACHER_PARAMS), batch)
+  program = lowered.compile().as_text()
+
+  arrays = re.findall(r'\b[a-z]+\d*\[([\d,]+)\]', program)
+  largest = max(math.prod(map(int, dims.split(','))) for dims in arrays)
+  # That between a block of queries and all keys is found, for 3 heads.
+  of_block = 3 * STUDENT.config.query_block * length
+  assert of_block <= largest < 1.2 * of_block < length**2
+
+
 def test_decoding_copies_no_cache(program):
   cache = f'f32[{B},3,{T},8]'
   body = loop_body(program, cache)

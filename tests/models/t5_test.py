@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gkd_jax.models import layers
 from gkd_jax.models.params import count_params, init_params, logical_axes
 from gkd_jax.models.t5 import T5, T5Config
 from gkd_jax.parallel import partitioning
@@ -168,6 +169,52 @@ def test_logits_equal_the_float64_reference(version, relpos):
     )
     # float32 through five layers: rounding errors near 1e-6, logits near 1.
     np.testing.assert_allclose(got[row], want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'relpos_buckets': 8, 'relpos_max_distance': 10},
+    {'relpos_bias_per_layer': True, 'remat': True, 'scan_layers': True},
+    {'dropout_rate': 0.3},
+  ],
+  ids=str,
+)
+def test_attention_in_blocks_changes_neither_values_nor_gradients(changes):
+  at_once, params = tiny.model_and_params(0, **changes)
+  in_blocks = T5(tiny.config(query_block=5, **changes))
+  inputs, targets = tiny.tokens(1, [17, 9], 17), tiny.tokens(2, [13, 11], 13)
+
+  def loss(params, model):
+    logits = model.apply(
+      {'params': params},
+      inputs,
+      targets,
+      deterministic=not model.config.dropout_rate,
+      rngs={'dropout': jax.random.key(0)},
+    )
+    return jnp.mean(jnp.square(logits)), logits
+
+  values_and_gradients = jax.jit(
+    jax.value_and_grad(loss, has_aux=True), static_argnums=1
+  )
+  tiny.assert_equal_but_for_rounding(
+    values_and_gradients(params, in_blocks),
+    values_and_gradients(params, at_once),
+  )
+
+
+def test_the_gradients_of_blocks_are_summed_in_float32():
+  # The same key in 512 blocks: sums in bfloat16 would end at 256.
+  x_B1QK, one = jnp.zeros((1, 1, 512, 1), 'bfloat16'), jnp.ones((1, 1, 1, 1))
+
+  def total(value):
+    return layers.in_query_blocks(
+      lambda start, query, key, value: (query + value).astype(jnp.float32),
+      *(x_B1QK, one.astype('bfloat16'), value.astype('bfloat16'), 1),
+    ).sum()
+
+  assert jax.grad(total)(one) == 512.0
 
 
 def test_logits_do_not_depend_on_targets_from_their_position_on():
