@@ -53,9 +53,8 @@ class Collective(NamedTuple):
 
 
 class _Computation(NamedTuple):
-  collectives: list[
-    tuple[str, str, float, str]
-  ]  # kind, op_name, bytes, channel
+  # (kind, op_name, bytes, what identifies it)
+  collectives: list[tuple[str, str, float, str]]
   # (name, times, in a loop of unknown length, op_name)
   calls: list[tuple[str, int, bool, str]]
 
@@ -79,12 +78,12 @@ def find(text: str, max_decode_len: int) -> list[Collective]:
     computation = computations.get(name)
     if computation is None:
       continue
-    for kind, op_name, received, channel in computation.collectives:
+    for kind, op_name, received, identity in computation.collectives:
       one = Collective(kind, op_name or caller, in_decode_loop, times, received)
       # The compiler may split a collective into parts at several places, some
       # of them in loops; the place that is executed least often counts.
-      if one.times < found.setdefault(channel, one).times:
-        found[channel] = one
+      if one.times < found.setdefault(identity, one).times:
+        found[identity] = one
     for callee, trips, is_unknown, op_name in computation.calls:
       repeats = max_decode_len if is_unknown else trips
       visited.append(
@@ -129,12 +128,14 @@ def _computation(
     kind = opcode.removesuffix('-start')
     if kind in _KINDS:
       channel = re.search(r'channel_id=(\d+)', rest)
+      # All collectives that JAX's shard_map asks for have channel 1.
+      is_unique = channel is not None and '/shard_map/' not in op_name
       collectives_.append(
         (
           kind,
           op_name,
           _received(opcode, match['shape'], rest, num_devices),
-          channel[1] if channel else match['name'],
+          channel[1] if is_unique else match['name'],
         )
       )
       continue

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from gkd_jax.batch import Batch, Outputs, SpecialIds, split_rows
+from gkd_jax.batch import Batch, Outputs, SpecialIds
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import (
   chunked_sums,
   divergences,
+  microbatches,
   objectives,
   rewards,
   rules,
@@ -148,7 +150,7 @@ def make_train_step(
   if not method.teacher.needs_checkpoint:
     teacher = student
   models = _check(Models(student, teacher, method, ids, reward_fn))
-  loss_sums = _make_loss_sums(models)
+  sum_gradients = _make_sum_gradients(models, num_microbatches)
   shares_encoder = (
     not models.has_dropout
     and num_microbatches == 1
@@ -178,17 +180,8 @@ def make_train_step(
       state.step,
     )
 
-    def grads_and_sums(rows, microbatch):
-      dropout = jax.random.fold_in(rngs.dropout, microbatch)
-      return jax.grad(loss_sums, argnums=(0, 1), has_aux=True)(
-        Trained(params, state.heads),
-        encoded,
-        rows,
-        shared._replace(rngs=rngs._replace(dropout=dropout)),
-      )
-
-    (grads, d_encoded), sums = _over_microbatches(
-      grads_and_sums, rows, num_microbatches
+    (grads, d_encoded), sums = sum_gradients(
+      Trained(params, state.heads), encoded, rows, shared
     )
     if d_encoded is not None:
       (d_params,) = encoder_vjp(d_encoded)
@@ -463,6 +456,58 @@ def _compare(
   return Comparison(found['kl'], found['token'])
 
 
+def _make_sum_gradients(models: Models, num_microbatches: int):
+  """Returns the gradient of the loss, summed over microbatches and devices.
+
+  (Trained, encoded, Rows, Shared) -> ((gradient of Trained, of encoded), sums);
+  see `_make_loss_sums`.
+  """
+  gradient = jax.grad(_make_loss_sums(models), argnums=(0, 1), has_aux=True)
+
+  def of_rows(rows, trained, encoded, shared):
+    def of_microbatch(rows, i):
+      dropout = jax.random.fold_in(shared.rngs.dropout, i)
+      rngs = shared.rngs._replace(dropout=dropout)
+      return gradient(trained, encoded, rows, shared._replace(rngs=rngs))
+
+    num_inputs = rows.batch.encoder_input_tokens.shape[0]
+    return microbatches.sum_over_microbatches(
+      of_microbatch, rows, num_microbatches, num_inputs
+    )
+
+  def sum_gradients(trained, encoded, rows, shared):
+    if num_microbatches == 1 or not _sums_are_local(models):
+      return of_rows(rows, trained, encoded, shared)
+    student = models.student
+    replicated = jax.tree.map(lambda _: PartitionSpec(), trained)
+    return microbatches.sum_over_devices(
+      of_rows,
+      rows,
+      trained,
+      encoded,
+      shared._replace(frozen=Frozen()),
+      mesh=student.placement.mesh,
+      specs=(replicated._replace(params=student.param_specs()), None),
+    )
+
+  return sum_gradients
+
+
+def _sums_are_local(models: Models) -> bool:
+  """Whether a loss's sums over the rows of one device make sense.
+
+  Dropout masks are drawn for the whole microbatch, and some credits compare its
+  rows or read the reward's parameters, which are sharded over 'data'.
+  """
+  placement, credit = models.student.placement, models.method.credit
+  return (
+    placement is not None
+    and placement.mesh.shape['data'] > 1
+    and not models.has_dropout
+    and (credit is None or (credit.reward is None and credit.min_rows == 1))
+  )
+
+
 def _make_loss_sums(models: Models):
   """Returns the function that a step differentiates.
 
@@ -696,24 +741,3 @@ def _next_carried(method, carried, policy_carried, params, means) -> Carried:
         f'{before} became {after}.'
       )
   return new
-
-
-def _over_microbatches(grads_and_sums, rows, num_microbatches):
-  """Sums grads_and_sums(microbatch, i) over the microbatches of rows."""
-  if num_microbatches == 1:
-    return grads_and_sums(rows, 0)
-  num_inputs = rows.batch.encoder_input_tokens.shape[0]
-  parts = jax.tree.map(
-    lambda x: split_rows(x, num_microbatches, x.shape[0] // num_inputs), rows
-  )
-  shapes = jax.eval_shape(
-    grads_and_sums, jax.tree.map(lambda x: x[0], parts), 0
-  )
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-  def add(total, part):
-    i, rows = part
-    return jax.tree.map(jnp.add, total, grads_and_sums(rows, i)), None
-
-  total, _ = jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), parts))
-  return total

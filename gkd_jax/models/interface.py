@@ -224,6 +224,13 @@ class Model(Protocol):
     """Returns the part of the parameters that `unembed` reads."""
     ...
 
+  def param_specs(self) -> Params:
+    """Returns the sharding of each parameter, a `PartitionSpec`.
+
+    Called if there is a placement.
+    """
+    ...
+
   def gather_params(self, params: Params) -> Params:
     """Returns the parameters replicated over the mesh axis 'data'.
 

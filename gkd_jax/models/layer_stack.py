@@ -205,6 +205,15 @@ def stack_layers(params: Params) -> Params:
   return params
 
 
+def param_specs(model: Model) -> Params:
+  """Returns the sharding of each parameter, a `PartitionSpec`.
+
+  See `interface.Model.param_specs`.
+  """
+  shardings = model.placement.shardings(logical_axes(model))
+  return jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+
 def gather_params(model: Model, params: Params) -> Params:
   """Returns the parameters replicated over the mesh axis 'data'.
 

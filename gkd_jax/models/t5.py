@@ -659,6 +659,10 @@ class T5(nn.Module):
       return {'token_embedder': params['token_embedder']}
     return {'decoder': {'logits_dense': params['decoder']['logits_dense']}}
 
+  def param_specs(self) -> Params:
+    """Returns the sharding of each parameter, a `PartitionSpec`."""
+    return layer_stack.param_specs(self)
+
   def gather_params(self, params: Params) -> Params:
     """Returns the parameters replicated over the mesh axis 'data'."""
     return layer_stack.gather_params(self, params)

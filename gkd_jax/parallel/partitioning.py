@@ -178,7 +178,12 @@ def constrain(
   """
   if placement is None or placement.mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, placement.sharding(*axes))
+  sharding = placement.sharding(*axes)
+  here = jax.sharding.get_abstract_mesh()
+  if here.manual_axes:  # within a shard_map: XLA shards the other axes alone
+    spec = (None if a in here.manual_axes else a for a in sharding.spec)
+    sharding = NamedSharding(here, PartitionSpec(*spec))
+  return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def shard_as_params(tree: Any, params: Any, mesh: Mesh) -> Any:

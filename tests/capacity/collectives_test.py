@@ -150,6 +150,22 @@ ENTRY %main (a: (f32[4], s32[])) -> (f32[4], s32[]) {
 )
 
 
+def test_collectives_of_a_shard_map_are_several_although_their_channel_is_one():
+  found = collectives.find(
+    HEAD
+    + """ENTRY %main (a: f32[4], b: f32[8]) -> f32[2] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %x = f32[1]{0} reduce-scatter(%a), channel_id=1, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/shard_map/reduce_scatter"}
+  ROOT %y = f32[2]{0} reduce-scatter(%b), channel_id=1, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/shard_map/reduce_scatter"}
+}
+""",
+    7,
+  )
+
+  assert [one.received for one in found] == [3 * 4, 3 * 8]
+
+
 def test_groups_may_be_axes_of_a_mesh():
   (one,) = collectives.find(MESH_GROUPS, 7)
 
@@ -305,6 +321,21 @@ def test_parameters_spread_over_data_are_gathered_once_a_step(
 
   # Each device has an eighth already; tokens and the like are little.
   assert 0.8 * over_data[role] < received < 0.95 * over_data[role]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('where', ['over data', 'over data, in parts'])
+def test_gradients_are_summed_over_the_devices_once_a_step(of_step, where):
+  found, student = of_step[where]['found'], of_step[where]['student']
+
+  summed = sum(
+    one.times * one.received
+    for one in found
+    if one.kind in ('all-reduce', 'reduce-scatter', 'all-to-all')
+  )
+
+  # A scattered sum; as two operations, one of all gradients, twice that.
+  assert 0.8 * student < summed < 2.0 * student
 
 
 @pytest.mark.slow
