@@ -217,15 +217,22 @@ def param_specs(model: Model) -> Params:
 def gather_params(model: Model, params: Params) -> Params:
   """Returns the parameters replicated over the mesh axis 'data'.
 
-  See `interface.Model.gather_params`.
+  See `interface.Model.gather_params`. It requires that the model rounds every
+  matrix to `config.dtype` before it is used.
   """
   params = _unstack_layers(params)
   placement = model.placement
   if placement is None or not placement.shards_params_over_data:
     return params
-  return jax.lax.with_sharding_constraint(
-    params, placement.replicated_over_data().shardings(logical_axes(model))
-  )
+  dtype = model.config.dtype
+
+  def gather(x, sharding):
+    # Vectors, the scales of norms, are multiplied in float32.
+    sent = x.astype(dtype) if x.ndim > 1 else x
+    return jax.lax.with_sharding_constraint(sent, sharding).astype(x.dtype)
+
+  shardings = placement.replicated_over_data().shardings(logical_axes(model))
+  return jax.tree.map(gather, params, shardings)
 
 
 def _unstack_layers(params: Params) -> Params:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from gkd_jax.models import layer_stack
 from gkd_jax.models.layer_stack import stack_layers
+from gkd_jax.models.params import init_params
 from gkd_jax.models.t5 import T5
 from gkd_jax.parallel import partitioning
 from tests import tiny
@@ -75,6 +76,30 @@ def test_gather_params_unstacks_layers(stacked):
   again = model.gather_params(stacked_params)
 
   jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_what_is_multiplied_in_bfloat16_is_gathered_in_bfloat16():
+  placement = partitioning.Placement(
+    jax.sharding.AbstractMesh((2, 1), ('data', 'model')),
+    partitioning.standard_logical_axis_rules(2),
+  )
+  model = T5(tiny.config(dtype='bfloat16'), placement)
+  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+  program = jax.make_jaxpr(model.gather_params)(params)
+
+  sent = [
+    eqn.invars[0].aval
+    for eqn in program.eqns
+    if eqn.primitive.name == 'sharding_constraint'
+  ]
+  assert len(sent) == len(jax.tree.leaves(params))
+  # The scales of the norms are multiplied in float32.
+  assert {(x.ndim, x.dtype.name) for x in sent} == {
+    (1, 'float32'),
+    (2, 'bfloat16'),
+  }
+  assert {x.dtype.name for x in program.out_avals} == {'float32'}
 
 
 def test_stacking_deletes_the_layers(stacked):
