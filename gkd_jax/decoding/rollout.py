@@ -65,6 +65,7 @@ def rollout(
     ids=ids,
     calculator=calculator,
     prefix=prefix,
+    vocab_shards=_vocab_shards(writer.model),
   )
 
 
@@ -103,6 +104,11 @@ def rollout_pair(
     max_decode_len=max_decode_len,
     ids=ids,
   )
+
+
+def _vocab_shards(model: Model) -> int:
+  """Returns the number of devices that a row of logits is sharded over."""
+  return 1 if model.placement is None else model.placement.num_shards('vocab')
 
 
 def _start(

@@ -137,6 +137,7 @@ def sample(
   ids: SpecialIds,
   calculator: Calculator | None = None,
   prefix: Prefix | None = None,
+  vocab_shards: int = 1,
 ) -> Rollout:
   """Draws one output per row; stops when every row has ended.
 
@@ -154,6 +155,8 @@ def sample(
     calculator: writes results where `config.calculator` is set.
     prefix: tokens to continue; None: outputs start at their first token. The
       draw at a position is the same with and without a prefix.
+    vocab_shards: number of devices that the logits' last axis is sharded over;
+      see `draw_tokens`.
 
   Returns:
     A `Rollout`.
@@ -176,7 +179,7 @@ def sample(
     if queue is not None:
       logits_BV = calculator.keep_result(queue, logits_BV)
     drawn_B, log_prob_B = draw_tokens(
-      logits_BV, config, lambda: uniform(s.step)
+      logits_BV, config, lambda: uniform(s.step), vocab_shards
     )
     if queue is not None:
       drawn_B, is_forced_B, queue = calculator.correct(
@@ -313,6 +316,7 @@ def draw_tokens(
   logits_BV: jax.Array,
   config: SamplerConfig,
   uniform: Callable[[], jax.Array],
+  vocab_shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token per row.
 
@@ -320,6 +324,9 @@ def draw_tokens(
     logits_BV: [B, V] in which ids that may not occur are masked.
     config: how to draw.
     uniform: () -> [B] uniform numbers; not called if greedy.
+    vocab_shards: number of devices that V is sharded over. Each of them draws
+      from its own part, so that logits are gathered for top_k and top_p only.
+      The tokens are the same, up to the rounding of sums.
 
   Returns:
     [B] int32 tokens, and [B] float32 their log-probabilities.
@@ -330,6 +337,10 @@ def draw_tokens(
     return drawn_B, jnp.zeros(logits_BV.shape[0], jnp.float32)
   uniform_B = uniform()
   log_p_BV = jax.nn.log_softmax(logits_BV)
+  if vocab_shards > 1:
+    drawn_B = _draw_from_shards(uniform_B, jnp.exp(log_p_BV), vocab_shards)
+    is_drawn_BV = jnp.arange(log_p_BV.shape[-1]) == drawn_B[:, None]
+    return drawn_B, jnp.sum(log_p_BV, axis=-1, where=is_drawn_BV)
   drawn_B = _draw(uniform_B, jnp.exp(log_p_BV))
   return drawn_B, jnp.take_along_axis(log_p_BV, drawn_B[:, None], 1)[:, 0]
 
@@ -396,9 +407,7 @@ def filter_logits(logits: jax.Array, config: SamplerConfig) -> jax.Array:
 def _draw(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
   """Draws one id per row by inverting the cumulative distribution.
 
-  It needs one uniform number per row instead of a Gumbel draw's V. The search
-  first finds a block, then an id within it: the sums stay short and accurate,
-  and no [B, V] cumulative sum is computed.
+  It needs one uniform number per row instead of a Gumbel draw's V.
 
   Args:
     uniform_B: [B] in [0, 1).
@@ -407,15 +416,52 @@ def _draw(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
   Returns:
     [B] int32 ids, each of positive probability.
   """
+  p_BNW = _in_blocks(p_BV)
+  mass_BN = p_BNW.sum(axis=-1)
+  return _search(uniform_B * mass_BN.sum(axis=-1), p_BNW, mass_BN)
+
+
+def _in_blocks(p_BV: jax.Array) -> jax.Array:
+  """Returns [B, N, W] probabilities, 0 after the V-th."""
   batch_size, vocab_size = p_BV.shape
   p_BV = jnp.pad(p_BV, ((0, 0), (0, -vocab_size % _BLOCK)))
-  p_BNW = p_BV.reshape(batch_size, -1, _BLOCK)
-  mass_BN = p_BNW.sum(axis=-1)
-  target_B = uniform_B * mass_BN.sum(axis=-1)
+  return p_BV.reshape(batch_size, -1, _BLOCK)
+
+
+def _search(
+  target_B: jax.Array, p_BNW: jax.Array, mass_BN: jax.Array
+) -> jax.Array:
+  """Returns the first ids [B] whose cumulative probability exceeds the target.
+
+  The search first finds a block, then an id within it: the sums stay short and
+  accurate, and no [B, V] cumulative sum is computed.
+  """
   block_B, before_B = _find(target_B, mass_BN)
   p_BW = jnp.take_along_axis(p_BNW, block_B[:, None, None], axis=1)[:, 0]
   within_B, _ = _find(target_B - before_B, p_BW)
   return (block_B * _BLOCK + within_B).astype(jnp.int32)
+
+
+def _draw_from_shards(
+  uniform_B: jax.Array, p_BV: jax.Array, num_shards: int
+) -> jax.Array:
+  """Draws as `_draw` does; the search first finds the shard of V.
+
+  Each device searches its own shard with the same target; the token of the
+  shard that was found counts. Only numbers [B, shards] are exchanged.
+  """
+  p_BMV = p_BV.reshape(p_BV.shape[0], num_shards, -1)
+  p_BMNW = jax.vmap(_in_blocks, 1, 1)(p_BMV)
+  mass_BMN = p_BMNW.sum(axis=-1)
+  mass_BM = mass_BMN.sum(axis=-1)
+  target_B = uniform_B * mass_BM.sum(axis=-1)
+  shard_B, before_B = _find(target_B, mass_BM)
+  within_BM = jax.vmap(_search, (None, 1, 1), 1)(
+    target_B - before_B, p_BMNW, mass_BMN
+  )
+  is_found_BM = jnp.arange(num_shards) == shard_B[:, None]
+  within_B = jnp.sum(within_BM, axis=-1, where=is_found_BM)
+  return shard_B.astype(jnp.int32) * p_BMV.shape[-1] + within_B
 
 
 def _find(target_B: jax.Array, p_BN: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax.capacity import collectives
+from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, objectives, policies
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
@@ -358,6 +359,54 @@ def test_over_model_activations_alone_are_exchanged_for_a_token(of_step):
   assert max(one.received for one in in_loop) <= widest
   # A product's smallest weights are larger: it is none of them.
   assert widest < 4 * SHAPE['emb_dim'] * SHAPE['emb_dim']
+
+
+def drawing():
+  """Collectives of a draw from logits that are sharded over 'model'."""
+  mesh = partitioning.make_mesh(2, 4)
+  logits = jax.ShapeDtypeStruct(
+    (8, 1024),
+    jnp.float32,
+    sharding=NamedSharding(mesh, PartitionSpec('data', 'model')),
+  )
+
+  def draw(logits, shards, config):
+    uniform = jnp.full(logits.shape[0], 0.5)
+    return sampler.draw_tokens(logits, config, lambda: uniform, shards)
+
+  return {
+    name: collectives.find(
+      jax.jit(draw, static_argnums=(1, 2))
+      .lower(logits, shards, config)
+      .compile()
+      .as_text(),
+      1,
+    )
+    for name, shards, config in (
+      ('as if on one device', 1, sampler.ANCESTRAL),
+      ('drawn', 4, sampler.ANCESTRAL),
+      ('with cut-offs', 4, sampler.SamplerConfig(min_p=0.1, epsilon=1e-3)),
+      ('greedy', 4, sampler.GREEDY),
+    )
+  }
+
+
+@pytest.fixture(scope='module')
+def of_draw():
+  return tiny.on_simulated_devices(8, __name__, drawing.__name__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['drawn', 'with cut-offs', 'greedy'])
+def test_a_draw_from_a_sharded_vocabulary_exchanges_numbers_of_rows(
+  of_draw, how
+):
+  row_of_logits = 4 * 1024 * 3 / 4
+
+  assert max(one.received for one in of_draw['as if on one device']) > (
+    row_of_logits
+  )
+  assert sum(one.received for one in of_draw[how]) < 0.2 * row_of_logits
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.batch import mask_unused_ids
+from gkd_jax.batch import MASKED_LOGIT, mask_unused_ids
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding import sampler
 from gkd_jax.decoding.sampler import GREEDY, SamplerConfig
@@ -324,6 +324,27 @@ def test_draw_is_accurate_for_a_large_vocabulary():
   # Sums of about 250 float32 numbers: 1e-6 is 16 roundings at 1.
   assert (before - 1e-6 <= target).all()
   assert (target <= through + 1e-6).all()
+
+
+@pytest.mark.parametrize('vocab_size', [12, 1000])
+def test_shards_of_the_vocabulary_draw_the_same_tokens(vocab_size):
+  rng = np.random.default_rng(0)
+  logits = np.float32(2 * rng.standard_normal((64, vocab_size)))
+  logits[:, vocab_size // 4 : vocab_size // 2] = MASKED_LOGIT  # a whole shard
+  uniform = np.float32(rng.uniform(size=64))
+  uniform[:2] = 0.0, 1.0 - 2.0**-24
+
+  def draw(vocab_shards):
+    return jax.jit(
+      lambda logits, uniform: sampler.draw_tokens(
+        logits, sampler.ANCESTRAL, lambda: uniform, vocab_shards
+      )
+    )(logits, uniform)
+
+  (got, got_log_probs), (want, want_log_probs) = draw(4), draw(1)
+  np.testing.assert_array_equal(got, want)
+  # One of them sums zeros as well.
+  np.testing.assert_allclose(got_log_probs, want_log_probs, rtol=1e-6)
 
 
 def test_filter_keeps_what_ties_with_the_last_one_kept():
