@@ -396,7 +396,7 @@ class Attention(nn.Module):
     )
     if query_BHQK.shape[2] <= self.query_block:
       drop = functools.partial(self.dropout, deterministic=deterministic)
-      out_BHQK = attend(0, query_BHQK, key_BHLK, value_BHLK, drop=drop)
+      out_BHQK = attend(0, query_BHQK, (key_BHLK, value_BHLK), drop=drop)
     else:
       kept_BH1L = None
       if is_dropping:
@@ -406,7 +406,7 @@ class Attention(nn.Module):
         attend, drop=lambda p: p if kept_BH1L is None else p * kept_BH1L
       )
       out_BHQK = in_query_blocks(
-        attend, query_BHQK, key_BHLK, value_BHLK, self.query_block
+        attend, query_BHQK, (key_BHLK, value_BHLK), self.query_block
       )
     out_BQHK = out_BHQK.swapaxes(1, 2)
     return self.out(out_BQHK.reshape(*x_BQD.shape[:2], -1))
@@ -443,8 +443,7 @@ def write_block(
 def _attend(
   start,
   query_BHQK,
-  key_BHLK,
-  value_BHLK,
+  keys_values,
   *,
   bias: Bias,
   mask,
@@ -453,6 +452,7 @@ def _attend(
   drop,
 ) -> jax.Array:
   """Returns [B, H, Q, K] float32 for the queries from position `start` on."""
+  key_BHLK, value_BHLK = keys_values
   num_queries, num_keys = query_BHQK.shape[2], key_BHLK.shape[2]
   logits_BHQL = contract('BHQK,BHLK->BHQL', query_BHQK, key_BHLK)
   if isinstance(bias, DistanceBias):
@@ -472,8 +472,7 @@ def _attend(
 def in_query_blocks(
   attend: Callable[..., jax.Array],
   query_BHQK: jax.Array,
-  key_BHLK: jax.Array,
-  value_BHLK: jax.Array,
+  keys_values: Any,
   block: int,
 ) -> jax.Array:
   """Calls `attend` for one block of queries after the other.
@@ -482,11 +481,10 @@ def in_query_blocks(
   attention of each block again.
 
   Args:
-    attend: (position of the first query, queries [B, H, block, K], keys,
-      values) -> [B, H, block, K] float32.
+    attend: (position of the first query, queries [B, H, block, K], keys_values)
+      -> [B, H, block, K] float32.
     query_BHQK: [B, H, Q, K].
-    key_BHLK: [B, H, L, K].
-    value_BHLK: [B, H, L, K].
+    keys_values: a tree of arrays of the queries' dtype.
     block: number of queries of a block. The last block is padded.
 
   Returns:
@@ -498,12 +496,12 @@ def in_query_blocks(
   blocks = jnp.pad(query_BHQK, ((0, 0), (0, 0), (0, padding), (0, 0)))
   blocks = blocks.reshape(batch_size, num_heads, num_blocks, block, head_dim)
   # In float32, because their gradients are sums over the blocks.
-  keys, values = (x.astype(jnp.float32) for x in (key_BHLK, value_BHLK))
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), keys_values)
 
   @jax.checkpoint
   def attend_block(start, query_BHqK):
-    key, value = (x.astype(key_BHLK.dtype) for x in (keys, values))
-    return attend(start, query_BHqK, key, value)
+    narrow = jax.tree.map(lambda x: x.astype(query_BHQK.dtype), wide)
+    return attend(start, query_BHqK, narrow)
 
   out = jax.lax.map(
     lambda x: attend_block(*x),

@@ -78,6 +78,8 @@ class T5GemmaConfig:
     remat: whether the backward pass recomputes each layer, to save memory.
     scan_layers: whether a stack of layers is compiled as one loop, except in
       decoding.
+    query_block: attention over more positions than these is computed in blocks
+      of so many queries, forwards and backwards: less memory.
     pad_id: pads the encoder's input.
     start_id: the decoder's first input, BOS.
     eos_id: ends an output.
@@ -114,6 +116,7 @@ class T5GemmaConfig:
   dtype: str = 'float32'
   remat: bool = False
   scan_layers: bool = False
+  query_block: int = 256
   pad_id: int = 0
   start_id: int = 2
   eos_id: int = 1
@@ -192,7 +195,7 @@ def _check(c: T5GemmaConfig) -> None:
 
   check('version', c.version in (1, 2), '1 or 2')
   check('dtype', c.dtype in ('float32', 'bfloat16'), "'float32' or 'bfloat16'")
-  sizes = ('vocab_size', *_OF_STACK, 'window', 'full_period')
+  sizes = ('vocab_size', *_OF_STACK, 'window', 'full_period', 'query_block')
   for name in sizes:
     check(name, getattr(c, name) >= 1, '1 or more')
   check(
@@ -401,12 +404,16 @@ class Seen(NamedTuple):
   Attributes:
     keys: [B, G, L, K], G heads.
     values: likewise.
-    mask: bool, broadcastable to [B, 1, Q, L]; False excludes a key.
+    mask: bool, broadcastable to [B, 1, Q, L], or to [B, 1, 1, L] if there are
+      more than `query_block` queries; False excludes a key.
+    reach: [2] int32, how many positions before and after its own a query sees;
+      None: queries and keys have no common positions.
   """
 
   keys: jax.Array
   values: jax.Array
   mask: jax.Array
+  reach: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -419,6 +426,7 @@ class Attention(nn.Module):
     scale: factor of the attention logits.
     soft_cap: see `T5GemmaConfig`.
     has_norms: whether queries and keys have norms (version 2).
+    query_block: see `T5GemmaConfig`.
   """
 
   shape: StackShape
@@ -427,6 +435,7 @@ class Attention(nn.Module):
   scale: float
   soft_cap: float | None
   has_norms: bool
+  query_block: int
 
   def setup(self):
     queries = self.shape.num_heads * self.head_dim
@@ -470,29 +479,62 @@ class Attention(nn.Module):
       query_BHQK = self.query_norm(query_BHQK)
     if rope is not None:
       query_BHQK = rotate(query_BHQK, rope)
-    B, _, Q, K = query_BHQK.shape
-    query = query_BHQK.reshape(B, self.shape.num_kv_heads, -1, Q, K)
-    logits = [self._logits(query, part) for part in seen]
-    probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1)).astype(self.dtype)
-    ends = np.cumsum([part.keys.shape[2] for part in seen])[:-1]
-    out_BGRQK = sum(
-      layers.contract('BGRQL,BGLK->BGRQK', probs_of_part, part.values)
-      for probs_of_part, part in zip(
-        jnp.split(probs, ends, axis=-1), seen, strict=True
-      )
+    attend = functools.partial(
+      _attend, seen=seen, scale=self.scale, soft_cap=self.soft_cap
     )
-    out_BQHK = out_BGRQK.reshape(B, -1, Q, K).swapaxes(1, 2)
-    return self.out(out_BQHK.reshape(B, Q, -1))
-
-  def _logits(self, query: jax.Array, part: Seen) -> jax.Array:
-    """Returns float32 attention logits [B, G, R, Q, L]."""
-    logits = layers.contract('BGRQK,BGLK->BGRQL', query, part.keys)
-    logits = soft_capped(logits * self.scale, self.soft_cap)
-    return jnp.where(part.mask[:, :, None], logits, MASKED_LOGIT)
+    keys_values = [(part.keys, part.values) for part in seen]
+    if query_BHQK.shape[2] <= self.query_block:
+      out_BHQK = attend(0, query_BHQK, keys_values)
+    else:
+      out_BHQK = layers.in_query_blocks(
+        attend, query_BHQK, keys_values, self.query_block
+      )
+    return self.out(out_BHQK.swapaxes(1, 2).reshape(*x_BQD.shape[:2], -1))
 
   def _split(self, x_BLJ: jax.Array) -> jax.Array:
     x_BLHK = x_BLJ.reshape(*x_BLJ.shape[:2], -1, self.head_dim)
     return x_BLHK.swapaxes(1, 2)
+
+
+def _attend(
+  start,
+  query_BHQK: jax.Array,
+  keys_values: Sequence[tuple[jax.Array, jax.Array]],
+  *,
+  seen: Sequence[Seen],
+  scale: float,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Returns [B, H, Q, K] float32 for the queries from position `start` on."""
+  B, _, Q, K = query_BHQK.shape
+
+  def logits_of(query, keys, part):
+    logits = layers.contract('BGRQK,BGLK->BGRQL', query, keys)
+    logits = soft_capped(logits * scale, soft_cap)
+    mask = part.mask
+    if part.reach is not None:
+      before, after = part.reach
+      at_Q1 = start + jnp.arange(Q)[:, None]
+      ahead_QL = jnp.arange(keys.shape[2]) - at_Q1
+      mask &= (-before <= ahead_QL) & (ahead_QL <= after)
+    return jnp.where(mask[:, :, None], logits, MASKED_LOGIT)
+
+  query = query_BHQK.reshape(B, keys_values[0][0].shape[1], -1, Q, K)
+  logits = [
+    logits_of(query, keys, part)
+    for (keys, _), part in zip(keys_values, seen, strict=True)
+  ]
+  probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1))
+  ends = np.cumsum([x.shape[-1] for x in logits])[:-1]
+  out_BGRQK = sum(
+    layers.contract('BGRQL,BGLK->BGRQK', probs_of_part, values)
+    for probs_of_part, (_, values) in zip(
+      jnp.split(probs.astype(query.dtype), ends, axis=-1),
+      keys_values,
+      strict=True,
+    )
+  )
+  return out_BGRQK.reshape(B, -1, Q, K)
 
 
 def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -517,6 +559,7 @@ class _Layer(nn.Module):
       scale=(c.query_pre_attn_scalar or c.head_dim) ** -0.5,
       soft_cap=c.attention_soft_cap,
       has_norms=c.version == 2,
+      query_block=c.query_block,
     )
 
   def _mlp(self, shape: StackShape) -> layers.Mlp:
@@ -546,21 +589,21 @@ class EncoderLayer(_Layer):
     self.post_mlp_layer_norm = self._norm()
     self.dropout = _dropout(self.config)
 
-  def __call__(self, x_BSD, deterministic, *, mask, window, rope, is_full):
+  def __call__(self, x_BSD, deterministic, *, mask, reach, rope, is_full):
     """Returns [B, S, D].
 
     Args:
       x_BSD: [B, S, D].
       deterministic: False applies dropout.
       mask: [B, 1, 1, S] bool, True where the inputs are not padding.
-      window: [1, 1, S, S] bool, what a layer with a window sees.
+      reach: [2, 2], of layers with a window, and without; see `Seen`.
       rope: see `rotary`.
       is_full: 1 if the layer has no window, else 0.
     """
     rope = rope[is_full]
-    mask = mask & (window | (is_full == 1))
     h = self.pre_attention_layer_norm(x_BSD)
-    seen = Seen(*self.attention.keys_values(h, rope), mask)
+    keys_values = self.attention.keys_values(h, rope)
+    seen = Seen(*keys_values, mask, reach[is_full])
     h = self.post_attention_layer_norm(self.attention.attend(h, [seen], rope))
     x_BSD += self.dropout(h, deterministic=deterministic)
     h = self.mlp(self.pre_mlp_layer_norm(x_BSD), deterministic)
@@ -597,8 +640,7 @@ class DecoderLayer(_Layer):
     *,
     encoded,
     encoder_mask,
-    causal_mask,
-    window,
+    reach,
     rope,
     is_full,
   ):
@@ -609,15 +651,14 @@ class DecoderLayer(_Layer):
       deterministic: False applies dropout.
       encoded: [B, S, D].
       encoder_mask: [B, 1, 1, S] bool, True where the inputs are not padding.
-      causal_mask: [1, 1, T, T] bool.
-      window: [1, 1, T, T] bool, what a layer with a window sees.
+      reach: [2, 2], of layers with a window, and without; see `Seen`.
       rope: see `rotary`.
       is_full: 1 if the layer has no window, else 0.
     """
     rope = rope[is_full]
-    mask = causal_mask & (window | (is_full == 1))
     h = self.pre_self_attention_layer_norm(x_BTD)
-    own = Seen(*self.self_attention.keys_values(h, rope), mask)
+    keys_values = self.self_attention.keys_values(h, rope)
+    own = Seen(*keys_values, jnp.ones((1, 1, 1, 1), bool), reach[is_full])
     cross = Seen(*self.cross_keys_values(encoded), encoder_mask)
     return self._after_keys_values(x_BTD, h, own, cross, rope, deterministic)
 
@@ -698,7 +739,6 @@ class Encoder(nn.Module):
   def __call__(self, x_BSD, mask, deterministic, num_microbatches):
     """Returns [B, S, D]; mask is [B, 1, 1, S] bool."""
     c = self.config
-    positions = np.arange(x_BSD.shape[1])
     x_BSD = self.dropout(x_BSD, deterministic=deterministic)
     x_BSD = layer_stack.run_layers(
       self,
@@ -707,8 +747,8 @@ class Encoder(nn.Module):
       deterministic,
       per_row={'mask': mask},
       shared={
-        'window': _encoder_window(c, positions),
-        'rope': rotary(c, jnp.asarray(positions)),
+        'reach': _encoder_reach(c, x_BSD.shape[1]),
+        'rope': rotary(c, jnp.arange(x_BSD.shape[1])),
       },
       per_layer={'is_full': c.is_full(c.num_encoder_layers)},
       num_microbatches=num_microbatches,
@@ -717,12 +757,11 @@ class Encoder(nn.Module):
     return self.dropout(x_BSD, deterministic=deterministic)
 
 
-def _encoder_window(config: T5GemmaConfig, positions: np.ndarray) -> np.ndarray:
-  """Returns what each input sees in a layer with a window, [1, 1, S, S]."""
-  ahead = positions[None, :] - positions[:, None]
+def _encoder_reach(config: T5GemmaConfig, length: int) -> jax.Array:
+  """Returns [2, 2], of layers with a window, and without; see `Seen`."""
   W = config.window
-  before, after = (W, W) if config.version == 1 else ((W - 1) // 2, W // 2)
-  return ((-before <= ahead) & (ahead <= after))[None, None]
+  windowed = (W, W) if config.version == 1 else ((W - 1) // 2, W // 2)
+  return jnp.int32([windowed, (length, length)])
 
 
 class Decoder(nn.Module):
@@ -742,8 +781,7 @@ class Decoder(nn.Module):
   ):
     """Returns teacher-forced hidden states [B, T, D], after the last norm."""
     c = self.config
-    positions = np.arange(x_BTD.shape[1])
-    behind = positions[:, None] - positions[None, :]
+    length = x_BTD.shape[1]
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
     x_BTD = layer_stack.run_layers(
       self,
@@ -752,9 +790,8 @@ class Decoder(nn.Module):
       deterministic,
       per_row={'encoded': encoded_BSD, 'encoder_mask': encoder_mask},
       shared={
-        'causal_mask': (behind >= 0)[None, None],
-        'window': (behind < c.window)[None, None],
-        'rope': rotary(c, jnp.asarray(positions)),
+        'reach': jnp.int32([(c.window - 1, 0), (length, 0)]),
+        'rope': rotary(c, jnp.arange(length)),
       },
       per_layer={'is_full': c.is_full(c.num_decoder_layers)},
       num_microbatches=num_microbatches,
@@ -1027,6 +1064,10 @@ class T5Gemma(nn.Module):
   def head_params(self, params: Params) -> Params:
     """Returns the part of the parameters that `unembed` reads."""
     return {'token_embedder': params['token_embedder']}
+
+  def param_specs(self) -> Params:
+    """Returns the sharding of each parameter, a `PartitionSpec`."""
+    return layer_stack.param_specs(self)
 
   def gather_params(self, params: Params) -> Params:
     """Returns the parameters replicated over the mesh axis 'data'."""

@@ -210,8 +210,8 @@ def test_the_gradients_of_blocks_are_summed_in_float32():
 
   def total(value):
     return layers.in_query_blocks(
-      lambda start, query, key, value: (query + value).astype(jnp.float32),
-      *(x_B1QK, one.astype('bfloat16'), value.astype('bfloat16'), 1),
+      lambda start, query, value: (query + value).astype(jnp.float32),
+      *(x_B1QK, value.astype('bfloat16'), 1),
     ).sum()
 
   assert jax.grad(total)(one) == 512.0

@@ -163,14 +163,20 @@ def test_the_end_of_an_image_has_its_own_embedding_in_version_2(version):
 # --- Ways to run it -----------------------------------------------------------
 
 
+CHANGES = {
+  'loop': {'scan_layers': True, 'remat': True},
+  'microbatches': {},
+  'blocks of queries': {'query_block': 4},
+}
+
+
 @VERSIONS
-@pytest.mark.parametrize('way', ['loop', 'microbatches'])
+@pytest.mark.parametrize('way', CHANGES)
 def test_each_way_to_run_the_layers_gives_the_same(version, way):
   plain, params = tiny.t5gemma_and_params(0, version)
   inputs = tiny.tokens(1, [7, 5, 6, 3], 7)
   targets = tiny.tokens(2, [6, 6, 4, 5], 6)
-  changes = {'scan_layers': True, 'remat': True} if way == 'loop' else {}
-  other = T5Gemma(tiny.t5gemma_config(version, **changes))
+  other = T5Gemma(tiny.t5gemma_config(version, **CHANGES[way]))
   num = 2 if way == 'microbatches' else 1
 
   def loss(model, num, params):
