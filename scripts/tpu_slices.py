@@ -109,6 +109,7 @@ def _smallest(arguments, batch_size, generation) -> dict | None:
 def _settings(batch_size: int, num_chips: int) -> Iterator[tuple[str, ...]]:
   """Yields settings in order of decreasing memory and increasing time."""
   yield ()
+  yield ('--gin.REMAT=True',)
   for mesh_model in (1, 4):
     if num_chips % mesh_model == 0:
       rows = batch_size * mesh_model // num_chips

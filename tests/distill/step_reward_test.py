@@ -125,8 +125,10 @@ def expected_gradient(loss_sums, params, all_tokens, probability_of):
 class OneToken:
   """A model whose parameters are its logits: it reads nothing, writes one id.
 
-  It has the methods that `model` asks for.
+  It has what `models.interface` asks for.
   """
+
+  placement = None
 
   def __init__(self, dropout_rate=0.0):
     self.config = types.SimpleNamespace(dropout_rate=dropout_rate)
