@@ -64,6 +64,13 @@ SETTINGS = {
     'REWARD': '@rewards.rouge_l()',
     'REWARD_BASELINE': 'none',
   },
+  'sampled_reverse_kl': {'OUTPUTS_PER_INPUT': 2},
+  # Its baseline compares rows, but not the part that imitates.
+  'j_bond': {
+    'REWARD': '@rewards.rouge_l()',
+    'credit.j_bond.forward_weight': 1.0,
+    'REGULARIZATION': 0.5,
+  },
   'multi_teacher': {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}},
   'mopd': {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}},
   'aligndistil': {'TEACHER_CHECKPOINT_PATH': {'dpo': 'x', 'reverse_dpo': 'y'}},
@@ -75,7 +82,12 @@ SETTINGS = {
 }
 # The parts of the carried state that steps change. opsd's teacher, the initial
 # student, is one that they do not.
-MOVING = {'distillm': 'policy', 'sdft': 'teacher', 'taid': 'divergence'}
+MOVING = {
+  'distillm': 'policy',
+  'j_bond': 'teacher',
+  'sdft': 'teacher',
+  'taid': 'divergence',
+}
 # Methods that sample in some of their steps.
 SAMPLES_SOMETIMES = ('distillm', 'f_distill', 'imitkd')
 # With momentum: the optimizer's state matters. Not Adam, which divides by the

@@ -51,8 +51,8 @@ def of_policy(
         jax.random.wrap_key_data(key_data),
         batch,
         jnp.arange(num_rows),
-        _stand_in('sample_student', drawn),
-        _stand_in('sample_teacher', drawn),
+        _several(_stand_in('sample_student', drawn)),
+        _several(_stand_in('sample_teacher', drawn)),
         carried,
         _stand_in('sample_pair', pair.PairRollout(drawn, by_student)),
         step,
@@ -72,6 +72,7 @@ def of_credit(
   all_by_student: bool,
   has_teacher: bool,
   weigh: Weigh,
+  outputs_per_input: int = 1,
 ) -> Counter[str]:
   """Returns how often a credit calls each function of `credit.Evidence`.
 
@@ -82,13 +83,18 @@ def of_credit(
     all_by_student: see `credit.Evidence`.
     has_teacher: whether log-probabilities are also those of a teacher.
     weigh: chooses among the branches of a condition.
+    outputs_per_input: see `credit.Evidence`.
   """
   rows = _shape((num_rows,), jnp.float32)
   tokens = _shape((num_rows, length), jnp.int32)
   floats = _shape((num_rows, length), jnp.float32)
   author = _shape((num_rows, length), jnp.int8)
   outputs = Outputs(tokens, floats)
-  log_probs = credit_lib.LogProbs(floats, floats if has_teacher else None)
+  log_probs = credit_lib.LogProbs(
+    floats,
+    floats if has_teacher else None,
+    floats if credit.needs_lse else None,
+  )
 
   def assign(rollouts, coefficients_BT):
     return credit.assign(
@@ -100,6 +106,7 @@ def of_credit(
         _stand_in('sample_greedy', outputs),
         all_by_student,
         coefficients_BT,
+        outputs_per_input,
       )
     )
 
@@ -165,6 +172,20 @@ def _stand_in(name: str, shapes: Any) -> Callable[..., Any]:
   zeros.__name__ = _MARK + name
   marked = jax.jit(zeros)
   return lambda *args, **keywords: marked()
+
+
+def _several(sample: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a stand-in that writes `num_outputs` of each input.
+
+  They are counted as one rollout: a step of the loop reads the weights once.
+  """
+
+  def samples(*, num_outputs=1, **keywords):
+    return jax.tree.map(
+      lambda x: jnp.repeat(x, num_outputs, axis=0), sample(**keywords)
+    )
+
+  return samples
 
 
 def _count(weigh: Weigh, function, *args) -> Counter[str]:

@@ -335,7 +335,7 @@ def _of_comparison(
     return phases
 
   alone = with_teacher(None)
-  if not experiment.method.objective.needs_teacher:
+  if not experiment.method.needs_grades:
     return alone
   total, *others = map(with_teacher, graders)
   for more in others:
@@ -414,7 +414,7 @@ def _called(
   not_counted = []
   if method.credit is not None:
     of_reward, not_counted = _of_reward(experiment, planned, num_rows)
-    readers = [ours, *(graders if method.objective.needs_teacher else [])]
+    readers = [ours, *(graders if method.needs_grades else [])]
     of |= {
       'compute_rewards': of_reward,
       'log_probs': functools.reduce(operator.add, map(unembed, readers)),
@@ -427,7 +427,8 @@ def _called(
       num_rows,
       target_length,
       all_by_student=method.policy.student_data_fraction == 1.0,
-      has_teacher=method.objective.needs_teacher,
+      has_teacher=method.needs_grades,
+      outputs_per_input=method.policy.num_outputs,
       weigh=flops,
     )
   phases = {}

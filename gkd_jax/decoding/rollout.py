@@ -4,6 +4,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gkd_jax.batch import SpecialIds, mask_unused_ids
 from gkd_jax.decoding import pair, sampler
@@ -39,8 +40,9 @@ def rollout(
   ids: SpecialIds,
   calculator: Calculator | None = None,
   prefix: sampler.Prefix | None = None,
+  num_outputs: int = 1,
 ) -> sampler.Rollout:
-  """Samples one output of a model for each input.
+  """Samples outputs of a model for each input.
 
   Args:
     writer: model, parameters, inputs, and how to draw.
@@ -49,12 +51,22 @@ def rollout(
     max_decode_len: T.
     ids: the special ids of model and vocabulary.
     calculator: required if `writer.config.calculator` is set.
-    prefix: tokens to continue; None: none.
+    prefix: tokens to continue, of each output; None: none.
+    num_outputs: n, outputs for each input. The encoder and the keys and values
+      of its outputs are computed once for an input.
 
   Returns:
-    A `sampler.Rollout` of shapes [B, T].
+    A `sampler.Rollout` of shapes [n B, T]; rows n i to n i + n - 1 belong to
+    input i.
   """
   decode_step, cache = _start(writer, max_decode_len, ids)
+  if num_outputs > 1:
+    cache = jax.tree.map(
+      lambda x: jnp.repeat(x, num_outputs, axis=0) if x.ndim else x, cache
+    )
+    row_ids_B = jnp.repeat(row_ids_B, num_outputs) * num_outputs + jnp.tile(
+      jnp.arange(num_outputs), row_ids_B.shape[0]
+    )
   return sampler.sample(
     decode_step,
     cache,

@@ -35,6 +35,8 @@ class Extras(NamedTuple):
 # (student logits [..., V], teacher logits [..., V] or None, tokens [...],
 # extras) -> {name: [...]}: named quantities of each token.
 Terms = Callable[..., dict[str, jax.Array]]
+# A term that has a gradient by `worth`, but no sum.
+LSE = 'lse'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -49,7 +51,7 @@ def weighted_sums(
   teacher_hidden: jax.Array | None,
   tokens: jax.Array,
   coefficients: jax.Array,
-  worth: jax.Array | None = None,
+  worth: dict[str, jax.Array] | None = None,
   extras: Extras | None = None,
 ) -> dict[str, jax.Array]:
   """Sums each term over all tokens without holding all logits in memory.
@@ -71,8 +73,8 @@ def weighted_sums(
     teacher_hidden: [B, T, D'] constant; None without a teacher.
     tokens: [B, T] int32.
     coefficients: [B, T] weight of each token's terms, constant.
-    worth: [B, T] constants: adds `-worth * grad log Q(token)` to the gradient
-      and nothing to the sums; `terms` must return 'nll'. None: zeros.
+    worth: {name of a term: [B, T] constants}: adds `worth * grad term` to the
+      gradient and nothing to the sums. None: nothing.
     extras: further inputs of `terms`.
 
   Returns:
@@ -191,11 +193,12 @@ def _chunk_sums(terms, student_unembed, teacher_unembed, teacher_head, chunk):
     totals = {
       name: jnp.sum(value * chunk['coefficients'])
       for name, value in values.items()
+      if name != LSE
     }
-    if 'worth' in chunk:
-      # Its value is 0, its gradient that of nll.
-      nll = values['nll'] - jax.lax.stop_gradient(values['nll'])
-      totals['loss'] += jnp.sum(nll * chunk['worth'])
+    for name, worth in chunk.get('worth', {}).items():
+      # Its value is 0, its gradient that of the term.
+      term = values[name] - jax.lax.stop_gradient(values[name])
+      totals['loss'] += jnp.sum(term * worth)
     return totals
 
   return sums

@@ -39,9 +39,17 @@ class Method:
       )
 
   @property
+  def needs_grades(self) -> bool:
+    """Whether objective or credit reads the teacher's logits of the outputs."""
+    credit = self.credit
+    return self.objective.needs_teacher or (
+      credit is not None and credit.needs_teacher
+    )
+
+  @property
   def needs_teacher(self) -> bool:
-    """Whether the policy or the objective uses the teacher."""
-    return self.policy.needs_teacher or self.objective.needs_teacher
+    """Whether the policy, the objective or the credit uses the teacher."""
+    return self.policy.needs_teacher or self.needs_grades
 
   @property
   def needs_teacher_checkpoint(self) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import SpecialIds, align_logits, mask_unused_ids
-from gkd_jax.distill.chunked_sums import Extras, Terms
+from gkd_jax.distill.chunked_sums import LSE, Extras, Terms
 from gkd_jax.distill.divergences import Divergence
 from gkd_jax.distill.teachers import Weighted
 
@@ -91,8 +91,14 @@ class Objective:
   def needs_teacher(self) -> bool:
     return self.divergence_weight > 0.0
 
-  def terms(self, ids: SpecialIds) -> Terms:
-    """Returns the per-token function of logits: 'loss' and its parts, nats."""
+  def terms(self, ids: SpecialIds, *, with_lse: bool = False) -> Terms:
+    """Returns the per-token function of logits: 'loss' and its parts, nats.
+
+    Args:
+      ids: the special ids of both models and their vocabulary.
+      with_lse: whether 'lse' is returned as well, ln sum exp of the student's
+        logits.
+    """
 
     def terms(student_logits, teacher_logits, tokens, extras=None):
       weight = None
@@ -116,6 +122,8 @@ class Objective:
         if weight is not None:
           divergence *= weight
         loss += self.divergence_weight * divergence
+      if with_lse:
+        out[LSE] = jax.nn.logsumexp(student_logits.astype(jnp.float32), axis=-1)
       return {'loss': loss, **out}
 
     return terms

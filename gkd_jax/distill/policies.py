@@ -67,7 +67,7 @@ class Rollouts(NamedTuple):
 
 
 class Sample(Protocol):
-  """Draws one output per input from a model."""
+  """Draws outputs from a model, one per input unless `num_outputs` is given."""
 
   def __call__(
     self,
@@ -75,6 +75,7 @@ class Sample(Protocol):
     prefix: sampler.Prefix | None = None,
     config: sampler.SamplerConfig | None = None,
     rng: jax.Array | None = None,
+    num_outputs: int = 1,
   ) -> sampler.Rollout:
     """Returns the outputs.
 
@@ -83,6 +84,7 @@ class Sample(Protocol):
       config: how to draw; None: as the method's sampler of this model.
       rng: a key; None: the key of this step. Outputs that must be independent
         of each other need different keys.
+      num_outputs: n, outputs for each input: rows n i to n i + n - 1.
     """
     ...
 
@@ -198,9 +200,26 @@ def dataset() -> Policy:
   return Policy(lambda draw: rollouts(draw.batch.outputs, DATASET), 0.0)
 
 
-def student() -> Policy:
-  """Outputs drawn from the student's current weights: lambda = 1."""
-  return Policy(lambda draw: drawn_by(STUDENT, draw.sample_student()), 1.0)
+def student(outputs_per_input: int = 1) -> Policy:
+  """Outputs drawn from the student's current weights: lambda = 1.
+
+  Args:
+    outputs_per_input: n, independent outputs for each input of the batch. The
+      encoder runs once for an input, and credits may compare the outputs.
+
+  Raises:
+    ValueError: outputs_per_input is below 1.
+  """
+  if outputs_per_input < 1:
+    raise ValueError(
+      f'OUTPUTS_PER_INPUT must be 1 or more, got {outputs_per_input}.'
+    )
+
+  def write(draw):
+    drawn = draw.sample_student(num_outputs=outputs_per_input)
+    return drawn_by(STUDENT, drawn)
+
+  return Policy(write, 1.0, num_outputs=outputs_per_input)
 
 
 def teacher() -> Policy:
@@ -216,6 +235,7 @@ def mixture(
   student_data_fraction: float | Schedule,
   per: str = 'batch',
   otherwise: Callable[[], Policy] = dataset,
+  outputs_per_input: int = 1,
 ) -> Policy:
   """The student with probability lambda, another policy otherwise.
 
@@ -227,10 +247,12 @@ def mixture(
       not sample skip its cost), or 'sequence', one random choice per row.
     otherwise: `dataset`, `teacher`, or another function that returns a policy
       for the step's own batch.
+    outputs_per_input: see `student`; above 1 only if lambda is 1.
 
   Raises:
-    ValueError: lambda is outside [0, 1], `per` is invalid, or `otherwise` does
-      not write one output for each input of the step's batch.
+    ValueError: lambda is outside [0, 1], `per` is invalid, `otherwise` does not
+      write one output for each input of the step's batch, or there are several
+      outputs per input and lambda is not 1.
   """
   is_schedule = callable(student_data_fraction)
   if not is_schedule and not 0.0 <= student_data_fraction <= 1.0:
@@ -243,10 +265,16 @@ def mixture(
     raise ValueError(f"mixture.per must be 'batch' or 'sequence', got {per!r}.")
   other = otherwise()
   _check_is_of_the_batch('mixture.otherwise', other)
+  if outputs_per_input != 1 and student_data_fraction != 1.0:
+    raise ValueError(
+      f'OUTPUTS_PER_INPUT is {outputs_per_input}, but the dataset has one '
+      'output per input: set STUDENT_DATA_FRACTION = 1.0, so that the student '
+      'writes all of them, or OUTPUTS_PER_INPUT = 1.'
+    )
   if student_data_fraction == 0.0:
     return other
   if student_data_fraction == 1.0:
-    return student()
+    return student(outputs_per_input)
 
   def fraction(draw):
     return _share_at(student_data_fraction, draw.step)
@@ -428,6 +456,35 @@ def corrected(num_corrections: int = 1) -> Policy:
     return rollouts(outputs, author, written.drawn.log_probs)
 
   return Policy(write, None, needs_teacher=True, samples_student=False)
+
+
+def with_anchor() -> Policy:
+  """Three outputs for each input: one by the student, two by the teacher.
+
+  The teacher is the anchor of `credit.j_bond`, a moving average of the student:
+  `methods.Method.teacher = @teachers.ema()`.
+  """
+
+  def write(draw):
+    ours = drawn_by(
+      STUDENT, draw.sample_student(rng=jax.random.fold_in(draw.rng, 0))
+    )
+    theirs = drawn_by(TEACHER, draw.sample_teacher(num_outputs=2))
+
+    def join(one, two):
+      num_inputs, length = one.shape
+      rows = [x.reshape(num_inputs, -1, length) for x in (one, two)]
+      return jnp.concatenate(rows, axis=1).reshape(-1, length)
+
+    return Rollouts(
+      *jax.tree.map(
+        join,
+        (ours.outputs, ours.author, ours.log_probs),
+        (theirs.outputs, theirs.author, theirs.log_probs),
+      )
+    )
+
+  return Policy(write, 1 / 3, needs_teacher=True, num_outputs=3)
 
 
 class _Written(NamedTuple):

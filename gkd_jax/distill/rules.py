@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import policies
+from gkd_jax.distill.credit import SEVERAL
 from gkd_jax.distill.divergences import Divergence
 from gkd_jax.distill.methods import Method
 from gkd_jax.distill.teachers import Several
@@ -145,16 +146,24 @@ def a_live_teacher_has_no_dropout(setup: Setup) -> None:
     )
 
 
-def credit_of_the_teacher_has_a_divergence(setup: Setup) -> None:
-  """A credit that reads the teacher's log-probabilities needs its logits."""
-  credit, objective = setup.method.credit, setup.method.objective
-  if credit is not None and credit.needs_teacher:
-    if not objective.needs_teacher:
-      raise ValueError(
-        "The credit reads the teacher's log-probabilities, but "
-        'DIVERGENCE_WEIGHT is 0: no teacher grades the outputs. Set '
-        'DIVERGENCE_WEIGHT above 0.'
-      )
+def compared_outputs_are_of_one_input(setup: Setup) -> None:
+  """A credit that compares outputs of one input needs several of them."""
+  credit, policy = setup.method.credit, setup.method.policy
+  if credit is None:
+    return
+  num, wanted = policy.num_outputs, credit.outputs_per_input
+  if wanted == SEVERAL and num < 2:
+    raise ValueError(
+      "REWARD_BASELINE = 'group_mean' and 'group_normalized' compare several "
+      f'outputs of each input, but POLICY writes {num}. Set OUTPUTS_PER_INPUT '
+      'to 2 or more.'
+    )
+  if wanted not in (None, SEVERAL, num):
+    raise ValueError(
+      f'The credit compares {wanted} outputs of each input, but POLICY writes '
+      f"{num}. Set the credit's own policy, such as POLICY = "
+      '@policies.with_anchor() for @credit.j_bond().'
+    )
 
 
 def one_teacher_writes(setup: Setup) -> None:
@@ -201,7 +210,7 @@ RULES = (
   reinforce_trains_without_dropout,
   training_outputs_are_drawn_from_a_model,
   a_live_teacher_has_no_dropout,
-  credit_of_the_teacher_has_a_divergence,
+  compared_outputs_are_of_one_input,
   one_teacher_writes,
   compared_outputs_are_in_one_microbatch,
   the_policys_buffer_holds_a_batch,

@@ -318,7 +318,7 @@ def _write_and_grade(
     batch, encoded = rollouts.batch, None
   rollouts = rollouts._replace(batch=None, carried=(), metrics={})
   teacher_hidden = teacher_head = None
-  if method.objective.needs_teacher:
+  if method.needs_grades:
     grader = models.grader
     with jax.named_scope('teacher'):
       teacher_hidden = grader.hidden_states(
@@ -382,9 +382,11 @@ def _draw(
     return rollout_lib.Writer(model, teacher_params, inputs, config, known)
 
   def sampler_of(writer):
-    def sample(*, prefix=None, config=None, rng=None):
+    def sample(*, prefix=None, config=None, rng=None, num_outputs=1):
       rng = rngs.sample if rng is None else rng
-      return rollout_lib.rollout(writer(config), rng, prefix=prefix, **shape)
+      return rollout_lib.rollout(
+        writer(config), rng, prefix=prefix, num_outputs=num_outputs, **shape
+      )
 
     return sample
 
@@ -519,7 +521,7 @@ def _make_loss_sums(models: Models):
   objective, credit = method.objective, method.credit
   unembeds = (
     unembed(student),
-    models.grader.unembed(ids) if objective.needs_teacher else None,
+    models.grader.unembed(ids) if method.needs_grades else None,
   )
 
   def loss_sums(trained, encoded, rows, shared):
@@ -547,7 +549,12 @@ def _make_loss_sums(models: Models):
     worth = None
     if credit is not None:
       log_probs = functools.partial(
-        _log_probs, ids, *unembeds, objective.chunk_tokens, *arrays
+        _log_probs,
+        ids,
+        credit.needs_lse,
+        *unembeds,
+        objective.chunk_tokens,
+        *arrays,
       )
       worth = jax.lax.stop_gradient(
         credit.assign(
@@ -564,15 +571,17 @@ def _make_loss_sums(models: Models):
       )
     with jax.named_scope('student'):
       sums = chunked_sums.weighted_sums(
-        objective.terms(ids),
+        objective.terms(
+          ids, with_lse=worth is not None and worth.per_lse is not None
+        ),
         *unembeds,
         objective.chunk_tokens,
         *arrays,
         coefficients_BT,
-        None if worth is None else worth.per_token,
+        None if worth is None else worth.gradient(),
         _extras(objective, trained.heads, shared.carried, rollouts),
       )
-    if worth is not None and worth.per_token is not None:
+    if worth is not None and worth.gradient() is not None:
       sums['loss'] -= worth.total
     ended_B = jnp.any(outputs.tokens == ids.eos, axis=1)
     counts = {
@@ -608,18 +617,23 @@ def _evidence(
   """Returns the inputs of the credit; see `credit.Evidence`."""
   method, rollouts = models.method, rows.rollouts
 
+  num = method.policy.num_outputs
+
   def sample_greedy():
-    inputs = rows.batch.encoder_input_tokens
+    inputs, known, row_ids = jax.tree.map(
+      lambda x: x[::num],
+      (rows.batch.encoder_input_tokens, encoded, rows.row_ids_B),
+    )
     drawn = rollout_lib.rollout(
-      rollout_lib.Writer(
-        models.student, params, inputs, sampler.GREEDY, encoded
-      ),
+      rollout_lib.Writer(models.student, params, inputs, sampler.GREEDY, known),
       shared.rngs.sample,
-      row_ids_B=rows.row_ids_B,
+      row_ids_B=row_ids,
       max_decode_len=rollouts.outputs.tokens.shape[1],
       ids=models.ids,
     )
-    return Outputs(drawn.tokens, drawn.weights)
+    return repeat_rows(
+      Outputs(drawn.tokens, drawn.weights), rollouts.outputs.tokens
+    )
 
   @jax.named_scope('reward')
   def compute_rewards(outputs):
@@ -635,12 +649,13 @@ def _evidence(
     sample_greedy,
     method.policy.student_data_fraction == 1.0,
     coefficients_BT,
+    num,
   )
 
 
 @jax.named_scope('credit')
 def _log_probs(
-  ids, student_unembed, teacher_unembed, chunk_tokens, *arrays
+  ids, with_lse, student_unembed, teacher_unembed, chunk_tokens, *arrays
 ) -> credit_lib.LogProbs:
   """Returns the outputs' log-probabilities, in one pass over the vocabulary."""
 
@@ -650,15 +665,22 @@ def _log_probs(
     else:
       both = objectives.comparable_logits(student_logits, teacher_logits, ids)
       logits = dict(zip(('student', 'teacher'), both, strict=True))
-    return {
+    found = {
       name: -objectives.negative_log_likelihood(x, tokens)
       for name, x in logits.items()
     }
+    if with_lse:
+      found['lse'] = jax.nn.logsumexp(
+        logits['student'].astype(jnp.float32), axis=-1
+      )
+    return found
 
   found = chunked_sums.token_values(
     values, student_unembed, teacher_unembed, chunk_tokens, *arrays
   )
-  return credit_lib.LogProbs(found['student'], found.get('teacher'))
+  return credit_lib.LogProbs(
+    found['student'], found.get('teacher'), found.get('lse')
+  )
 
 
 def _means(sums, count, credit) -> Metrics:

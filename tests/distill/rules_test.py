@@ -111,15 +111,20 @@ BROKEN = {
       'Set DROPOUT_RATE = 0.0',
     )
   ],
-  'credit_of_the_teacher_has_a_divergence': [
+  'compared_outputs_are_of_one_input': [
+    (
+      {'credit': credit.reinforce(rewards.rouge_l(), 1.0, 'group_mean')},
+      {},
+      'Set OUTPUTS_PER_INPUT to 2 or more',
+    ),
     (
       {
-        'credit': credit.minillm_long_term(),
-        'objective': Objective(divergence_weight=0.0),
+        'credit': credit.j_bond(rewards.rouge_l()),
+        'policy': policies.student(outputs_per_input=2),
       },
       {},
-      'no teacher grades the outputs',
-    )
+      'compares 3 outputs of each input, but POLICY writes 2',
+    ),
   ],
   'one_teacher_writes': [
     (
