@@ -234,7 +234,7 @@ def test_what_differentiated_estimates_of_the_kl_descend():
 
   def gradient(estimate):  # with y fixed, its mean over y
     return sum(
-      q[y] * differences(lambda z: estimate(ratio(z)[y]), STUDENT_LOGITS)
+      q[y] * differences(lambda z, y=y: estimate(ratio(z)[y]), STUDENT_LOGITS)
       for y in range(5)
     )
 
