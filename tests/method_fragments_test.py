@@ -126,6 +126,7 @@ class Run(NamedTuple):
     num_loops: in the program, outside branches.
     student_may_write: whether the method samples the student.
     metrics: names of the policy's.
+    num_outputs: for each input.
   """
 
   start: Any
@@ -136,6 +137,7 @@ class Run(NamedTuple):
   num_loops: int
   student_may_write: bool
   metrics: tuple[str, ...]
+  num_outputs: int
 
 
 def runs_of(name, family, folder):
@@ -255,6 +257,7 @@ def run_on(
     loops_outside_branches(traced.jaxpr),
     method.policy.student_may_write,
     method.policy.metrics,
+    method.policy.num_outputs,
   )
 
 
@@ -324,8 +327,9 @@ def test_a_method_keeps_what_holds_for_every_step(name, family, tmp_path):
   )
   whole = eight.history[SAVED_AFTER:], eight.state
   jax.tree.map(np.testing.assert_array_equal, eight.resumed, whole)
-  check_the_program(one, B)
-  check_the_program(eight, B // NUM_MICROBATCHES)
+  num_rows = B * one.num_outputs
+  check_the_program(one, num_rows)
+  check_the_program(eight, num_rows // NUM_MICROBATCHES)
 
 
 def check_that_it_trains(name, run: Run) -> None:

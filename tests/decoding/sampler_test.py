@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import itertools
 
 import jax
@@ -494,6 +495,30 @@ def tokens_on_one_and_on_all_devices():
   )
   num_devices = [len(x.tokens.sharding.device_set) for x in (one, all_)]
   return num_devices, np.asarray(one.tokens), np.asarray(all_.tokens)
+
+
+@pytest.mark.slow  # compiles models
+def test_several_outputs_of_an_input_are_as_if_it_were_repeated():
+  model, params = tiny.model_and_params(0)
+  inputs = tiny.tokens(1, [7, 4, 5], 7)
+
+  @functools.partial(jax.jit, static_argnames='num_outputs')
+  def rollout(inputs, row_ids_B, num_outputs):
+    return rollout_lib.rollout(
+      rollout_lib.Writer(model, params, inputs, sampler.ANCESTRAL),
+      jax.random.key(0),
+      row_ids_B=row_ids_B,
+      max_decode_len=6,
+      ids=tiny.IDS,
+      num_outputs=num_outputs,
+    )
+
+  several = rollout(inputs, jnp.arange(3), num_outputs=2)
+
+  repeated = rollout(np.repeat(inputs, 2, axis=0), jnp.arange(6), num_outputs=1)
+  np.testing.assert_array_equal(several.tokens, repeated.tokens)
+  # Outputs of one input differ.
+  assert (several.tokens[::2] != several.tokens[1::2]).any()
 
 
 def test_draws_do_not_depend_on_the_number_of_devices():

@@ -568,6 +568,18 @@ def test_batch_mean_is_over_a_microbatch():
   assert metrics['reward'] == pytest.approx(r.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize('baseline', ['group_mean', 'self_critical'])
+def test_microbatches_do_not_separate_the_outputs_of_an_input(baseline):
+  aim = of_reward(weight=1.0, baseline=baseline)
+  policy = policies.student(outputs_per_input=2)
+
+  got = run(aim, policy=policy, num_microbatches=3)
+
+  want = run(aim, policy=policy)
+  tiny.assert_equal_but_for_rounding(got, want)
+  assert want[1]['reward_advantage_rms'] > 0.1
+
+
 def _of_the_batch():
   """A policy that marks the dataset's outputs as the student's."""
 
