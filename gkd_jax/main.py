@@ -12,6 +12,8 @@ Run modes:
   train    train a student; the same command resumes an interrupted run
   eval     evaluate a checkpoint (CHECKPOINT_PATH) into EVAL_OUTPUT_DIR
   infer    write the outputs of a checkpoint into INFER_OUTPUT_DIR
+  select   select outputs to learn from, among several that infer wrote for each
+           input; needs no --gin_file
   export   convert a checkpoint to Hugging Face transformers or T5X; needs no
            --gin_file
   sweep    run every point of a grid and compare the runs in a report; or print
@@ -46,6 +48,7 @@ _RUN_MODES = {
   'train': 'gkd_jax.train.train',
   'eval': 'gkd_jax.evaluation.evaluate.evaluate_checkpoint',
   'infer': 'gkd_jax.evaluation.infer.infer',
+  'select': 'gkd_jax.evaluation.select.select',
   'export': 'gkd_jax.checkpoints.export.export',
   'sweep': 'gkd_jax.sweeps.sweep.sweep',
   'report': 'gkd_jax.report.report.report',
@@ -58,6 +61,7 @@ _CONFIGURES = _RUN_MODES | {'train': _RUN, 'precompile': _RUN}
 _GIN_FILE_OF_MODE = {
   'export': 'gin/runs/export.gin',
   'report': 'gin/runs/report.gin',
+  'select': 'gin/runs/select.gin',
 }
 _TEST_SPLIT = 'final_eval/datasets.DatasetConfig.split'
 # Not for users: a sweep starts workers and writes commands to their stdin.

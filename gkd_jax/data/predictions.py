@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of model outputs: `infer` writes them, training datasets read them.
+"""Files of model outputs: `infer` and `select` write them, datasets read them.
 
 `predictions_<split>.jsonl` has a line for each output:
 
@@ -17,10 +17,13 @@ A file without ids, with {"inputs", "prediction"} on each line, may come from
 any program; its texts are tokenized when it is read.
 """
 
+import heapq
+import itertools
 import json
+import operator
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +34,12 @@ from gkd_jax.runtime import files, pins
 _SETTING = 'TRAIN_ON_PREDICTIONS'
 OUTPUT_SETTING = 'INFER_OUTPUT_DIR'
 # Fields of the provenance that may differ when an interrupted write resumes.
-_CHANGING = ('num_examples', 'num_predictions', 'versions', 'pins')
+_CHANGING = (
+  *('num_examples', 'num_predictions', 'num_examples_without_output'),
+  *('versions', 'pins'),
+)
+# Fields that files must share whose outputs are read together.
+_SHARED = ('task', 'split', 'vocabulary', 'task_feature_lengths')
 
 
 def pins_of_partial(path: pathlib.Path) -> dict[str, pins.Pin] | None:
@@ -58,6 +66,7 @@ class Writer:
     provenance: Mapping[str, Any],
     batch_size: int,
     overwrite: bool = False,
+    setting: str = OUTPUT_SETTING,
   ):
     """Opens the file, and creates its folder if it does not exist.
 
@@ -67,16 +76,18 @@ class Writer:
       batch_size: number of examples per call of `append`.
       overwrite: start anew if the file is complete, or was started with
         another provenance.
+      setting: name of the folder in gin, for errors.
 
     Raises:
       ValueError: the file is complete, or was started with another provenance.
     """
-    files.check_free([path], OUTPUT_SETTING, overwrite)
+    files.check_free([path], setting, overwrite)
+    self._setting = setting
     self._path = path
     self._partial = _partial(path)
     # As JSON represents it: a tuple would not equal the list read back.
     self._provenance = json.loads(json.dumps(dict(provenance), default=str))
-    self.num_examples = self.num_predictions = 0
+    self.num_examples = self.num_predictions = self.num_with_output = 0
     if overwrite and (path.exists() or self._differences()):
       path.unlink(missing_ok=True)
       self._partial.unlink(missing_ok=True)
@@ -90,22 +101,35 @@ class Writer:
     self._file = self._partial.open('a', encoding='utf-8')
 
   def append(self, examples: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """Writes a batch: a list of predictions for each example."""
+    """Writes a batch: a list of predictions for each example.
+
+    Fields `example` and `sample` of a prediction replace the numbers that are
+    counted here.
+    """
     for predictions in examples:
       for sample, fields in enumerate(predictions):
         line = {'example': self.num_examples, 'sample': sample, **fields}
         self._file.write(json.dumps(line, ensure_ascii=False) + '\n')
       self.num_examples += 1
       self.num_predictions += len(predictions)
+      self.num_with_output += bool(predictions)
     self._file.flush()
 
-  def close(self) -> None:
-    """Closes the file and gives it its final name."""
+  def close(self, num_examples: int | None = None) -> None:
+    """Closes the file and gives it its final name.
+
+    Args:
+      num_examples: number of examples; None: those that were appended.
+    """
     self._file.close()
+    if num_examples is None:
+      num_examples = self.num_examples
     counts = {
-      'num_examples': self.num_examples,
+      'num_examples': num_examples,
       'num_predictions': self.num_predictions,
     }
+    if without := num_examples - self.num_with_output:
+      counts['num_examples_without_output'] = without
     _write_side_file(self._path, {**self._provenance, **counts})
     self._partial.rename(self._path)
 
@@ -117,7 +141,7 @@ class Writer:
     except ValueError:
       is_ours = False
     if not is_ours:
-      files.check_free([side_file], OUTPUT_SETTING, overwrite=False)
+      files.check_free([side_file], self._setting, overwrite=False)
 
   def _differences(self):
     side_file = _side_file(self._path)
@@ -136,25 +160,30 @@ class Writer:
       raise ValueError(
         f'{self._partial} was started with other settings or files:\n  '
         + '\n  '.join(differences)
-        + f'\nChoose another {OUTPUT_SETTING}, remove the file, or set '
+        + f'\nChoose another {self._setting}, remove the file, or set '
         '--gin.OVERWRITE=True.'
       )
 
   def _keep_whole_batches(self, batch_size):
     """Truncates the file before its last batch, which may be incomplete."""
-    starts = []  # of each batch: (offset, number of preceding lines)
-    offset = num_lines = 0
+    batch = end = 0  # of the last batch with a line: number, and its offset
+    before = (0, 0)  # predictions, and examples with one, before it
+    offset = num_lines = num_examples = 0
+    last = None
     with self._partial.open('rb') as file:
       for line in file:
         number = _example_of(line)
         if number is None:  # it was not written in full
           break
-        if number >= len(starts) * batch_size:
-          starts.append((offset, num_lines))
+        if number // batch_size > batch:
+          batch, end = number // batch_size, offset
+          before = (num_lines, num_examples)
         offset += len(line)
         num_lines += 1
-    end, self.num_predictions = starts[-1] if starts else (0, 0)
-    self.num_examples = max(0, len(starts) - 1) * batch_size
+        num_examples += number != last
+        last = number
+    self.num_predictions, self.num_with_output = before
+    self.num_examples = batch * batch_size
     os.truncate(self._partial, end)
 
 
@@ -169,14 +198,14 @@ def _example_of(line: bytes) -> int | None:
   return number if type(number) is int else None
 
 
-def find(pattern: str) -> list[str]:
+def find(pattern: str, setting: str = _SETTING) -> list[str]:
   """Returns the files that a pattern matches; ValueError if none does."""
-  return json_lines.find(pattern, _SETTING)
+  return json_lines.find(pattern, setting)
 
 
-def files_of(pattern: str) -> list[str]:
+def files_of(pattern: str, setting: str = _SETTING) -> list[str]:
   """Returns the files that a pattern matches, and those beside them."""
-  paths = [pathlib.Path(path) for path in find(pattern)]
+  paths = [pathlib.Path(path) for path in find(pattern, setting)]
   side_files = [path for path in map(_side_file, paths) if path.exists()]
   return [str(path) for path in (*paths, *side_files)]
 
@@ -272,6 +301,128 @@ def read(
   )
 
 
+class Example(NamedTuple):
+  """An input, and all that was written for it.
+
+  Attributes:
+    number: of the input in its split, or in the files.
+    lines: JSON objects with the texts `inputs` and `prediction`.
+  """
+
+  number: int
+  lines: Sequence[Mapping[str, Any]]
+
+
+def examples(paths: Sequence[str], setting: str) -> Iterator[Example]:
+  """Yields the inputs of files in order, each with all of its outputs.
+
+  Lines of one input have the same number `example`, as `Writer` counts them;
+  outputs of several files for one number are read together. In files without
+  numbers successive lines with the same `inputs` belong together. At most one
+  input of each file is in memory.
+
+  Args:
+    paths: of the files.
+    setting: name of their pattern in gin, for errors.
+
+  Raises:
+    ValueError: a line is not a prediction, or lines are not in order.
+  """
+  first = (next(json_lines.read(path, {}, setting), {}) for path in paths)
+  is_numbered = any('example' in line for line in first)
+  if is_numbered:
+    numbered = [_numbered(path, setting) for path in paths]
+    lines = heapq.merge(*numbered, key=operator.itemgetter(0))
+  else:
+    texts = itertools.chain.from_iterable(
+      json_lines.read(path, _TEXTS, setting) for path in paths
+    )
+    same_inputs = itertools.groupby(texts, operator.itemgetter('inputs'))
+    lines = (
+      (number, line)
+      for number, (_, group) in enumerate(same_inputs)
+      for line in group
+    )
+  for number, group in itertools.groupby(lines, operator.itemgetter(0)):
+    example = Example(number, [line for _, line in group])
+    inputs = {line['inputs'] for line in example.lines}
+    if len(inputs) > 1:
+      one, other = sorted(inputs)[:2]
+      raise ValueError(
+        f'{setting}: the lines of example {number} have different inputs, '
+        f'{json_lines.printable(one)[:60]!r} and '
+        f'{json_lines.printable(other)[:60]!r}: the files are of different '
+        'data.'
+      )
+    yield example
+
+
+_TEXTS = {'inputs': str, 'prediction': str}
+
+
+def _numbered(path: str, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields (number of the example, line) of a file."""
+  last = 0
+  fields = {**_TEXTS, 'example': int}
+  for line in json_lines.read(path, fields, setting):
+    number = line['example']
+    if isinstance(number, bool) or number < last:
+      raise ValueError(
+        f'{setting}: in {path} a line with "example": {json.dumps(number)} '
+        f'follows one with {last}: the lines must be in the order of the '
+        'examples, as --run_mode=infer writes them.'
+      )
+    last = number
+    yield number, line
+
+
+def shared_provenance(
+  paths: Sequence[str], setting: str
+) -> dict[str, Any] | None:
+  """Returns what is known about files that are read together.
+
+  Args:
+    paths: of the files.
+    setting: name of their pattern in gin, for errors.
+
+  Returns:
+    The fields of the files beside them that are the same for all; `checkpoint`
+    and `decoding` name those of each. None if the files have no ids.
+
+  Raises:
+    ValueError: they are of different tasks, splits, vocabularies or lengths; or
+      some have ids and others do not.
+  """
+  with_ids = [path for path in paths if _has_ids(path, setting)]
+  if not with_ids:
+    return None
+  if len(with_ids) < len(paths):
+    other = next(path for path in paths if path not in with_ids)
+    raise ValueError(
+      f'{setting}: {with_ids[0]} has token ids and {other} has none: they '
+      'cannot be read together.'
+    )
+  all_about = [_provenance(path, setting) for path in paths]
+  for path, about in zip(paths, all_about, strict=True):
+    for name in _SHARED:
+      if about.get(name) != all_about[0].get(name):
+        raise ValueError(
+          f'{setting}: {path} was written for {name} {about.get(name)!r}, '
+          f'{paths[0]} for {all_about[0].get(name)!r}: they cannot be read '
+          'together.'
+        )
+  same = {
+    name: value
+    for name, value in all_about[0].items()
+    if name not in _CHANGING
+    and all(about.get(name) == value for about in all_about)
+  }
+  for name in ('checkpoint', 'decoding'):
+    values = dict.fromkeys(str(about.get(name)) for about in all_about)
+    same[name] = ' and '.join(values)
+  return same
+
+
 def splits_of(pattern: str) -> set[str]:
   """Returns the splits for which files with ids were written."""
   splits = set()
@@ -307,22 +458,22 @@ def _read_rows(
     )
 
 
-def _has_ids(path: str) -> bool:
+def _has_ids(path: str, setting: str = _SETTING) -> bool:
   """Whether the first line of a file has token ids."""
-  first = next(json_lines.read(path, {}, _SETTING), {})
+  first = next(json_lines.read(path, {}, setting), {})
   return 'input_ids' in first or 'prediction_ids' in first
 
 
-def _provenance(path: str) -> dict[str, Any]:
+def _provenance(path: str, setting: str = _SETTING) -> dict[str, Any]:
   side_file = _side_file(pathlib.Path(path))
   if not side_file.exists():
     raise ValueError(
-      f'{_SETTING}: {path} has token ids, but {side_file.name}, which records '
+      f'{setting}: {path} has token ids, but {side_file.name}, which records '
       'their vocabulary, is not beside it. Copy it there, or remove '
       '"input_ids" and "prediction_ids" from all lines to tokenize the texts '
       'instead.'
     )
-  return _read_json(side_file)
+  return _read_json(side_file, setting)
 
 
 def _check_provenance(
@@ -351,24 +502,31 @@ def _check_provenance(
   checkpoint, decoding = (
     _about(path, about, name, str) for name in ('checkpoint', 'decoding')
   )
-  return f'{checkpoint} with {decoding}'
+  rules = ', '.join(_about(path, about, 'selected', list, default=[]))
+  return f'{checkpoint} with {decoding}' + (rules and f', selected by {rules}')
 
 
-def _about(path: str, values: Mapping[str, Any], name: str, kind: type) -> Any:
+def _about(
+  path: str,
+  values: Mapping[str, Any],
+  name: str,
+  kind: type,
+  default: Any = files.REQUIRED,
+) -> Any:
   """Returns a field of the side file of a file."""
   side_file = f'{_SETTING}: {_side_file(pathlib.Path(path))}'
-  return files.field(values, name, kind, side_file)
+  return files.field(values, name, kind, side_file, default)
 
 
 def _side_file(path: pathlib.Path) -> pathlib.Path:
   return path.with_suffix('.json')
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: pathlib.Path, setting: str = _SETTING) -> dict[str, Any]:
   try:
     return files.read_json(path)
   except ValueError as e:
-    raise ValueError(f'{_SETTING}: {e}') from e
+    raise ValueError(f'{setting}: {e}') from e
 
 
 def _write_side_file(path: pathlib.Path, values: Mapping[str, Any]) -> None:

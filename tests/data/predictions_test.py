@@ -271,6 +271,21 @@ def test_a_line_says_which_example_and_sample_it_is(path):
   assert about == {**PROVENANCE, 'num_examples': 3, 'num_predictions': 5}
 
 
+def test_a_batch_without_outputs_is_not_written_again(path):
+  batches = [[[], []], [[fields(*ROWS[0])], []], [[], [fields(*ROWS[1])]]]
+  writer = predictions.Writer(path, PROVENANCE, batch_size=2)
+  for batch in batches:
+    writer.append(batch)
+
+  resumed = predictions.Writer(path, PROVENANCE, batch_size=2)
+
+  assert (resumed.num_examples, resumed.num_predictions) == (4, 1)
+  resumed.append(batches[-1])
+  resumed.close()
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [line['example'] for line in lines] == [2, 5]
+
+
 def test_until_all_is_written_the_file_has_another_name(path):
   writer = predictions.Writer(path, PROVENANCE, batch_size=2)
   writer.append([[fields([5, 1], [8, 1])]])

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import numpy as np
+import pytest
+
+from gkd_jax.data import predictions
+from gkd_jax.evaluation import select, similarity
+
+PROVENANCE = {
+  'checkpoint': '/runs/teacher/checkpoint_7',
+  'task': 'letters',
+  'split': 'train',
+  'vocabulary': '30 letters',
+  'task_feature_lengths': {'inputs': 6, 'targets': 4},
+  'decoding': 'greedy',
+}
+# Outputs of three inputs, with the reference first.
+TEXTS = {
+  'x': ['a b c', 'a b c', 'a b', 'a b', 'q'],
+  'y': ['a b', 'a', 'b a b', 'a b'],
+  'z': ['c', 'd', 'e'],
+}
+
+
+def lines_of(texts=TEXTS):
+  return [
+    [
+      {'inputs': name, 'targets': target, 'prediction': text, 'input_ids': [i]}
+      for text in outputs
+    ]
+    for i, (name, (target, *outputs)) in enumerate(texts.items())
+  ]
+
+
+def write(folder, texts=TEXTS, **provenance):
+  path = folder / 'predictions_train.jsonl'
+  writer = predictions.Writer(path, PROVENANCE | provenance, batch_size=1)
+  writer.append(lines_of(texts))
+  writer.close()
+  return path
+
+
+@pytest.fixture
+def source(tmp_path):
+  return write(tmp_path)
+
+
+@pytest.fixture
+def run(source, tmp_path):
+  """Applies rules to the source; returns the lines."""
+
+  def run(*rules, path=source, folder='out', **keywords):
+    out = tmp_path / folder
+    select.select(str(path), str(out), rules, **keywords)
+    text = (out / 'predictions_train.jsonl').read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+  return run
+
+
+def texts_of(lines):
+  return [(line['inputs'], line['prediction']) for line in lines]
+
+
+def about(tmp_path, folder='out'):
+  return json.loads((tmp_path / folder / 'predictions_train.json').read_text())
+
+
+def outputs(*texts, targets='t', **fields):
+  lines = [
+    {
+      'inputs': 'x',
+      'targets': targets,
+      'prediction': text,
+      **{name: values[i] for name, values in fields.items()},
+    }
+    for i, text in enumerate(texts)
+  ]
+  return select.Outputs('x', lines, 'example 5')
+
+
+def chosen(rule, *texts, **fields):
+  return [x['prediction'] for x in rule.choose(outputs(*texts, **fields))]
+
+
+# --- Rules --------------------------------------------------------------------
+
+
+def test_mbr_keeps_the_highest_mean_utility():
+  # From the vectors of the paper's method: rows hypothesis, columns reference.
+  table = np.array(
+    [
+      [1.0, 0.5, 0.4, 0.3],
+      [0.5, 1.0, 0.7, 0.3],
+      [0.5, 0.7, 1.0, 0.1],
+      [0.1, 0.2, 0.1, 1.0],
+    ]
+  )
+
+  def utility(output, reference):
+    return table['abcd'.index(output), 'abcd'.index(reference)]
+
+  kept = select.mbr(utility, keep=2).choose(outputs(*'abcd'))
+
+  assert [(x['prediction'], x['score']) for x in kept] == [
+    ('b', pytest.approx(table[1].mean(), rel=1e-15)),
+    ('c', pytest.approx(table[2].mean(), rel=1e-15)),
+  ]
+
+
+def test_in_mbr_duplicates_are_references_and_one_hypothesis():
+  rule = select.mbr(similarity.exact_match(), keep=3)
+
+  kept = rule.choose(outputs('b', 'a', 'a', 'c', 'a'))
+
+  assert [(x['prediction'], x['score']) for x in kept] == [
+    ('a', 3 / 5),
+    ('b', 1 / 5),
+    ('c', 1 / 5),
+  ]
+
+
+def test_best_of_n_keeps_the_highest_scores_once():
+  rule = select.best(select.to_targets(similarity.edit_distance()), keep=2)
+
+  kept = chosen(rule, 'a', 'a b', 'a b', 'a b c', targets='a b')
+
+  assert kept == ['a b', 'a b c']
+
+
+def test_a_filter_keeps_what_is_within_its_bounds():
+  rule = select.within(select.field('nll'), at_least=0.5, at_most=2)
+
+  assert chosen(rule, *'abcd', nll=[0.4, 0.5, 2, 3.0]) == ['b', 'c']
+
+
+def test_distinct_keeps_the_first_of_equal_texts():
+  kept = select.distinct().choose(outputs(*'aba', n=[1, 2, 3]))
+
+  assert [(x['prediction'], x['n']) for x in kept] == [('a', 1), ('b', 2)]
+
+
+def test_a_function_of_a_user_scores_the_outputs_of_an_input():
+  def longest(inputs, outputs, targets):
+    assert inputs == ['x', 'x'] and targets == ['t', 't']
+    return [len(text) for text in outputs]
+
+  rule = select.best(select.python_function(longest))
+
+  assert chosen(rule, 'a', 'abc') == ['abc']
+
+
+@pytest.mark.parametrize(
+  ('values', 'said'),
+  [
+    ([1.0], r'finite number for each of the 2 outputs of example 5'),
+    ([1.0, float('nan')], 'finite number for each'),
+  ],
+)
+def test_a_score_is_a_finite_number_for_each_output(values, said):
+  score = select.python_function(lambda inputs, outputs, targets: values)
+
+  with pytest.raises(ValueError, match=said):
+    select.best(score).choose(outputs('a', 'b'))
+
+
+@pytest.mark.parametrize(
+  ('value', 'said'),
+  [
+    (None, '"nll" of an output of example 5 must be a number, got None'),
+    (True, 'must be a number, got True'),
+    (float('nan'), '"nll" of an output of example 5 is nan'),
+  ],
+)
+def test_a_field_must_be_a_number(value, said):
+  with pytest.raises(ValueError, match=said):
+    select.field('nll')(outputs('a', nll=[value]))
+
+
+def test_without_a_reference_there_is_nothing_to_compare_with():
+  with pytest.raises(ValueError, match='example 5 has no text "targets"'):
+    select.to_targets(similarity.exact_match())(outputs('a', targets=None))
+
+
+@pytest.mark.parametrize(
+  ('make', 'said'),
+  [
+    (lambda: select.mbr(similarity.chrf(), keep=0), 'select.mbr.keep must be'),
+    (lambda: select.best(similarity.chrf()), 'select.best.score must be'),
+    (lambda: select.within(select.field('x')), 'at_least, at_most or both'),
+    (lambda: select.within(select.field('x'), 2.0, 1.0), 'no score is within'),
+  ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(make, said):
+  with pytest.raises(ValueError, match=said):
+    make()
+
+
+# --- Files --------------------------------------------------------------------
+
+MBR = select.mbr(similarity.edit_distance())
+SHORT = select.within(
+  select.to_targets(similarity.edit_distance()), at_least=0.5
+)
+
+
+def test_rules_are_applied_one_after_another(run):
+  lines = run(SHORT, MBR)
+
+  # Of z no output is left.
+  assert texts_of(lines) == [('x', 'a b'), ('y', 'a b')]
+
+
+def test_lines_keep_their_fields_and_numbers(run):
+  lines = run(SHORT)
+
+  assert lines[-2:] == [
+    {'example': 1, 'sample': i, **lines_of()[1][i]} for i in (1, 2)
+  ]
+
+
+def test_the_file_beside_it_says_how_it_was_selected(run, source, tmp_path):
+  run(SHORT, MBR)
+
+  of = about(tmp_path)
+  assert {name: of[name] for name in PROVENANCE} == PROVENANCE
+  assert of['selected'] == [SHORT.description, MBR.description]
+  assert str(source) in of['pins']['PREDICTIONS']['files']
+  assert (of['num_examples'], of['num_predictions']) == (3, 2)
+  assert of['num_examples_without_output'] == 1
+
+
+def test_it_says_how_many_inputs_lost_all_outputs(run, capsys):
+  run(SHORT)
+
+  err = capsys.readouterr().err
+  assert '6 of 9 outputs selected' in err
+  assert '1 of 3 inputs lost all outputs.' in err
+
+
+def test_what_was_selected_may_be_selected_again(run, tmp_path):
+  run(SHORT)
+  lines = run(MBR, path=tmp_path / 'out' / '*.jsonl', folder='again')
+
+  assert texts_of(lines) == [('x', 'a b'), ('y', 'a b')]
+  selected = about(tmp_path, 'again')['selected']
+  assert selected == [SHORT.description, MBR.description]
+
+
+def test_outputs_of_several_files_compete(run, tmp_path):
+  (tmp_path / 'other').mkdir()
+  other = {'x': ['a b c', 'a b c'], 'z': ['c', 'c']}
+  path = write(tmp_path / 'other', other, checkpoint='/runs/other')
+  # There z is number 1; here 2.
+  path.write_text(path.read_text().replace('"example": 1', '"example": 2'))
+
+  best = select.best(select.to_targets(similarity.edit_distance()))
+  lines = run(best, path=tmp_path / '**' / 'predictions_train.jsonl')
+
+  assert texts_of(lines) == [('x', 'a b c'), ('y', 'a b'), ('z', 'c')]
+  assert about(tmp_path)['checkpoint'] == (
+    '/runs/other and /runs/teacher/checkpoint_7'
+  )
+
+
+def test_texts_of_other_programs_are_grouped_by_their_inputs(run, tmp_path):
+  path = tmp_path / 'mine.jsonl'
+  path.write_text(
+    ''.join(
+      json.dumps({'inputs': line['inputs'], 'prediction': line['prediction']})
+      + '\n'
+      for group in lines_of()
+      for line in group
+    )
+  )
+
+  select.select(str(path), str(tmp_path / 'out'), [MBR])
+
+  kept = predictions.examples([str(tmp_path / 'out' / 'mine.jsonl')], 'X')
+  assert [(x.number, len(x.lines)) for x in kept] == [(0, 1), (1, 1), (2, 1)]
+
+
+class Stop(Exception):
+  pass
+
+
+@pytest.mark.parametrize('stop_at', ['x', 'y', 'z'])
+def test_an_interrupted_selection_goes_on_and_writes_the_same(
+  run, tmp_path, stop_at
+):
+  whole = run(SHORT)
+
+  def choose(outputs):
+    if outputs.inputs == stop_at:
+      raise Stop
+    return SHORT.choose(outputs)
+
+  stops = select.Rule(SHORT.description, choose)
+  with pytest.raises(Stop):
+    run(stops, folder='part')
+
+  assert run(SHORT, folder='part') == whole
+  assert about(tmp_path, 'part') == about(tmp_path)
+
+
+def test_a_selection_does_not_go_on_with_other_rules(run):
+  def stop(outputs):
+    raise Stop
+
+  with pytest.raises(Stop):
+    run(select.Rule('other', stop))
+
+  with pytest.raises(ValueError, match=r"selected: \['other'\] there"):
+    run(SHORT)
+
+
+def test_a_student_trains_on_what_was_selected(run, tmp_path):
+  def with_ids(outputs):
+    return [{**line, 'prediction_ids': [7, 1]} for line in outputs.lines]
+
+  run(SHORT, select.Rule('with_ids()', with_ids))
+
+  examples = predictions.read(
+    str(tmp_path / 'out' / '*.jsonl'),
+    task='letters',
+    vocabulary='30 letters',
+    num_ids=30,
+    eos_id=1,
+    encode=None,
+    lengths=PROVENANCE['task_feature_lengths'],
+    add_eos={'inputs': True, 'targets': True},
+  )
+  assert len(examples.offsets['inputs']) == 6 + 1
+  assert f'selected by {SHORT.description}, with_ids()' in examples.summary
+
+
+@pytest.mark.parametrize('rules', [[], MBR, ['mbr']])
+def test_what_is_no_list_of_rules_is_refused(source, tmp_path, rules):
+  with pytest.raises(ValueError, match='RULES must be a list of rules'):
+    select.select(str(source), str(tmp_path / 'out'), rules)
+
+
+def test_one_output_for_each_input_is_refused(run, tmp_path):
+  (tmp_path / 'one').mkdir()
+  path = write(tmp_path / 'one', {'x': ['a', 'b'], 'y': ['a', 'b']})
+
+  with pytest.raises(ValueError, match=r'one output for each input, but mbr'):
+    run(MBR, path=path)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_the_folder_of_the_predictions_is_refused(run, source):
+  with pytest.raises(ValueError, match='is among the PREDICTIONS to read'):
+    run(MBR, folder='.', overwrite=True)
+  assert source.exists()
+
+
+def test_what_is_there_is_not_overwritten(run):
+  run(MBR)
+
+  with pytest.raises(ValueError, match='SELECT_OUTPUT_DIR: .* exists'):
+    run(MBR)
+
+
+@pytest.mark.parametrize(
+  ('texts', 'provenance', 'said'),
+  [
+    (TEXTS, {'task': 'digits'}, "written for task .* for 'digits': they"),
+    ({'y': TEXTS['x']}, {}, "example 0 have different inputs, 'x' and 'y'"),
+  ],
+)
+def test_files_of_different_data_are_refused(
+  run, tmp_path, texts, provenance, said
+):
+  (tmp_path / 'other').mkdir()
+  write(tmp_path / 'other', texts, **provenance)
+
+  with pytest.raises(ValueError, match=said):
+    run(MBR, path=tmp_path / '**' / 'predictions_train.jsonl')
+
+
+def test_lines_must_be_in_the_order_of_their_examples(run, source):
+  lines = source.read_text().splitlines(keepends=True)
+  source.write_text(''.join(reversed(lines)))
+
+  with pytest.raises(ValueError, match='follows one with 2: the lines must be'):
+    run(MBR)
+
+
+# --- From the command line ----------------------------------------------------
+
+
+def test_rules_are_named_on_the_command_line(run_main, source, tmp_path):
+  finished = run_main(
+    '--run_mode=select',
+    f'--gin.PREDICTIONS={source}',
+    f'--gin.SELECT_OUTPUT_DIR={tmp_path}/out',
+    '--gin.RULES=[@select.within(), @select.mbr()]',
+    '--gin.select.within.score=@select.to_targets()',
+    '--gin.select.within.at_least=0.7',
+    '--gin.METRIC=@similarity.edit_distance()',
+    '--gin.UTILITY=@similarity.edit_distance()',
+  )
+
+  assert finished.code == 0, finished.err
+  lines = (tmp_path / 'out' / 'predictions_train.jsonl').read_text()
+  kept = [json.loads(line) for line in lines.splitlines()]
+  assert texts_of(kept) == [('x', 'a b c'), ('y', 'a b')]
+
+
+def test_an_error_is_one_line(run_main, tmp_path):
+  path = write(tmp_path, {'x': ['a', 'b']})
+
+  finished = run_main(
+    '--run_mode=select',
+    f'--gin.PREDICTIONS={path}',
+    f'--gin.SELECT_OUTPUT_DIR={tmp_path}/out',
+  )
+
+  assert finished.code == 1
+  assert finished.err.startswith('Error: PREDICTIONS: ')
+  assert 'one output for each input' in finished.err
+  assert len(finished.err.splitlines()) == 1
