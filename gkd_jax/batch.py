@@ -69,6 +69,8 @@ class Batch(NamedTuple):
   teacher_input_tokens: jax.Array | None = None
   # [B] int32, which of several teachers grades the row; None: all or the only
   teacher_ids: jax.Array | None = None
+  # [B] float32, scales the gradient of the row; may be negative. None: 1
+  row_weights: jax.Array | None = None
 
   @property
   def teacher_inputs(self) -> jax.Array:

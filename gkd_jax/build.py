@@ -118,13 +118,13 @@ def check_data(experiment: Experiment, task: Task, num_shards: int) -> None:
     experiment: all its settings.
     task: of the experiment.
     num_shards: into which the training data is split. If the examples name
-      their teachers, all examples are read.
+      their teachers or have weights, all examples are read.
 
   Raises:
     ValueError: the vocabulary is larger than the student's embedding, a split
       is empty or has fewer examples than shards, an example names an unknown
-      teacher, or the student would be evaluated on the split for which its
-      training outputs (TRAIN_ON_PREDICTIONS) were written.
+      teacher or has no weight, or the student would be evaluated on the split
+      for which its training outputs (TRAIN_ON_PREDICTIONS) were written.
   """
   train, evaluated = experiment.data.train, experiment.evaluation.all_datasets
   embeds = experiment.student.config.vocab_size
@@ -140,6 +140,7 @@ def check_data(experiment: Experiment, task: Task, num_shards: int) -> None:
     datasets.check_not_empty(dataset)
   for dataset in (train, *evaluated):
     datasets.check_teachers(dataset)
+  datasets.check_row_weights(train)
   if train.predictions is None:
     return
   for split in predictions.splits_of(train.predictions):
@@ -657,6 +658,13 @@ def abstract_batch(dataset: datasets.DatasetConfig, mesh: Mesh) -> Batch:
     teacher_ids=(
       jax.ShapeDtypeStruct((dataset.batch_size,), jnp.int32, sharding=sharding)
       if dataset.teachers is not None
+      else None
+    ),
+    row_weights=(
+      jax.ShapeDtypeStruct(
+        (dataset.batch_size,), jnp.float32, sharding=sharding
+      )
+      if dataset.row_weights
       else None
     ),
   )

@@ -118,6 +118,9 @@ class DatasetConfig:
     teachers: names of several teachers; the text `teacher` of each example
       names its own. Of {name: value} the names are read. None: examples name
       none.
+    row_weights: whether each example has a number `weight`, which scales its
+      gradient: in JSON lines, in predictions, or as a feature of the task's
+      examples before tokenization. It may be negative.
   """
 
   mixture_or_task_name: str
@@ -133,6 +136,7 @@ class DatasetConfig:
   predictions: str | None = None
   teacher_inputs: TeacherInputs | None = None
   teachers: Sequence[str] | Mapping[str, Any] | None = None
+  row_weights: bool = False
 
   def __post_init__(self):
     if isinstance(self.teachers, str) or self.teachers == ():
@@ -182,12 +186,14 @@ class DatasetConfig:
 
   @property
   def lengths(self) -> dict[str, int]:
-    """{feature: tokens}, with the teacher's inputs if there are any."""
+    """{feature: tokens}, with the features that are not in every batch."""
     lengths = dict(self.task_feature_lengths)
     if self.teacher_inputs is not None:
       lengths[seqio_tasks.TEACHER_INPUTS] = self.teacher_inputs.length
     if self.teachers is not None:
       lengths[seqio_tasks.TEACHER_IDS] = 1
+    if self.row_weights:
+      lengths[seqio_tasks.ROW_WEIGHTS] = 1
     return lengths
 
 
@@ -226,7 +232,10 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       task_name=name,
       split=config.split,
       lengths=dict(config.task_feature_lengths),
+      row_weights=config.row_weights,
     )
+  elif config.row_weights:
+    task = seqio_tasks.with_row_weights(task)
   if config.teacher_inputs is not None:
     task = _with_teacher_inputs(task, config.teacher_inputs)
   if config.teachers is not None:
@@ -299,6 +308,22 @@ def check_teachers(config: DatasetConfig) -> None:
       f'{", ".join(names)}: add it to TEACHER_CHECKPOINT_PATH = '
       '{\'name\': path}, or correct the field "teacher" of the examples.'
     )
+
+
+def check_row_weights(config: DatasetConfig) -> None:
+  """Raises ValueError if the weight of an example is missing or not finite.
+
+  Reads the weights of all examples of the split, once per process; those of
+  predictions were checked when they were read.
+  """
+  if config.row_weights and config.predictions is None:
+    _check_row_weights(get_task(config).name, config.split, config.num_examples)
+
+
+@functools.lru_cache
+def _check_row_weights(name: str, split: str, num_examples: int | None) -> None:
+  task = seqio.get_mixture_or_task(name)
+  seqio_tasks.check_row_weights(task, split, num_examples)
 
 
 @functools.lru_cache

@@ -192,21 +192,27 @@ def _feature_converter(lengths: Mapping[str, int]) -> seqio.FeatureConverter:
   ids = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
   optional = {k: v for k, v in _OPTIONAL.items() if k in lengths}
   names = (*seqio_tasks.FEATURES, *optional)
+  # Not an id, so it is not incremented.
+  weights = {k: k for k in (seqio_tasks.ROW_WEIGHTS,) if k in lengths}
+  number = seqio.FeatureConverter.FeatureSpec(dtype=tf.float32)
 
   class FeatureConverter(seqio.EncDecFeatureConverter):
     TASK_FEATURES = {
       **seqio.EncDecFeatureConverter.TASK_FEATURES,
       **dict.fromkeys(optional, ids),
+      **dict.fromkeys(weights, number),
     }
     MODEL_FEATURES = {
       **seqio.EncDecFeatureConverter.MODEL_FEATURES,
       **dict.fromkeys(optional.values(), ids),
+      **dict.fromkeys(weights, number),
     }
 
     def _convert_example(self, features):
       converted = super()._convert_example(features)
       return converted | {
-        in_batch: features[name] for name, in_batch in optional.items()
+        in_batch: features[name]
+        for name, in_batch in (optional | weights).items()
       }
 
     def _convert_features(self, ds, task_feature_lengths):
@@ -219,7 +225,7 @@ def _feature_converter(lengths: Mapping[str, int]) -> seqio.FeatureConverter:
       lengths = super().get_model_feature_lengths(task_feature_lengths)
       return lengths | {
         in_batch: task_feature_lengths[name]
-        for name, in_batch in optional.items()
+        for name, in_batch in (optional | weights).items()
       }
 
   return FeatureConverter(pack=False)
@@ -255,7 +261,17 @@ def _to_batch(
         'datasets.DatasetConfig.teachers.'
       )
   weights = weights.astype(np.float32)
-  return Batch(inputs, targets, weights, teacher_inputs, teacher_ids)
+  row_weights = None
+  if seqio_tasks.ROW_WEIGHTS in features:
+    row_weights = features[seqio_tasks.ROW_WEIGHTS][:, 0]
+    if not np.isfinite(row_weights).all():
+      raise ValueError(
+        f'The "weight" of an example of task {task_name!r} is not a finite '
+        'number.'
+      )
+  return Batch(
+    inputs, targets, weights, teacher_inputs, teacher_ids, row_weights
+  )
 
 
 def _check_padding(tokens: np.ndarray, pad_id: int, task_name: str) -> None:
@@ -341,6 +357,7 @@ class EvalDataset:
       cut(rows.decoder_loss_weights, 0.0),
       cut(rows.teacher_input_tokens, pad),
       cut(rows.teacher_ids, -1),
+      cut(rows.row_weights, 0.0),
     )
 
   def predict(

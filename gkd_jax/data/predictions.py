@@ -20,6 +20,7 @@ any program; its texts are tokenized when it is read.
 import heapq
 import itertools
 import json
+import math
 import operator
 import os
 import pathlib
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gkd_jax.data import json_lines
-from gkd_jax.runtime import files, pins
+from gkd_jax.runtime import files, paths, pins
 
 _SETTING = 'TRAIN_ON_PREDICTIONS'
 OUTPUT_SETTING = 'INFER_OUTPUT_DIR'
@@ -38,6 +39,11 @@ _CHANGING = (
   *('num_examples', 'num_predictions', 'num_examples_without_output'),
   *('versions', 'pins'),
 )
+# Fields of a line: of all files, and of those with ids.
+_TEXTS = {'inputs': str, 'prediction': str}
+_IDS = {'input_ids': list, 'prediction_ids': list}
+# Fields of a line that a model or its task gave it.
+FIELDS = (*('inputs', 'targets', 'prediction'), 'input_ids', 'prediction_ids')
 # Fields that files must share whose outputs are read together.
 _SHARED = ('task', 'split', 'vocabulary', 'task_feature_lengths')
 
@@ -217,12 +223,14 @@ class Examples(NamedTuple):
     ids: {'inputs' and 'targets': int32 ids of all rows}.
     offsets: {feature: offset in `ids` of each row, and the end [N + 1]}.
     cut: {feature: whether each row was longer than the maximum length [N]}.
+    weights: float32 weight of each row [N]; None: they were not asked for.
     summary: a description in one line.
   """
 
   ids: Mapping[str, np.ndarray]
   offsets: Mapping[str, np.ndarray]
   cut: Mapping[str, np.ndarray]
+  weights: np.ndarray | None
   summary: str
 
 
@@ -236,6 +244,7 @@ def read(
   encode: Callable[[str], Sequence[int]],
   lengths: Mapping[str, int],
   add_eos: Mapping[str, bool],
+  with_weights: bool = False,
 ) -> Examples:
   """Reads predictions as training pairs of inputs and outputs.
 
@@ -253,12 +262,14 @@ def read(
     encode: text -> ids, for files without ids.
     lengths: maximum lengths {'inputs': S, 'targets': T}.
     add_eos: {feature: whether the task appends EOS}.
+    with_weights: whether the lines have a number `weight`.
 
   Raises:
     ValueError: there is no such file, or it was written for another task,
-      vocabulary or length.
+      vocabulary or length; or lines have no weight, or one that is not read.
   """
   rows = {'inputs': [], 'targets': []}
+  weights = []
   cut = {'inputs': [], 'targets': []}
   end = {name: [eos_id] if adds else [] for name, adds in add_eos.items()}
   sources = []
@@ -270,7 +281,11 @@ def read(
       if has_ids
       else f'texts of {path}'
     )
-    for inputs, outputs in _read_rows(path, has_ids, encode, end):
+    for number, (inputs, outputs, weight) in enumerate(
+      _read_rows(path, None if has_ids else Texts(encode, end)), 1
+    ):
+      where = f'prediction {number} in {path}'
+      weights.append(_weight(weight, with_weights, where))
       num_unfinished += add_eos['targets'] and outputs[-1:] != [eos_id]
       num_empty += outputs in ([], [eos_id])
       for name, row in (('inputs', inputs), ('targets', outputs)):
@@ -296,9 +311,42 @@ def read(
       for name, of in rows.items()
     },
     {name: np.asarray(of) for name, of in cut.items()},
+    np.asarray(weights, np.float32) if with_weights else None,
     f'{len(rows["inputs"]):,} predictions, {num_empty:,} of them empty and '
     f'{num_unfinished:,} without EOS: {"; ".join(sources)}',
   )
+
+
+def output_path(
+  sources: Sequence[str],
+  about: Mapping[str, Any] | None,
+  output_dir: str,
+  setting: str,
+  output_setting: str,
+) -> pathlib.Path:
+  """Returns the path of a file that is made from others.
+
+  Args:
+    sources: paths of the others.
+    about: see `shared_provenance`.
+    output_dir: folder of the file.
+    setting: name of the pattern of `sources` in gin, for errors.
+    output_setting: name of the folder.
+
+  Raises:
+    ValueError: it is one of the sources.
+  """
+  split = None if about is None else about.get('split')
+  name = (
+    f'predictions_{split}.jsonl' if split else pathlib.Path(sources[0]).name
+  )
+  path = paths.resolve(output_dir, output_setting) / name
+  if any(path.resolve() == pathlib.Path(x).resolve() for x in sources):
+    raise ValueError(
+      f'{output_setting}: {path} is among the {setting} to read. Choose '
+      f'another {output_setting}.'
+    )
+  return path
 
 
 class Example(NamedTuple):
@@ -355,9 +403,6 @@ def examples(paths: Sequence[str], setting: str) -> Iterator[Example]:
         'data.'
       )
     yield example
-
-
-_TEXTS = {'inputs': str, 'prediction': str}
 
 
 def _numbered(path: str, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -432,30 +477,83 @@ def splits_of(pattern: str) -> set[str]:
   return splits
 
 
-def _read_rows(
-  path: str,
-  has_ids: bool,
-  encode: Callable[[str], Sequence[int]],
-  end: Mapping[str, Sequence[int]],
-) -> Iterable[tuple[list[int], list[int]]]:
-  if has_ids:
-    fields = {'input_ids': list, 'prediction_ids': list}
-    for i, line in enumerate(json_lines.read(path, fields, _SETTING), 1):
-      for name in fields:
-        for token in line[name]:
-          if type(token) is not int or abs(token) >= 2**31:
-            raise ValueError(
-              f'{_SETTING}: "{name}" of prediction {i} in {path} must be ids, '
-              f'but has {str(token)[:60]}.'
-            )
-      yield line['input_ids'], line['prediction_ids']
-    return
-  fields = {'inputs': str, 'prediction': str}
-  for line in json_lines.read(path, fields, _SETTING):
-    yield (
-      [*encode(line['inputs']), *end['inputs']],
-      [*encode(line['prediction']), *end['targets']],
+class Texts(NamedTuple):
+  """How the texts of a file without ids are tokenized.
+
+  Attributes:
+    encode: text -> ids.
+    end: {'inputs' and 'targets': ids that end each, EOS or none}.
+  """
+
+  encode: Callable[[str], Sequence[int]]
+  end: Mapping[str, Sequence[int]]
+
+
+def ids_of_line(
+  line: Mapping[str, Any], texts: Texts | None, where: str, setting: str
+) -> tuple[list[int], list[int]]:
+  """Returns the ids of a line's input, and those of its output.
+
+  Args:
+    line: with the fields of its kind of file.
+    texts: None: the file has ids.
+    where: description of the line, for errors.
+    setting: name of the files in gin, for errors.
+
+  Raises:
+    ValueError: ids are missing or no whole numbers.
+  """
+  if texts is not None:
+    return (
+      [*texts.encode(line['inputs']), *texts.end['inputs']],
+      [*texts.encode(line['prediction']), *texts.end['targets']],
     )
+  for name in _IDS:
+    if not isinstance(line.get(name), list):
+      raise ValueError(
+        f'{setting}: {where} has no list "{name}", as other lines have.'
+      )
+    for token in line[name]:
+      if type(token) is not int or abs(token) >= 2**31:
+        raise ValueError(
+          f'{setting}: "{name}" of {where} must be ids, but has '
+          f'{str(token)[:60]}.'
+        )
+  return line['input_ids'], line['prediction_ids']
+
+
+def _read_rows(
+  path: str, texts: Texts | None
+) -> Iterable[tuple[list[int], list[int], Any]]:
+  """Yields (ids of the inputs, ids of the output, its weight or None)."""
+  fields = _IDS if texts is None else _TEXTS
+  for i, line in enumerate(json_lines.read(path, fields, _SETTING), 1):
+    row = ids_of_line(line, texts, f'prediction {i} in {path}', _SETTING)
+    yield (*row, line.get('weight'))
+
+
+def _weight(value: Any, is_read: bool, where: str) -> float:
+  """Returns the weight of a row.
+
+  Raises:
+    ValueError: see `read`.
+  """
+  if value is None and not is_read:
+    return 1.0
+  if not is_read:
+    raise ValueError(
+      f'{_SETTING}: {where} has a "weight", which this run would ignore. Set '
+      'train/datasets.DatasetConfig.row_weights = True, or remove "weight" '
+      'from all lines.'
+    )
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value):
+    got = 'nothing' if value is None else json.dumps(value)[:60]
+    raise ValueError(
+      f'{_SETTING}: "weight" of {where} must be a finite number, as '
+      f'datasets.DatasetConfig.row_weights = True reads it, but has {got}.'
+    )
+  return float(value)
 
 
 def _has_ids(path: str, setting: str = _SETTING) -> bool:

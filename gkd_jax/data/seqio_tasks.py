@@ -35,6 +35,8 @@ with epy.lazy_imports():
 FEATURES = ('inputs', 'targets')
 TEACHER_INPUTS = 'teacher_inputs'  # the feature that only a teacher reads
 TEACHER_IDS = 'teacher_ids'  # the number of the example's teacher
+ROW_WEIGHTS = 'row_weights'  # the weight of the example
+_WEIGHT = 'weight'  # the number of an example that is its weight
 _TEACHER = 'teacher'  # the text of an example that names its teacher
 # Suffix of a feature that is true if a row of predictions was cut to length.
 CUT = '_cut'
@@ -196,6 +198,7 @@ def with_predictions(
   task_name: str,
   split: str,
   lengths: Mapping[str, int],
+  row_weights: bool = False,
 ) -> seqio.Task:
   """Returns a task of a model's outputs, registered under its own name.
 
@@ -205,6 +208,7 @@ def with_predictions(
     task_name: MIXTURE_OR_TASK_NAME that the files must record.
     split: the only split of the new task.
     lengths: maximum lengths {'inputs': S, 'targets': T}.
+    row_weights: whether it has the feature `row_weights`, too.
 
   Raises:
     ValueError: the predictions do not fit the task; see `predictions.read`.
@@ -213,7 +217,7 @@ def with_predictions(
     (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
     for path in predictions.find(pattern)
   ]
-  what = repr((files, split, sorted(lengths.items())))
+  what = repr((files, split, sorted(lengths.items()), row_weights))
   name = f'{task.name}__predictions_{_digest(what)}'
   if name in seqio.TaskRegistry.names():
     return seqio.TaskRegistry.get(name)
@@ -228,6 +232,7 @@ def with_predictions(
     encode=vocabulary.encode,
     lengths=lengths,
     add_eos={name: feature.add_eos for name, feature in features.items()},
+    with_weights=row_weights,
   )
   console.log(f'Training data: {examples.summary}')
 
@@ -241,13 +246,19 @@ def with_predictions(
     ids = {name: tf.constant(x) for name, x in examples.ids.items()}
     offsets = {name: tf.constant(x) for name, x in examples.offsets.items()}
     cut = {name: tf.constant(x) for name, x in examples.cut.items()}
+    weights = None
+    if examples.weights is not None:
+      weights = tf.constant(examples.weights)
 
     def row(i):
       rows = {
         name: ids[name][offsets[name][i] : offsets[name][i + 1]]
         for name in FEATURES
       }
-      return rows | {f'{name}{CUT}': cut[name][i] for name in FEATURES}
+      rows |= {f'{name}{CUT}': cut[name][i] for name in FEATURES}
+      if weights is not None:
+        rows[ROW_WEIGHTS] = weights[i][None]
+      return rows
 
     return tf.data.Dataset.from_tensor_slices(order).map(row)
 
@@ -255,7 +266,7 @@ def with_predictions(
     name,
     source=seqio.FunctionDataSource(dataset, splits=[split]),
     preprocessors=[],
-    output_features=features,
+    output_features=features | (_row_weights() if row_weights else {}),
   )
   return seqio.TaskRegistry.get(name)
 
@@ -346,7 +357,7 @@ def with_teacher_ids(
   )
 
   def change(part):
-    before, after = _split_for_teachers(part)
+    before, after = _split_where_known(part)
     return {
       'preprocessors': [
         *before,
@@ -357,6 +368,80 @@ def with_teacher_ids(
     }
 
   return _derived(task, f'teachers_{_digest(json.dumps(names))}', change)
+
+
+def with_row_weights(
+  task: seqio.Task | seqio.Mixture,
+) -> seqio.Task | seqio.Mixture:
+  """Returns the task with a feature `row_weights`, under a new name.
+
+  It is [1] float32: the number `weight` of the example.
+
+  Raises:
+    ValueError: when its data is read: the examples have no number `weight`.
+  """
+
+  def add(task_name, ds):
+    _check_has_weight(task_name, ds)
+    return ds.map(
+      lambda features: {
+        **features,
+        ROW_WEIGHTS: tf.cast(features[_WEIGHT], tf.float32)[None],
+      }
+    )
+
+  def change(part):
+    before, after = _split_where_known(part)
+    return {
+      'preprocessors': [*before, functools.partial(add, part.name), *after],
+      'output_features': {**part.output_features, **_row_weights()},
+    }
+
+  return _derived(task, ROW_WEIGHTS, change)
+
+
+def check_row_weights(
+  task: seqio.Task | seqio.Mixture, split: str, num_examples: int | None
+) -> None:
+  """Raises ValueError unless all weights are finite. Reads all examples.
+
+  Args:
+    task: whose examples have a number `weight`.
+    split: of the task.
+    num_examples: only the first examples of each task; None: all.
+  """
+  for part in seqio.get_subtasks(task):
+    before, _ = _split_where_known(part)
+    ds = _preprocessed(part, split, num_examples, before)
+    _check_has_weight(part.name, ds)
+    weights = ds.map(lambda features: features[_WEIGHT])
+    for number, weight in enumerate(weights.as_numpy_iterator(), 1):
+      if not np.isfinite(weight):
+        raise ValueError(
+          f'datasets.DatasetConfig.row_weights: the "{_WEIGHT}" of example '
+          f'{number} of task {part.name!r}, split {split!r}, is missing or not '
+          'a finite number.'
+        )
+
+
+def _check_has_weight(name: str, ds: tf.data.Dataset) -> None:
+  spec = ds.element_spec.get(_WEIGHT)
+  is_number = spec is not None and (
+    spec.dtype.is_floating or spec.dtype.is_integer
+  )
+  if not is_number or spec.shape.rank != 0:
+    raise ValueError(
+      'datasets.DatasetConfig.row_weights is True, but the examples of task '
+      f'{name!r} have no number {_WEIGHT!r}. They have '
+      f'{", ".join(sorted(ds.element_spec))}.'
+    )
+
+
+def _row_weights() -> dict[str, seqio.Feature]:
+  vocabulary = seqio.PassThroughVocabulary(size=0)
+  return {
+    ROW_WEIGHTS: seqio.Feature(vocabulary, add_eos=False, dtype=tf.float32)
+  }
 
 
 def teachers_of(
@@ -371,7 +456,7 @@ def teachers_of(
   """
   found = set()
   for part in seqio.get_subtasks(task):
-    before, _ = _split_for_teachers(part)
+    before, _ = _split_where_known(part)
     ds = _preprocessed(part, split, num_examples, before)
     _check_names_a_teacher(part.name, ds)
     names = ds.map(lambda features: features[_TEACHER]).unique()
@@ -392,8 +477,11 @@ def _preprocessed(
   return task._preprocess_dataset(ds, steps)
 
 
-def _split_for_teachers(task: seqio.Task) -> tuple[list, list]:
-  """Returns the preprocessors before tokenization, where it is known."""
+def _split_where_known(task: seqio.Task) -> tuple[list, list]:
+  """Returns the preprocessors before tokenization, and the rest.
+
+  Where tokenization is not known, all are before it.
+  """
   try:
     return split_at_tokenization(task)
   except ValueError:

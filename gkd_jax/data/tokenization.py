@@ -118,7 +118,8 @@ def _measure(
   counts = {
     feature: _Count(length)
     for feature, length in lengths
-    if feature != seqio_tasks.TEACHER_IDS  # a number, which was no text
+    # Others are numbers, which were no text.
+    if feature not in (seqio_tasks.TEACHER_IDS, seqio_tasks.ROW_WEIGHTS)
   }
   num_examples, is_all = 0, True
   for task in tasks:

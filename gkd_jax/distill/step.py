@@ -546,6 +546,10 @@ def _make_loss_sums(models: Models):
     coefficients_BT, count = objectives.coefficients(
       outputs.weights, objective.reduction
     )
+    row_weights_B1 = None
+    if rows.batch.row_weights is not None:
+      of_rows_B = repeat_rows(rows.batch.row_weights, outputs.tokens)
+      row_weights_B1 = of_rows_B[:, None]
     worth = None
     if credit is not None:
       log_probs = functools.partial(
@@ -569,6 +573,10 @@ def _make_loss_sums(models: Models):
           )
         )
       )
+    if row_weights_B1 is not None:
+      coefficients_BT *= row_weights_B1
+      if worth is not None and worth.per_token is not None:
+        worth = worth._replace(per_token=row_weights_B1 * worth.per_token)
     with jax.named_scope('student'):
       sums = chunked_sums.weighted_sums(
         objective.terms(

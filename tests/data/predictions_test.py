@@ -88,6 +88,51 @@ def test_the_ids_that_were_written_are_those_that_are_read(path):
   assert examples.ids['inputs'].dtype == np.int32
 
 
+def write_weighted(path, weights):
+  writer = predictions.Writer(path, PROVENANCE, batch_size=2)
+  writer.append(
+    [
+      [fields(*row) | ({} if weight is None else {'weight': weight})]
+      for row, weight in zip(ROWS, weights, strict=True)
+    ]
+  )
+  writer.close()
+  return path
+
+
+def test_weights_are_read_if_they_are_asked_for(path):
+  examples = read(write_weighted(path, [1, -0.8, 0.25]), with_weights=True)
+
+  assert examples.weights.tolist() == np.float32([1, -0.8, 0.25]).tolist()
+  assert rows_of(examples) == ROWS
+
+
+def test_weights_that_would_be_ignored_are_refused(path):
+  write_weighted(path, [None, 1.0, None])
+
+  with pytest.raises(ValueError, match='prediction 2 in .* has a "weight"'):
+    read(path)
+
+
+@pytest.mark.parametrize(
+  ('weight', 'said'),
+  [
+    (None, 'has nothing'),
+    (float('nan'), 'has NaN'),
+    (float('inf'), 'has Infinity'),
+    ('1', 'has "1"'),
+    (True, 'has true'),
+  ],
+)
+def test_a_weight_that_is_no_finite_number_is_refused(path, weight, said):
+  write_weighted(path, [1.0, 1.0, weight])
+
+  with pytest.raises(
+    ValueError, match=f'"weight" of prediction 3 in .* finite number.* {said}'
+  ):
+    read(path, with_weights=True)
+
+
 def test_an_output_that_had_not_ended_gets_no_eos(path):
   (row,) = rows_of(read(write(path, [([5, 1], [8, 9, 10, 11])])))
 

@@ -11,7 +11,7 @@ import pytest
 
 from gkd_jax.decoding import rollout as rollout_lib
 from gkd_jax.decoding import sampler
-from gkd_jax.distill import divergences, policies
+from gkd_jax.distill import credit, divergences, policies
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
 from gkd_jax.distill.methods import Method
@@ -219,6 +219,80 @@ def test_gradient_is_that_of_the_reference_on_the_outputs_written(policy):
     # 2,000 numbers. The finite difference is far more accurate.
     assert got == pytest.approx(want, abs=2e-5)
     assert abs(want) > 1e-2
+
+
+# Of the rows of `tiny.batch`: twice, not at all, against, and as it is.
+ROW_WEIGHTS = np.float32([2.0, 0.0, -0.5, 1.0])
+
+
+def weighted(row_weights=ROW_WEIGHTS):
+  return tiny.batch()._replace(row_weights=jnp.asarray(row_weights))
+
+
+def test_row_weights_scale_the_loss_and_gradient_of_their_rows():
+  objective = Objective(JSD, likelihood_weight=0.5)
+  run = Recorder(dataset(), objective=objective)(batch=weighted())
+
+  def reference(params):
+    jsd, nll = reference_terms(params, run.outputs)
+    rows = [(a + 0.5 * b).mean() for a, b in zip(jsd, nll, strict=True)]
+    return np.mean(ROW_WEIGHTS * rows)
+
+  # float32 logits are off by about 1e-6.
+  assert run.metrics['loss'] == pytest.approx(
+    reference(STUDENT_PARAMS), rel=1e-5
+  )
+  leaves, treedef = jax.tree.flatten(jax.tree.map(np.float64, STUDENT_PARAMS))
+  rng = np.random.default_rng(1)
+  direction = [rng.standard_normal(x.shape) for x in leaves]
+
+  def moved(distance):
+    of = [x + distance * d for x, d in zip(leaves, direction, strict=True)]
+    return reference(jax.tree.unflatten(treedef, of))
+
+  want = (moved(1e-5) - moved(-1e-5)) / 2e-5
+  got = sum(
+    np.vdot(g, d)
+    for g, d in zip(jax.tree.leaves(run.gradient), direction, strict=True)
+  )
+  # The gradient is a difference of parameters near 1: 6e-8 off in each.
+  assert got == pytest.approx(want, abs=2e-5)
+  assert abs(want) > 1e-2
+
+
+def test_weights_of_1_change_no_bit():
+  settings = {'objective': Objective(JSD), 'num_microbatches': 2}
+  run = Recorder(mixture(0.5, per='sequence'), **settings)
+
+  plain, ones = run(), run(batch=weighted(np.ones(4, np.float32)))
+
+  assert ones.metrics == plain.metrics
+  jax.tree.map(np.testing.assert_array_equal, ones.gradient, plain.gradient)
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    Method(
+      policy=student(),
+      objective=Objective(divergences.reverse_kl),
+      credit=credit.minillm_long_term(),
+    ),
+    # Two outputs for each input.
+    Method(policy=policies.paired(dataset), objective=Objective(JSD)),
+  ],
+  ids=['credit', 'two outputs'],
+)
+def test_row_weights_scale_all_that_a_row_contributes(method):
+  step = jax.jit(make_step(None, method=method))
+
+  norms = [
+    step(start(), FROZEN, weighted(np.full(4, w, np.float32)))[1]['grad_norm']
+    for w in (1.0, 2.0, -4.0)
+  ]
+
+  # Multiplied by powers of two, all digits stay.
+  assert norms[1:] == [2.0 * norms[0], 4.0 * norms[0]]
 
 
 def test_no_gradient_reaches_the_teacher():

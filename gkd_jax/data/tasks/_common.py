@@ -2,6 +2,7 @@
 """Shared by several tasks: T5's features, sources of examples, ROUGE."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -81,8 +82,8 @@ class RowsSource(seqio.FunctionDataSource):
   """Examples in memory, in one fixed order.
 
   Args:
-    columns: split -> {feature: one text, or list of texts, per example}; called
-      once per split.
+    columns: split -> {feature: one text, or list of texts, per example; or an
+      array of numbers}; called once per split.
     splits: names of the splits.
   """
 
@@ -99,7 +100,9 @@ class RowsSource(seqio.FunctionDataSource):
       # times slower. Without a dtype, an empty list would have floats.
       return tf.data.Dataset.from_tensor_slices(
         {
-          name: tf.constant(column, tf.string)
+          name: tf.constant(
+            column, None if isinstance(column, np.ndarray) else tf.string
+          )
           for name, column in self._columns(split).items()
         }
       )
@@ -126,28 +129,37 @@ def check_files(setting: str, files: Mapping[str, str]) -> None:
 
 
 def read_json_lines(
-  setting: str, pattern: str, fields: Sequence[str]
-) -> dict[str, list[str]]:
+  setting: str, pattern: str, fields: Sequence[str], number: str | None = None
+) -> dict[str, Any]:
   """Reads JSON lines files into memory.
 
   Args:
     setting: name of the path in gin, for errors.
     pattern: path or glob of the files; empty lines are skipped.
     fields: texts that each object must have; other fields are dropped.
+    number: a field that may be a number.
 
   Returns:
-    {field: one text per line}.
+    {field: one text per line}. If any line has the number, also its array
+    [lines], NaN where it is missing.
 
   Raises:
     ValueError: a line is not such an object, or the files are empty.
   """
   columns = {field: [] for field in fields}
+  numbers = []
   for path in json_lines.find(pattern, setting):
     for row in json_lines.read(path, dict.fromkeys(fields, str), setting):
       for field, column in columns.items():
         column.append(row[field])
+      value = row.get(number)
+      is_number = isinstance(value, int | float) and not isinstance(value, bool)
+      numbers.append(value if is_number else math.nan)
   if not columns[fields[0]]:
     raise ValueError(f'{setting}: {pattern} is empty.')
+  numbers = np.asarray(numbers, np.float32)
+  if not np.isnan(numbers).all():
+    columns[number] = numbers
   return columns
 
 

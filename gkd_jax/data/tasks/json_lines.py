@@ -3,6 +3,7 @@
 
     {"inputs": "translate English to German: Hello.", "targets": "Hallo."}
 
+A number `weight` of each line is read if `DatasetConfig.row_weights` is set.
 Metrics: exact match and ROUGE-L. For others, register a task of your own.
 
 Importing this module imports TensorFlow; data is read when the first dataset
@@ -36,6 +37,7 @@ def make_task(
       f'JSON_LINES_FILES[{split!r}]',
       files[split],
       ('inputs', 'targets', *other_fields),
+      number='weight',
     )
 
   return seqio.Task(

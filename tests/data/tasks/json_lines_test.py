@@ -107,3 +107,71 @@ def test_a_line_that_lacks_a_field_is_named(tmp_path):
 
   with pytest.raises(ValueError, match=r"\['train'\]: line 2 .* no .inputs"):
     next(iterators.TrainIterator(config({'train': str(path)}, 'train'), seed=0))
+
+
+# --- Weights of rows ----------------------------------------------------------
+
+
+def weighted(tmp_path, weights, output='targets', **settings):
+  """A dataset of an example for each weight; None: the line has none."""
+  path = tmp_path / 'weighted.jsonl'
+  lines = [
+    {'inputs': f'in {i}', output: f'out {i}'}
+    | ({} if weight is None else {'weight': weight})
+    for i, weight in enumerate(weights)
+  ]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  return dataclasses.replace(
+    config({'train': str(path)}, 'train'), row_weights=True, **settings
+  )
+
+
+def test_a_row_has_the_weight_of_its_line(tmp_path):
+  dataset = weighted(tmp_path, [0.5, -2])
+  datasets.check_row_weights(dataset)
+
+  batch = next(iterators.TrainIterator(dataset, seed=0))
+  without = next(
+    iterators.TrainIterator(
+      dataclasses.replace(dataset, row_weights=False), seed=0
+    )
+  )
+
+  assert batch.row_weights.tolist() == [0.5, -2.0]
+  assert batch.row_weights.dtype.name == 'float32'
+  assert without.row_weights is None
+  for name in ('encoder_input_tokens', 'decoder_target_tokens'):
+    assert (getattr(batch, name) == getattr(without, name)).all()
+
+
+def test_a_row_has_the_weight_of_its_prediction(tmp_path):
+  dataset = weighted(tmp_path, [0.5, -2], 'prediction')
+  files = dataset.task_arguments['files']
+  (tmp_path / 'other.jsonl').write_text('{"inputs": "a", "targets": "b"}')
+  dataset = dataclasses.replace(
+    dataset,
+    predictions=files['train'],
+    task_arguments={'files': {'train': str(tmp_path / 'other.jsonl')}},
+  )
+  datasets.check_row_weights(dataset)
+
+  batch = next(iterators.TrainIterator(dataset, seed=0))
+
+  assert batch.row_weights.tolist() == [0.5, -2.0]
+
+
+@pytest.mark.parametrize('value', [None, float('nan'), 'high', True])
+def test_a_weight_that_is_no_number_is_refused(tmp_path, value):
+  dataset = weighted(tmp_path, [0.5, value])
+
+  with pytest.raises(ValueError, match='"weight" of example 2 .* is missing'):
+    datasets.check_row_weights(dataset)
+  with pytest.raises(ValueError, match='"weight" of an example of task'):
+    next(iterators.TrainIterator(dataset, seed=0))
+
+
+def test_examples_without_weights_are_refused(tmp_path):
+  dataset = weighted(tmp_path, [None, None])
+
+  with pytest.raises(ValueError, match="have no number 'weight'. They have"):
+    datasets.check_row_weights(dataset)
