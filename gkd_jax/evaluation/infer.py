@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference: writes a model's outputs for a split to a JSON lines file."""
+"""Inference: writes a model's outputs for a split, or scores given outputs."""
 
 import time
 from typing import Any
@@ -17,7 +17,7 @@ from gkd_jax.data import (
   vocabularies,
 )
 from gkd_jax.decoding import sampler
-from gkd_jax.evaluation import programs
+from gkd_jax.evaluation import programs, score
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import console, files, paths, pins, run_folder
 
@@ -32,6 +32,8 @@ def infer(
   num_samples: int = 1,
   seed: int = 0,
   overwrite: bool = False,
+  scored_path: str | None = None,
+  score_field: str = 'nll',
 ) -> None:
   """Writes `<output_dir>/predictions_<split>.jsonl`; see `predictions`.
 
@@ -48,11 +50,19 @@ def infer(
       hypotheses of a beam that reached EOS.
     seed: of sampling.
     overwrite: replace a complete file, and one of other settings.
+    scored_path: path or glob of predictions: they are scored, and none are
+      written; see `score.score`. None: none.
+    score_field: name of their new field.
 
   Raises:
     ValueError: settings do not fit the checkpoint or the task, or the file is
       already complete.
   """
+  if scored_path is not None:
+    score.score(
+      checkpoint_path, scored_path, output_dir, dataset, score_field, overwrite
+    )
+    return
   folder = paths.resolve(output_dir, predictions.OUTPUT_SETTING)
   path = folder / f'predictions_{dataset.split}.jsonl'
   files.check_free([path], predictions.OUTPUT_SETTING, overwrite)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkd_jax.batch import Outputs, SpecialIds
+from gkd_jax.batch import Outputs, SpecialIds, mask_unused_ids
 from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, generation, sampler
 from gkd_jax.decoding import rollout as rollout_lib
@@ -332,6 +332,42 @@ def make_disagreement(
     return jax.tree.map(np.asarray, values)
 
   return place_and_compare
+
+
+@functools.lru_cache(maxsize=16)
+def make_mean_nll(
+  model: Model, *, ids: SpecialIds, mesh: Mesh
+) -> Callable[..., np.ndarray]:
+  """Returns a function that scores given outputs.
+
+  It maps (params, inputs [B, S], tokens [B, T], weights [B, T]) to the mean
+  negative log-likelihood of each output's tokens, [B] float32 nats.
+  """
+
+  def values(logits, _, tokens):
+    logits = mask_unused_ids(logits, ids)
+    return {'nll': objectives.negative_log_likelihood(logits, tokens)}
+
+  @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
+  def mean_nll(params, inputs, tokens, weights_BT):
+    nll_BT = chunked_sums.token_values(
+      values,
+      grading.unembed(model),
+      None,
+      objectives.Objective.chunk_tokens,
+      model.head_params(params),
+      grading.hidden_states(model, params, inputs, tokens),
+      None,
+      None,
+      tokens,
+    )['nll']
+    return jnp.sum(nll_BT * weights_BT, axis=1) / weights_BT.sum(axis=1)
+
+  def place_and_score(params, *arrays):
+    placed = partitioning.put_global_batch(arrays, mesh)
+    return np.asarray(mean_nll(params, *placed))
+
+  return place_and_score
 
 
 def make_mean_reward(

@@ -7,17 +7,21 @@ a rule or a score, write a function that returns a `Rule` or a `Score` and name
 it in a gin file.
 """
 
+import array
 import dataclasses
+import itertools
 import math
-import pathlib
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gkd_jax.data import json_lines, predictions
 from gkd_jax.evaluation import similarity
-from gkd_jax.runtime import console, files, paths, pins
+from gkd_jax.runtime import console, files, pins
 
 _SETTING = 'PREDICTIONS'
 _OUTPUT_SETTING = 'SELECT_OUTPUT_DIR'
@@ -81,6 +85,10 @@ class Score:
     return values
 
 
+# Outputs -> the lines to keep, which it may change.
+Choose = Callable[[Outputs], Sequence[Mapping[str, Any]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """A choice among the outputs of an input.
@@ -90,11 +98,15 @@ class Rule:
     choose: Outputs -> lines to keep, which it may change. It is not called for
       an input without outputs.
     needs_several: whether it is of no use with one output for each input.
+    prepare: (outputs of all inputs, as the rules before leave them) -> choose,
+      for a rule that depends on all of them, whose `choose` is None; the files
+      are read once more.
   """
 
   description: str
-  choose: Callable[[Outputs], Sequence[Mapping[str, Any]]]
+  choose: Choose | None
   needs_several: bool = False
+  prepare: Callable[[Iterator[Outputs]], Choose] | None = None
 
 
 # --- Scores -------------------------------------------------------------------
@@ -115,17 +127,88 @@ def to_targets(metric: Metric) -> Score:
   return Score(f'to_targets({metric.description})', function)
 
 
-def field(name: str) -> Score:
-  """Returns a number that each line has, such as one that a model gave it.
+def field(name: str, minus: str | None = None) -> Score:
+  """Returns a number that each line has, such as a model's NLL.
 
   Args:
     name: of the field.
+    minus: another field, which is subtracted; None: none.
   """
 
   def function(outputs):
-    return [_number(line, name, outputs.where) for line in outputs.lines]
+    values = [_number(line, name, outputs.where) for line in outputs.lines]
+    if minus is None:
+      return values
+    return [
+      value - _number(line, minus, outputs.where)
+      for value, line in zip(values, outputs.lines, strict=True)
+    ]
 
-  return Score(f'field({name!r})', function)
+  return Score(f'field({name!r}, minus={minus!r})', function)
+
+
+def length_ratio(to: str = 'inputs', unit: str = 'words') -> Score:
+  """Returns the length of outputs, divided by that of another text.
+
+  Args:
+    to: 'inputs' or 'targets'; an empty one counts as one unit.
+    unit: 'words', separated by spaces, or 'characters'.
+  """
+  if to not in ('inputs', 'targets'):
+    raise ValueError(
+      f"select.length_ratio.to must be 'inputs' or 'targets', got {to!r}."
+    )
+  similarity.check_unit('select.length_ratio.unit', unit)
+
+  def length(text):
+    return len(similarity.split(text, unit))
+
+  def function(outputs):
+    other = max(1, length(getattr(outputs, to)))
+    return [length(text) / other for text in outputs.texts]
+
+  return Score(f'length_ratio(to={to!r}, unit={unit!r})', function)
+
+
+def repetition(n: int = 3, unit: str = 'words') -> Score:
+  """Returns the share of an output's n-grams that occurred in it before.
+
+  Args:
+    n: length of the n-grams. Outputs shorter than that have none: 0.
+    unit: 'words', separated by spaces, or 'characters'.
+  """
+  _check_positive('repetition.n', n)
+  similarity.check_unit('select.repetition.unit', unit)
+
+  def of(text):
+    units = similarity.split(text, unit)
+    grams = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+  def function(outputs):
+    return [of(text) for text in outputs.texts]
+
+  return Score(f'repetition(n={n}, unit={unit!r})', function)
+
+
+def pass_rate(score: Score, at_least: float = 1.0) -> Score:
+  """Returns the share of an input's outputs that pass, the same for all.
+
+  Args:
+    score: such as @select.to_targets() with @similarity.exact_match().
+    at_least: the score of an output that passes.
+  """
+  _check_score('pass_rate.score', score)
+
+  def function(outputs):
+    passes = [value >= at_least for value in score(outputs)]
+    return [sum(passes) / len(passes)] * len(passes)
+
+  return Score(
+    f'pass_rate({score.description}, at_least={at_least})',
+    function,
+    needs_several=True,
+  )
 
 
 def python_function(function: TextScore) -> Score:
@@ -259,9 +342,156 @@ def within(
   )
 
 
+def top_share(score: Score, share: float = 0.5) -> Rule:
+  """The outputs with the highest scores of all inputs together.
+
+  Outputs that tie with the last one are kept, too. One number for each output
+  is in memory.
+
+  Args:
+    score: such as @select.field() with the NLL under a small model minus that
+      under a large one.
+    share: of the outputs, above 0 and at most 1.
+
+  Raises:
+    ValueError: the share is invalid.
+
+  Source: MiniPLM, arXiv:2410.17215, difference sampling, with share 0.5.
+  """
+  _check_score('top_share.score', score)
+  if not 0.0 < share <= 1.0:
+    raise ValueError(
+      f'select.top_share.share must be above 0 and at most 1, got {share}.'
+    )
+
+  def prepare(all_outputs):
+    values = array.array('d')
+    for outputs in all_outputs:
+      values.extend(score(outputs))
+    if not values:
+      return lambda outputs: []
+    number = max(1, round(share * len(values)))
+    least = np.partition(values, len(values) - number)[len(values) - number]
+    return within(score, at_least=float(least)).choose
+
+  return Rule(
+    f'top_share({score.description}, share={share})',
+    None,
+    needs_several=score.needs_several,
+    prepare=prepare,
+  )
+
+
 def distinct() -> Rule:
   """Each text once: the first of equal outputs."""
   return Rule('distinct()', lambda outputs: _distinct(outputs.lines))
+
+
+# Of a pair, which output is worse.
+REJECTED = ('worst', 'two_sigma')
+
+
+def pairs(
+  score: Score,
+  rejected: str = 'two_sigma',
+  rejected_weight: float | None = None,
+) -> Rule:
+  """Two outputs, the better one first: the best, and one with a lower score.
+
+  Their field `preference` is 'chosen' and 'rejected'. An input whose outputs
+  have equal scores loses them.
+
+  Args:
+    score: such as @select.to_targets().
+    rejected: 'worst': the lowest score; 'two_sigma': the score nearest to mean
+      - 2 (standard deviation) of the input's outputs. With many outputs the
+      worst is a poor choice. Of equal scores the first.
+    rejected_weight: field `weight` of the second output; the first one has 1.
+      REDI trains on the likelihood with -alpha, e.g. -0.8. None: no weights.
+
+  Raises:
+    ValueError: `rejected` is invalid.
+
+  Source: arXiv:2502.16825, the sweet spot of preference pairs.
+  """
+  _check_score('pairs.score', score)
+  if rejected not in REJECTED:
+    raise ValueError(
+      f'select.pairs.rejected must be one of {REJECTED}, got {rejected!r}.'
+    )
+
+  def choose(outputs):
+    scores = score(outputs)
+    best = max(range(len(scores)), key=scores.__getitem__)
+    worse = [i for i, value in enumerate(scores) if value < scores[best]]
+    if not worse:
+      return []
+    goal = min(scores)
+    if rejected == 'two_sigma':
+      goal = statistics.fmean(scores) - 2.0 * statistics.pstdev(scores)
+    second = min(worse, key=lambda i: abs(scores[i] - goal))
+    pair = []
+    for i, preference, weight in (
+      (best, 'chosen', 1.0),
+      (second, 'rejected', rejected_weight),
+    ):
+      line = {**outputs.lines[i], 'score': scores[i], 'preference': preference}
+      if rejected_weight is not None:
+        line['weight'] = weight
+      pair.append(line)
+    return pair
+
+  return Rule(
+    f'pairs({score.description}, rejected={rejected!r}, '
+    f'rejected_weight={rejected_weight})',
+    choose,
+    needs_several=True,
+  )
+
+
+def weigh(
+  score: Score, a: float = 1.0, b: float = 1.0, normalized: bool = False
+) -> Rule:
+  """Gives each output the weight p^a (1 - p)^b, which scales its gradient.
+
+  It is high for inputs that are neither easy nor out of reach. Outputs of
+  weight 0 stay.
+
+  Args:
+    score: p, between 0 and 1, such as @select.pass_rate().
+    a: exponent of p, 0 or more.
+    b: exponent of 1 - p, 0 or more.
+    normalized: divide by the largest possible weight, so that it is 1.
+
+  Raises:
+    ValueError: a or b is negative.
+
+  Source: PACED, arXiv:2603.11178; normalized with a = b = 1 it is 4 p (1 - p).
+  """
+  _check_score('weigh.score', score)
+  for name, value in (('a', a), ('b', b)):
+    if value < 0.0:
+      raise ValueError(f'select.weigh.{name} must not be negative: {value}.')
+  largest = 1.0
+  if normalized and a + b > 0.0:
+    largest = (a / (a + b)) ** a * (b / (a + b)) ** b
+
+  def choose(outputs):
+    lines = []
+    for line, p in zip(outputs.lines, score(outputs), strict=True):
+      if not 0.0 <= p <= 1.0:
+        raise ValueError(
+          f'select.weigh.score must be between 0 and 1, but '
+          f'{score.description} is {p} for {outputs.where}.'
+        )
+      lines.append({**line, 'weight': p**a * (1.0 - p) ** b / largest})
+    return lines
+
+  return Rule(
+    f'weigh({score.description}, a={a}, b={b}, normalized={normalized})',
+    choose,
+    needs_several=score.needs_several,
+  )
 
 
 def _distinct(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -322,10 +552,15 @@ def select(
   _check_rules(rules)
   sources = predictions.find(predictions_path, _SETTING)
   about = predictions.shared_provenance(sources, _SETTING)
-  path = _output_path(sources, about, output_dir)
+  path = predictions.output_path(
+    sources, about, output_dir, _SETTING, _OUTPUT_SETTING
+  )
   files.check_free([path], _OUTPUT_SETTING, overwrite)
   if any(rule.needs_several for rule in rules):
     _check_several(sources, rules)
+  prepared = _prepared(rules, sources)
+  for example in itertools.islice(predictions.examples(sources, _SETTING), 1):
+    _apply(prepared, example)  # what a rule refuses, before anything is written
   provenance = about or {'vocabulary': None}
   selected = [rule.description for rule in rules]
   pinned = predictions.files_of(predictions_path, _SETTING)
@@ -349,7 +584,7 @@ def select(
     num_examples += 1
     num_outputs += len(example.lines)
     if example.number >= first:
-      writer.append([_apply(rules, example)])
+      writer.append([_apply(prepared, example)])
     if (now := time.monotonic()) - logged > _STATUS_SECONDS:
       logged = now
       console.log(f'{num_examples:,} inputs')
@@ -361,6 +596,25 @@ def select(
     console.log(f'{lost:,} of {num_examples:,} inputs lost all outputs.')
 
 
+def _prepared(rules: Sequence[Rule], sources: Sequence[str]) -> list[Rule]:
+  """Returns the rules, all with `choose`."""
+  ready = []
+  for rule in rules:
+    if rule.prepare is not None:
+      examples = predictions.examples(sources, _SETTING)
+      left = ((_apply(ready, one), one.number) for one in examples)
+      choose = rule.prepare(
+        _outputs(lines, number) for lines, number in left if lines
+      )
+      rule = dataclasses.replace(rule, choose=choose)
+    ready.append(rule)
+  return ready
+
+
+def _outputs(lines: Sequence[Mapping[str, Any]], number: int) -> Outputs:
+  return Outputs(lines[0]['inputs'], lines, f'example {number}')
+
+
 def _apply(
   rules: Sequence[Rule], example: predictions.Example
 ) -> Sequence[Mapping[str, Any]]:
@@ -369,11 +623,10 @@ def _apply(
     {'example': example.number, 'sample': i, **line}
     for i, line in enumerate(example.lines)
   ]
-  where = f'example {example.number}'
   for rule in rules:
     if not lines:
       break
-    lines = rule.choose(Outputs(lines[0]['inputs'], lines, where))
+    lines = rule.choose(_outputs(lines, example.number))
   return lines
 
 
@@ -383,27 +636,6 @@ def _check_rules(rules: Any) -> None:
     raise ValueError(
       f'RULES must be a list of rules, such as [@select.mbr()], got {rules!r}.'
     )
-
-
-def _output_path(
-  sources: Sequence[str], about: Mapping[str, Any] | None, output_dir: str
-) -> pathlib.Path:
-  """Returns the path of the selected file.
-
-  Raises:
-    ValueError: it is one of the files that are read.
-  """
-  folder = paths.resolve(output_dir, _OUTPUT_SETTING)
-  split = None if about is None else about.get('split')
-  path = folder / (
-    f'predictions_{split}.jsonl' if split else pathlib.Path(sources[0]).name
-  )
-  if any(path.resolve() == pathlib.Path(x).resolve() for x in sources):
-    raise ValueError(
-      f'{_OUTPUT_SETTING}: {path} is among the {_SETTING} to read. Choose '
-      f'another {_OUTPUT_SETTING}.'
-    )
-  return path
 
 
 def _check_several(sources: Sequence[str], rules: Sequence[Rule]) -> None:

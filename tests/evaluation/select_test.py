@@ -141,6 +141,126 @@ def test_distinct_keeps_the_first_of_equal_texts():
   assert [(x['prediction'], x['n']) for x in kept] == [('a', 1), ('b', 2)]
 
 
+@pytest.mark.parametrize(
+  ('settings', 'want'),
+  [
+    ({}, [2 / 2, 0.0, 6 / 2]),
+    ({'to': 'targets'}, [2 / 1, 0.0, 6 / 1]),
+    ({'unit': 'characters'}, [3 / 3, 0.0, 11 / 3]),
+  ],
+)
+def test_lengths_are_relative_to_those_of_another_text(settings, want):
+  texts = outputs('a b', '', 'a b a b a b', targets='')
+
+  got = select.length_ratio(**settings)(texts._replace(inputs='x y'))
+
+  assert got == want
+
+
+@pytest.mark.parametrize(
+  ('settings', 'want'),
+  [
+    ({}, [0.0, 0.0, 3 / 5, 1 / 2]),
+    ({'n': 1}, [0.0, 0.0, 5 / 7, 3 / 4]),
+    # Of 'aaaa' one of three pairs is the first.
+    ({'n': 2, 'unit': 'characters'}, [0.0, 0.0, 8 / 12, 4 / 6]),
+  ],
+)
+def test_repetition_is_the_share_of_ngrams_that_came_before(settings, want):
+  texts = outputs('a b', '', 'a b a b a b a', 'a a a a')
+
+  assert select.repetition(**settings)(texts) == pytest.approx(want)
+
+
+def test_a_field_may_be_the_difference_of_two():
+  score = select.field('nll', minus='other')
+
+  assert score(outputs(*'ab', nll=[1.0, 2.0], other=[0.5, 3])) == [0.5, -1.0]
+
+
+PASSES = select.pass_rate(select.field('r'), at_least=0.5)
+
+
+def test_a_pass_rate_is_of_all_outputs_of_an_input():
+  assert PASSES(outputs(*'abcd', r=[1, 0.5, 0.4, 0])) == [0.5] * 4
+
+
+# From the vectors of the papers' methods.
+@pytest.mark.parametrize(
+  ('rejected', 'want'), [('two_sigma', '27'), ('worst', '27')]
+)
+def test_a_pair_has_the_best_output_and_a_worse_one(rejected, want):
+  rewards = [0.1, 0.2, 0.9, 0.5, 0.45, 0.55, 0.6, -1.5]
+
+  pair = select.pairs(select.field('r'), rejected).choose(
+    outputs(*'01234567', r=rewards)
+  )
+
+  assert [x['prediction'] for x in pair] == list(want)
+  assert [x['preference'] for x in pair] == ['chosen', 'rejected']
+  assert 'weight' not in pair[0]
+
+
+def test_two_sigma_is_not_the_worst_of_many():
+  rewards = [1.0] * 10 + [0.9] * 10 + [0.7, -3.0, -0.6]
+  texts = [str(i) for i in range(len(rewards))]
+  mean, sigma = np.mean(rewards), np.std(rewards)
+  assert abs(rewards[-1] - (mean - 2 * sigma)) < 0.5
+
+  of = outputs(*texts, r=rewards)
+
+  def rejected(rule):
+    return rule.choose(of)[1]['score']
+
+  assert rejected(select.pairs(select.field('r'), 'two_sigma')) == -0.6
+  assert rejected(select.pairs(select.field('r'), 'worst')) == -3.0
+
+
+def test_equal_outputs_are_no_pair():
+  rule = select.pairs(select.field('r'))
+
+  assert rule.choose(outputs('a', 'b', 'b', r=[1, 1, 1])) == []
+
+
+def test_a_pair_may_have_signed_weights():
+  rule = select.pairs(select.field('r'), rejected_weight=-0.8)
+
+  pair = rule.choose(outputs('a', 'b', r=[0, 1]))
+
+  assert [(x['prediction'], x['weight']) for x in pair] == [
+    ('b', 1.0),
+    ('a', -0.8),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('num_right', 'want'), [(1, 0.109375), (2, 0.1875), (4, 0.25), (7, 0.109375)]
+)
+def test_weights_are_those_of_the_pass_rate(num_right, want):
+  rewards = [1.0] * num_right + [0.0] * (8 - num_right)
+  of = outputs(*'abcdefgh', r=rewards)
+
+  lines = select.weigh(PASSES).choose(of)
+  normalized = select.weigh(PASSES, normalized=True).choose(of)
+
+  assert {x['weight'] for x in lines} == {want}
+  assert {x['weight'] for x in normalized} == {4 * want}
+
+
+def test_exponents_weigh_easy_and_hard_inputs():
+  rewards = outputs(*'abcd', r=[1, 0, 0, 0])
+
+  def weight(**settings):
+    return select.weigh(PASSES, **settings).choose(rewards)[0]['weight']
+
+  assert weight(a=2.0, b=3.0) == pytest.approx(0.25**2 * 0.75**3, rel=1e-15)
+  # The largest is at p = 0.4.
+  assert weight(a=2.0, b=3.0, normalized=True) == pytest.approx(
+    0.25**2 * 0.75**3 / (0.4**2 * 0.6**3), rel=1e-15
+  )
+  assert weight(a=0.0, b=0.0, normalized=True) == 1.0
+
+
 def test_a_function_of_a_user_scores_the_outputs_of_an_input():
   def longest(inputs, outputs, targets):
     assert inputs == ['x', 'x'] and targets == ['t', 't']
@@ -190,6 +310,16 @@ def test_without_a_reference_there_is_nothing_to_compare_with():
     (lambda: select.best(similarity.chrf()), 'select.best.score must be'),
     (lambda: select.within(select.field('x')), 'at_least, at_most or both'),
     (lambda: select.within(select.field('x'), 2.0, 1.0), 'no score is within'),
+    (lambda: select.top_share(select.field('x'), 0.0), 'top_share.share must'),
+    (lambda: select.length_ratio('x'), 'length_ratio.to must be'),
+    (lambda: select.length_ratio(unit='x'), 'length_ratio.unit must be one'),
+    (lambda: select.repetition(0), 'repetition.n must be'),
+    (lambda: select.pairs(select.field('x'), 'x'), 'pairs.rejected must be'),
+    (lambda: select.weigh(select.field('x'), a=-1.0), 'weigh.a must not be'),
+    (
+      lambda: select.weigh(select.field('r')).choose(outputs('a', r=[1.5])),
+      'weigh.score must be between 0 and 1',
+    ),
   ],
 )
 def test_a_rule_that_makes_no_sense_is_refused(make, said):
@@ -281,6 +411,58 @@ def test_texts_of_other_programs_are_grouped_by_their_inputs(run, tmp_path):
   assert [(x.number, len(x.lines)) for x in kept] == [(0, 1), (1, 1), (2, 1)]
 
 
+# Of the vectors of MiniPLM: NLL under the small and the large model.
+SMALL, LARGE = [3.0, 2.2, 2.9, 1.8], [2.0, 2.0, 1.5, 2.0]
+
+
+def scored(folder, small=SMALL, large=LARGE):
+  folder.mkdir()
+  path = folder / 'scored.jsonl'
+  lines = [
+    {'inputs': str(i // 2), 'prediction': str(i), 'small': a, 'large': b}
+    for i, (a, b) in enumerate(zip(small, large, strict=True))
+  ]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  return path
+
+
+def top(folder, *rules, share=0.5, **nlls):
+  score = select.field('small', minus='large')
+  path = scored(folder, **nlls)
+  select.select(
+    str(path), str(folder / 'out'), [*rules, select.top_share(score, share)]
+  )
+  text = (folder / 'out' / 'scored.jsonl').read_text()
+  return [json.loads(line)['prediction'] for line in text.splitlines()]
+
+
+def test_the_top_share_is_of_all_inputs_together_in_their_order(tmp_path):
+  assert top(tmp_path / 'a') == ['0', '2']
+  assert top(tmp_path / 'b', share=0.75) == ['0', '1', '2']
+
+
+def test_outputs_that_tie_with_the_last_are_kept(tmp_path):
+  kept = top(tmp_path / 'a', small=[1, 2, 1, 0], large=[0, 0, 0, 0])
+
+  assert kept == ['0', '1', '2']
+
+
+def test_the_top_share_is_of_what_earlier_rules_leave(tmp_path):
+  of_first = select.Rule('first', lambda outputs: outputs.lines[:1])
+
+  assert top(tmp_path / 'a', of_first) == ['2']
+
+
+def test_what_a_rule_refuses_is_refused_before_anything_is_written(
+  run, tmp_path
+):
+  with pytest.raises(ValueError, match='"nll" of an output of example 0'):
+    run(select.within(select.field('nll'), at_least=0))
+  with pytest.raises(ValueError, match='"nll" of an output of example 0'):
+    run(select.top_share(select.field('nll')))
+  assert not (tmp_path / 'out').exists()
+
+
 class Stop(Exception):
   pass
 
@@ -306,7 +488,9 @@ def test_an_interrupted_selection_goes_on_and_writes_the_same(
 
 def test_a_selection_does_not_go_on_with_other_rules(run):
   def stop(outputs):
-    raise Stop
+    if outputs.inputs == 'y':
+      raise Stop
+    return outputs.lines
 
   with pytest.raises(Stop):
     run(select.Rule('other', stop))
