@@ -64,6 +64,12 @@ class Writer:
   """Writes predictions batch by batch; resumes an interrupted file.
 
   Until `close` the name of the file ends in `.partial`.
+
+  Attributes:
+    path: of the file once it is closed.
+    num_examples: examples so far.
+    num_predictions: predictions so far.
+    num_with_output: examples with a prediction so far.
   """
 
   def __init__(
@@ -89,7 +95,7 @@ class Writer:
     """
     files.check_free([path], setting, overwrite)
     self._setting = setting
-    self._path = path
+    self.path = path
     self._partial = _partial(path)
     # As JSON represents it: a tuple would not equal the list read back.
     self._provenance = json.loads(json.dumps(dict(provenance), default=str))
@@ -136,12 +142,12 @@ class Writer:
     }
     if without := num_examples - self.num_with_output:
       counts['num_examples_without_output'] = without
-    _write_side_file(self._path, {**self._provenance, **counts})
-    self._partial.rename(self._path)
+    _write_side_file(self.path, {**self._provenance, **counts})
+    self._partial.rename(self.path)
 
   def _check_is_side_file(self):
     """Raises ValueError if another file has the name of the side file."""
-    side_file = _side_file(self._path)
+    side_file = _side_file(self.path)
     try:
       is_ours = not side_file.exists() or 'vocabulary' in _read_json(side_file)
     except ValueError:
@@ -150,7 +156,7 @@ class Writer:
       files.check_free([side_file], self._setting, overwrite=False)
 
   def _differences(self):
-    side_file = _side_file(self._path)
+    side_file = _side_file(self.path)
     was = files.read_json(side_file) if side_file.exists() else {}
     differences = [
       f'{name}: {was.get(name)!r} there, {self._provenance.get(name)!r} here'

@@ -21,6 +21,7 @@ def entailment(
   not_entailed: str | int = '0',
   max_input_len: int | None = None,
   log_probability: bool = False,
+  reverse: bool = False,
 ) -> rewards.Reward:
   """The probability that the input entails the output, by a T5 trained for it.
 
@@ -40,6 +41,8 @@ def entailment(
     max_input_len: the prompt's maximum length in tokens; the end of the premise
       is cut to fit, never the hypothesis. None: no limit.
     log_probability: use the natural logarithm of the probability.
+    reverse: the probability that the output entails the input. The output then
+      is the premise, and the input the hypothesis.
 
   Source: Roit et al. (2023), arXiv:2306.00186; the texts are those of Honovich
   et al. (2022), arXiv:2204.04991, in google/t5_xxl_true_nli_mixture.
@@ -69,10 +72,18 @@ def entailment(
       )
 
     def reward_fn(batch, outputs, params):
+      premise_tokens, hypotheses = batch.encoder_input_tokens, outputs
+      if reverse:
+        premise_tokens = jnp.where(
+          outputs.weights > 0.0, outputs.tokens, ids.pad
+        )
+        hypotheses = _without_prefix(
+          batch.encoder_input_tokens, prefix_ids, ids
+        )
       inputs = premise_and_hypothesis(
-        batch.encoder_input_tokens,
-        outputs,
-        prefix_ids=prefix_ids,
+        premise_tokens,
+        hypotheses,
+        prefix_ids=[] if reverse else prefix_ids,
         premise_ids=premise_ids,
         hypothesis_ids=hypothesis_ids,
         max_input_len=max_input_len,
@@ -137,17 +148,7 @@ def premise_and_hypothesis(
       )
     total_len = min(total_len, max_input_len)
 
-  is_word = (encoder_input_tokens != ids.pad) & (
-    encoder_input_tokens != ids.eos
-  )
-  premise_end_B = jnp.cumprod(is_word, axis=1).sum(axis=1)
-  premise_start_B = jnp.zeros(batch_size, jnp.int32)
-  if 0 < len(prefix_ids) <= input_len:
-    has_prefix_B = jnp.all(
-      encoder_input_tokens[:, : len(prefix_ids)] == jnp.asarray(prefix_ids),
-      axis=1,
-    )
-    premise_start_B = len(prefix_ids) * has_prefix_B
+  premise_start_B, premise_end_B = _words(encoder_input_tokens, prefix_ids, ids)
   hypothesis_len_B = (rewards.words(outputs, ids.eos) != rewards.NO_TOKEN).sum(
     axis=1
   )
@@ -181,3 +182,33 @@ def premise_and_hypothesis(
     joined_BL = jnp.where(here_BL, taken_BL, joined_BL)
     end_B1 += length_B1
   return joined_BL
+
+
+def _words(
+  tokens_BS: jax.Array, prefix_ids: Sequence[int], ids: SpecialIds
+) -> tuple[jax.Array, jax.Array]:
+  """Returns where the words of each row start, after its prefix, and end."""
+  batch_size, length = tokens_BS.shape
+  is_word = (tokens_BS != ids.pad) & (tokens_BS != ids.eos)
+  end_B = jnp.cumprod(is_word, axis=1).sum(axis=1)
+  start_B = jnp.zeros(batch_size, jnp.int32)
+  if 0 < len(prefix_ids) <= length:
+    has_prefix_B = jnp.all(
+      tokens_BS[:, : len(prefix_ids)] == jnp.asarray(prefix_ids), axis=1
+    )
+    start_B = len(prefix_ids) * has_prefix_B
+  return start_B, end_B
+
+
+def _without_prefix(
+  tokens_BS: jax.Array, prefix_ids: Sequence[int], ids: SpecialIds
+) -> Outputs:
+  """Returns the words of inputs as outputs, without prefix, EOS and padding."""
+  start_B, end_B = _words(tokens_BS, prefix_ids, ids)
+  at_BS = start_B[:, None] + jnp.arange(tokens_BS.shape[1])
+  is_word_BS = at_BS < end_B[:, None]
+  last = tokens_BS.shape[1] - 1
+  words_BS = jnp.take_along_axis(tokens_BS, jnp.minimum(at_BS, last), axis=1)
+  return Outputs(
+    jnp.where(is_word_BS, words_BS, ids.pad), is_word_BS.astype(jnp.float32)
+  )

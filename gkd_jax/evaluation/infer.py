@@ -17,6 +17,7 @@ from gkd_jax.data import (
   vocabularies,
 )
 from gkd_jax.decoding import sampler
+from gkd_jax.distill.rewards import Reward
 from gkd_jax.evaluation import programs, score
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import console, files, paths, pins, run_folder
@@ -34,6 +35,7 @@ def infer(
   overwrite: bool = False,
   scored_path: str | None = None,
   score_field: str = 'nll',
+  reward: Reward | None = None,
 ) -> None:
   """Writes `<output_dir>/predictions_<split>.jsonl`; see `predictions`.
 
@@ -53,6 +55,7 @@ def infer(
     scored_path: path or glob of predictions: they are scored, and none are
       written; see `score.score`. None: none.
     score_field: name of their new field.
+    reward: scores them instead of their NLL; the checkpoint is its model.
 
   Raises:
     ValueError: settings do not fit the checkpoint or the task, or the file is
@@ -60,9 +63,19 @@ def infer(
   """
   if scored_path is not None:
     score.score(
-      checkpoint_path, scored_path, output_dir, dataset, score_field, overwrite
+      checkpoint_path,
+      scored_path,
+      output_dir,
+      dataset,
+      field=score_field,
+      reward=reward,
+      overwrite=overwrite,
     )
     return
+  if reward is not None:
+    raise ValueError(
+      'REWARD is set, but PREDICTIONS, the outputs that it scores, is not.'
+    )
   folder = paths.resolve(output_dir, predictions.OUTPUT_SETTING)
   path = folder / f'predictions_{dataset.split}.jsonl'
   files.check_free([path], predictions.OUTPUT_SETTING, overwrite)
@@ -86,24 +99,10 @@ def infer(
     mesh=mesh,
     vocabulary=task.vocabulary,
   )
-  provenance = {
-    'checkpoint': str(source.folder),
-    'step': run_folder.step_of(source.folder),
-    'task': dataset.mixture_or_task_name,
-    'task_arguments': dataset.task_arguments,
-    'split': dataset.split,
-    'max_examples': dataset.num_examples,
-    'vocabulary': task.description,
-    'task_feature_lengths': lengths,
+  provenance = _provenance(source, task, dataset, checkpoint_path) | {
     'decoding': repr(decoding),
     'num_samples': num_samples,
     'seed': seed,
-    'batch_size': dataset.batch_size,
-    'versions': checkpoint.versions(),
-    'pins': pins.to_json(
-      build.pin_data(task, dataset)
-      | {'CHECKPOINT_PATH': pretrained.pin(source, checkpoint_path)}
-    ),
   }
   # All hosts compute the outputs; the first one writes them.
   writer = None
@@ -119,16 +118,7 @@ def infer(
     tokens_BNT = write(params, row_ids_B, inputs_BS)
     if writer is None:
       continue
-    writer.append(
-      [
-        [
-          _line(inputs, example, tokens, task.ids)
-          for tokens in of_one
-          if (tokens != task.ids.pad).any()
-        ]
-        for example, of_one in zip(examples, tokens_BNT, strict=False)
-      ]
-    )
+    writer.append(_lines(inputs, examples, tokens_BNT, task.ids))
     if (now := time.monotonic()) - logged > _STATUS_SECONDS:
       logged = now
       console.log(_progress(writer.num_examples, first, total, now - start))
@@ -136,6 +126,48 @@ def infer(
     return
   writer.close()
   console.log(f'{writer.num_predictions:,} predictions written: {path}')
+
+
+def _provenance(
+  source: pretrained.Pretrained,
+  task: build.Task,
+  dataset: datasets.DatasetConfig,
+  checkpoint_path: str,
+) -> dict[str, Any]:
+  """Returns what is recorded beside the outputs, but for the decoding."""
+  return {
+    'checkpoint': str(source.folder),
+    'step': run_folder.step_of(source.folder),
+    'task': dataset.mixture_or_task_name,
+    'task_arguments': dataset.task_arguments,
+    'split': dataset.split,
+    'max_examples': dataset.num_examples,
+    'vocabulary': task.description,
+    'task_feature_lengths': dict(dataset.task_feature_lengths),
+    'batch_size': dataset.batch_size,
+    'versions': checkpoint.versions(),
+    'pins': pins.to_json(
+      build.pin_data(task, dataset)
+      | {'CHECKPOINT_PATH': pretrained.pin(source, checkpoint_path)}
+    ),
+  }
+
+
+def _lines(
+  inputs: iterators.InferenceDataset,
+  examples: list[dict[str, Any]],
+  tokens_BNT: np.ndarray,
+  ids: SpecialIds,
+) -> list[list[dict[str, Any]]]:
+  """Returns the lines of each example; outputs of padding alone are none."""
+  return [
+    [
+      _line(inputs, example, tokens, ids)
+      for tokens in of_one
+      if (tokens != ids.pad).any()
+    ]
+    for example, of_one in zip(examples, tokens_BNT, strict=False)
+  ]
 
 
 def _line(

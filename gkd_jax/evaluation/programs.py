@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkd_jax.batch import Outputs, SpecialIds, mask_unused_ids
+from gkd_jax.batch import Batch, Outputs, SpecialIds, mask_unused_ids
 from gkd_jax.data import iterators
 from gkd_jax.decoding import beam_search, generation, sampler
 from gkd_jax.decoding import rollout as rollout_lib
@@ -32,6 +32,8 @@ from gkd_jax.parallel import partitioning
 
 Params = Any
 Decoding = sampler.SamplerConfig | beam_search.BeamConfig
+# (params, batch, outputs) -> a score of each output, [B] float32
+Scores = Callable[[Params, Batch, Outputs], np.ndarray]
 # (dataset, output tokens [N, T]) -> mean reward
 MeanReward = Callable[[iterators.EvalDataset, np.ndarray], float]
 
@@ -335,13 +337,10 @@ def make_disagreement(
 
 
 @functools.lru_cache(maxsize=16)
-def make_mean_nll(
-  model: Model, *, ids: SpecialIds, mesh: Mesh
-) -> Callable[..., np.ndarray]:
-  """Returns a function that scores given outputs.
+def make_mean_nll(model: Model, *, ids: SpecialIds, mesh: Mesh) -> Scores:
+  """Returns a function that scores outputs by their likelihood.
 
-  It maps (params, inputs [B, S], tokens [B, T], weights [B, T]) to the mean
-  negative log-likelihood of each output's tokens, [B] float32 nats.
+  The score is the mean negative log-likelihood of an output's tokens in nats.
   """
 
   def values(logits, _, tokens):
@@ -349,23 +348,50 @@ def make_mean_nll(
     return {'nll': objectives.negative_log_likelihood(logits, tokens)}
 
   @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
-  def mean_nll(params, inputs, tokens, weights_BT):
+  def mean_nll(params, batch, outputs):
     nll_BT = chunked_sums.token_values(
       values,
       grading.unembed(model),
       None,
       objectives.Objective.chunk_tokens,
       model.head_params(params),
-      grading.hidden_states(model, params, inputs, tokens),
+      grading.hidden_states(
+        model, params, batch.encoder_input_tokens, outputs.tokens
+      ),
       None,
       None,
-      tokens,
+      outputs.tokens,
     )['nll']
+    weights_BT = outputs.weights
     return jnp.sum(nll_BT * weights_BT, axis=1) / weights_BT.sum(axis=1)
 
-  def place_and_score(params, *arrays):
-    placed = partitioning.put_global_batch(arrays, mesh)
+  def place_and_score(params, *of_rows):
+    placed = partitioning.put_global_batch(of_rows, mesh)
     return np.asarray(mean_nll(params, *placed))
+
+  return place_and_score
+
+
+def make_rewards(
+  reward: rewards.Reward, reward_fn: rewards.RewardFn, *, mesh: Mesh
+) -> Scores:
+  """Returns a function that scores outputs by a reward.
+
+  Args:
+    reward: the reward.
+    reward_fn: from its `make_reward_fn`.
+    mesh: rows are sharded over its data axis.
+  """
+
+  @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
+  def compute(params, batch, outputs):
+    return rewards.compute(reward_fn, batch, outputs, params)
+
+  def place_and_score(params, *of_rows):
+    placed = partitioning.put_global_batch(of_rows, mesh)
+    values = np.asarray(compute(params, *placed))
+    reward.raise_failure()
+    return values
 
   return place_and_score
 

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores given outputs: their negative log-likelihood under a model."""
+"""Scores given outputs: by their likelihood under a model, or by a reward."""
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from gkd_jax import build
+from gkd_jax.batch import Batch, Outputs
 from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, predictions
+from gkd_jax.distill import rewards
 from gkd_jax.evaluation import programs
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import console, files, pins
@@ -18,20 +21,24 @@ from gkd_jax.runtime import console, files, pins
 _SETTING = 'PREDICTIONS'
 _STATUS_SECONDS = 10.0
 
+Measure = Callable[[Sequence['_Row']], list[float]]
+
 
 def score(
   checkpoint_path: str,
   predictions_path: str,
   output_dir: str,
   dataset: datasets.DatasetConfig,
+  *,
   field: str = 'nll',
+  reward: rewards.Reward | None = None,
   overwrite: bool = False,
 ) -> None:
-  """Writes predictions again, with their mean NLL in nats per token.
+  """Writes predictions again, with a score of each output.
 
-  The mean is over the tokens of an output, EOS included if the model wrote it.
-  `select.field` reads it. An interrupted run resumes and produces the same
-  file, byte for byte.
+  It is the mean negative log-likelihood in nats per token, EOS included if the
+  model wrote it; or a reward. `select.field` reads it. An interrupted run
+  resumes and produces the same file, byte for byte.
 
   Args:
     checkpoint_path: see `pretrained.open_checkpoint`.
@@ -39,6 +46,7 @@ def score(
     output_dir: created if it does not exist.
     dataset: task, split, lengths and batch size; its examples are not read.
     field: name of the new field of each line.
+    reward: its model, if it needs one, is the checkpoint; None: the NLL.
     overwrite: replace a complete file, and one of other settings.
 
   Raises:
@@ -59,45 +67,97 @@ def score(
     pins.pinned_path(started_with, 'CHECKPOINT_PATH', checkpoint_path), dataset
   )
   _check_about(about, task, dataset)
+  examples = _Examples(
+    sources,
+    _texts(task, dataset),
+    dataset,
+    task.ids.num_ids,
+    has_ids=about is not None,
+    has_targets=reward is not None,
+  )
+  for _ in examples.read():  # all fit, before anything is compiled or written
+    pass
+  measure = _make_measure(source, task, dataset, reward, mesh)
+  # All hosts compute the scores; the first one writes them.
+  writer = None
+  if hosts.is_first_host():
+    provenance = about or {'vocabulary': None}
+    scores = provenance.get('scores', {})
+    data = pins.of_files(predictions.files_of(predictions_path, _SETTING))
+    model = pretrained.pin(source, checkpoint_path)
+    writer = predictions.Writer(
+      path,
+      {
+        **provenance,
+        'scores': {**scores, field: _describe(source, reward)},
+        'batch_size': dataset.batch_size,
+        'versions': checkpoint.versions(),
+        'pins': pins.to_json({'CHECKPOINT_PATH': model, _SETTING: data}),
+      },
+      dataset.batch_size,
+      overwrite,
+    )
+  _write(writer, examples, measure, field)
+
+
+def _texts(task: build.Task, dataset: datasets.DatasetConfig):
+  """Returns how the task tokenizes texts."""
   features = datasets.get_task(dataset).output_features
-  texts = predictions.Texts(
+  return predictions.Texts(
     task.vocabulary.encode,
     {
       name: [task.ids.eos] if features[name].add_eos else []
       for name in ('inputs', 'targets')
     },
   )
-  examples = _Examples(
-    sources, None if about else texts, dataset, task.ids.num_ids
-  )
-  for _ in examples.rows():  # all fit, before anything is compiled or written
-    pass
-  provenance = about or {'vocabulary': None}
-  # All hosts compute the scores; the first one writes them.
-  writer = None
-  if hosts.is_first_host():
-    writer = predictions.Writer(
-      path,
-      {
-        **provenance,
-        'scores': {**provenance.get('scores', {}), field: str(source.folder)},
-        'batch_size': dataset.batch_size,
-        'versions': checkpoint.versions(),
-        'pins': pins.to_json(
-          {
-            'CHECKPOINT_PATH': pretrained.pin(source, checkpoint_path),
-            _SETTING: pins.of_files(
-              predictions.files_of(predictions_path, _SETTING)
-            ),
-          }
-        ),
-      },
-      dataset.batch_size,
-      overwrite,
+
+
+def _describe(
+  source: pretrained.Pretrained, reward: rewards.Reward | None
+) -> str:
+  """Returns what scores, for the file beside the predictions."""
+  if reward is None:
+    return f'NLL under {source.folder}'
+  return f'reward of {source.folder}' if reward.needs_model else 'reward'
+
+
+def _make_measure(
+  source: pretrained.Pretrained,
+  task: build.Task,
+  dataset: datasets.DatasetConfig,
+  reward: rewards.Reward | None,
+  mesh: Mesh,
+) -> Measure:
+  """Returns the function that scores rows; loads its model."""
+  model = build.NO_MODEL
+  if reward is None or reward.needs_model:
+    model = build.load_model(source, mesh)
+  if reward is None:
+    scores = programs.make_mean_nll(model.module, ids=task.ids, mesh=mesh)
+  else:
+    scores = programs.make_rewards(
+      reward, build.make_reward_fn(reward, task, model, dataset), mesh=mesh
     )
+
+  def measure(rows):
+    values = []
+    for start in range(0, len(rows), dataset.batch_size):
+      some = rows[start : start + dataset.batch_size]
+      batch, outputs = _batch(some, dataset, task.ids.pad)
+      values += scores(model.params, batch, outputs)[: len(some)].tolist()
+    return values
+
+  return measure
+
+
+def _write(
+  writer: predictions.Writer | None,
+  examples: '_Examples',
+  measure: Measure,
+  field: str,
+) -> None:
+  """Scores the examples that are missing in a file, and writes them."""
   first = hosts.broadcast_from_first(writer.num_examples if writer else 0)
-  model = build.load_model(source, mesh)
-  measure = programs.make_mean_nll(model.module, ids=task.ids, mesh=mesh)
   if first:
     console.log(f'Resuming at example {first:,}.')
   logged = started = time.monotonic()
@@ -106,20 +166,15 @@ def score(
     num_examples += len(group)
     if group[0].number < first:
       continue
-    rows = [row for example in group for row in example.rows]
-    values = []
-    for start in range(0, len(rows), dataset.batch_size):
-      some = rows[start : start + dataset.batch_size]
-      batch = _batch(some, dataset, task.ids.pad)
-      values += measure(model.params, *batch)[: len(some)].tolist()
-    num_scored += len(values)
+    scores = measure([row for example in group for row in example.rows])
+    num_scored += len(scores)
     if writer is None:
       continue
-    scores = iter(values)
+    of_lines = iter(scores)
     writer.append(
       [
         [
-          {'example': one.number, 'sample': i, **line, field: next(scores)}
+          {'example': one.number, 'sample': i, **line, field: next(of_lines)}
           for i, line in enumerate(one.lines)
         ]
         for one in group
@@ -132,14 +187,15 @@ def score(
   if writer is None:
     return
   writer.close(num_examples)
-  console.log(f'{writer.num_predictions:,} outputs scored: {path}')
+  console.log(f'{writer.num_predictions:,} outputs scored: {writer.path}')
 
 
 class _Row(NamedTuple):
-  """Token ids of an input and of an output."""
+  """Token ids of an input, of an output, and of the reference."""
 
   inputs: Sequence[int]
   outputs: Sequence[int]
+  targets: Sequence[int]
 
 
 class _Example(NamedTuple):
@@ -155,15 +211,19 @@ class _Examples(NamedTuple):
 
   Attributes:
     sources: paths of the files.
-    texts: how texts are tokenized; None: the lines have ids.
+    texts: how texts are tokenized.
     dataset: lengths and batch size.
     num_ids: size of the vocabulary.
+    has_ids: whether the lines have ids; else their texts are tokenized.
+    has_targets: whether the references are read; lines without one have ''.
   """
 
   sources: Sequence[str]
-  texts: predictions.Texts | None
+  texts: predictions.Texts
   dataset: datasets.DatasetConfig
   num_ids: int
+  has_ids: bool
+  has_targets: bool
 
   def groups(self) -> Iterator[list[_Example]]:
     """Yields examples whose numbers are of the same batch of an uncut file.
@@ -171,63 +231,81 @@ class _Examples(NamedTuple):
     A batch of rows then has the same rows also where a run resumes.
     """
     size = self.dataset.batch_size
-    for _, group in itertools.groupby(self.rows(), lambda x: x.number // size):
+    for _, group in itertools.groupby(self.read(), lambda x: x.number // size):
       yield list(group)
 
-  def rows(self) -> Iterator[_Example]:
+  def read(self) -> Iterator[_Example]:
     """Yields examples; raises ValueError if a row does not fit."""
     for example in predictions.examples(self.sources, _SETTING):
       where = f'example {example.number}'
-      rows = [
-        _Row(*predictions.ids_of_line(line, self.texts, where, _SETTING))
-        for line in example.lines
-      ]
-      for row in rows:
-        self._check(row, f'{_SETTING}: {where}')
+      rows = [self._row(line, where) for line in example.lines]
       yield _Example(example.number, example.lines, rows)
 
-  def _check(self, row: _Row, where: str) -> None:
-    if not row.outputs:
-      raise ValueError(f'{where} has an output without tokens.')
-    for name, ids in (('inputs', row.inputs), ('targets', row.outputs)):
-      length = self.dataset.task_feature_lengths[name]
-      if len(ids) > length:
-        raise ValueError(
-          f'{where} has {len(ids)} tokens of {name}, but TASK_FEATURE_LENGTHS '
-          f'has {length}: to be scored they must not be cut. Raise it.'
-        )
-      if ids and not 0 <= min(ids) <= max(ids) < self.num_ids:
-        raise ValueError(
-          f'{where} has ids from {min(ids)} to {max(ids)} in its {name}; those '
-          f'of the vocabulary are 0 to {self.num_ids - 1}.'
-        )
+  def _row(self, line: Mapping[str, Any], where: str) -> _Row:
+    inputs, outputs = predictions.ids_of_line(
+      line, None if self.has_ids else self.texts, where, _SETTING
+    )
+    if not outputs:
+      raise ValueError(f'{_SETTING}: {where} has an output without tokens.')
+    targets = []
+    if self.has_targets:
+      text = line.get('targets', '')
+      if not isinstance(text, str):
+        raise ValueError(f'{_SETTING}: "targets" of {where} must be a text.')
+      targets = [*self.texts.encode(text), *self.texts.end['targets']]
+    row = _Row(inputs, outputs, targets)
+    for name, feature in zip(_Row._fields, _FEATURES, strict=True):
+      self._check(getattr(row, name), name, feature, where)
+    return row
+
+  def _check(
+    self, ids: Sequence[int], name: str, feature: str, where: str
+  ) -> None:
+    length = self.dataset.task_feature_lengths[feature]
+    if len(ids) > length:
+      raise ValueError(
+        f'{_SETTING}: {where} has {len(ids)} tokens of {name}, but '
+        f"TASK_FEATURE_LENGTHS['{feature}'] is {length}: what is scored must "
+        'not be cut. Raise it.'
+      )
+    if ids and not 0 <= min(ids) <= max(ids) < self.num_ids:
+      raise ValueError(
+        f'{_SETTING}: {where} has ids from {min(ids)} to {max(ids)} in its '
+        f'{name}; those of the vocabulary are 0 to {self.num_ids - 1}.'
+      )
+
+
+# Which length the fields of a `_Row` have.
+_FEATURES = ('inputs', 'targets', 'targets')
 
 
 def _batch(
   rows: Sequence[_Row], dataset: datasets.DatasetConfig, pad: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns inputs [B, S], outputs [B, T] and their weights [B, T].
+) -> tuple[Batch, Outputs]:
+  """Returns inputs with references, and outputs; the last row is repeated."""
+  size = dataset.batch_size
+  rows = [*rows, *[rows[-1]] * (size - len(rows))]
 
-  The rows after the last one repeat it.
-  """
-  lengths, size = dataset.task_feature_lengths, dataset.batch_size
-  inputs = np.full((size, lengths['inputs']), pad, np.int32)
-  outputs = np.full((size, lengths['targets']), pad, np.int32)
-  weights = np.zeros(outputs.shape, np.float32)
-  for i in range(size):
-    row = rows[min(i, len(rows) - 1)]
-    inputs[i, : len(row.inputs)] = row.inputs
-    outputs[i, : len(row.outputs)] = row.outputs
-    weights[i, : len(row.outputs)] = 1.0
-  return inputs, outputs, weights
+  def padded(name, feature):
+    length = dataset.task_feature_lengths[feature]
+    tokens = np.full((size, length), pad, np.int32)
+    weights = np.zeros((size, length), np.float32)
+    for i, row in enumerate(rows):
+      ids = getattr(row, name)
+      tokens[i, : len(ids)] = ids
+      weights[i, : len(ids)] = 1.0
+    return tokens, weights
+
+  (inputs, _), outputs, targets = map(padded, _Row._fields, _FEATURES)
+  return Batch(inputs, *targets), Outputs(*outputs)
 
 
 def _check_field(sources: Sequence[str], field: str) -> None:
-  """Raises ValueError unless the field has a name of its own."""
+  """Raises ValueError unless there are lines, and none has the field."""
   example = next(predictions.examples(sources, _SETTING), None)
-  taken = {'example', 'sample', *predictions.FIELDS}
-  if example is not None:
-    taken |= {*example.lines[0]}
+  if example is None:
+    raise ValueError(f'{_SETTING}: {", ".join(sources)} holds no predictions.')
+  taken = {'example', 'sample', *predictions.FIELDS, *example.lines[0]}
   if not isinstance(field, str) or not field or field in taken:
     raise ValueError(
       f'SCORE_FIELD is {field!r}: it must be a name that the lines of '

@@ -9,7 +9,6 @@ it in a gin file.
 
 import array
 import dataclasses
-import itertools
 import math
 import statistics
 import time
@@ -399,7 +398,7 @@ def pairs(
   """Two outputs, the better one first: the best, and one with a lower score.
 
   Their field `preference` is 'chosen' and 'rejected'. An input whose outputs
-  have equal scores loses them.
+  have equal scores, or whose texts are equal, loses them.
 
   Args:
     score: such as @select.to_targets().
@@ -423,7 +422,12 @@ def pairs(
   def choose(outputs):
     scores = score(outputs)
     best = max(range(len(scores)), key=scores.__getitem__)
-    worse = [i for i, value in enumerate(scores) if value < scores[best]]
+    texts = outputs.texts
+    worse = [
+      i
+      for i, value in enumerate(scores)
+      if value < scores[best] and texts[i] != texts[best]
+    ]
     if not worse:
       return []
     goal = min(scores)
@@ -559,8 +563,10 @@ def select(
   if any(rule.needs_several for rule in rules):
     _check_several(sources, rules)
   prepared = _prepared(rules, sources)
-  for example in itertools.islice(predictions.examples(sources, _SETTING), 1):
-    _apply(prepared, example)  # what a rule refuses, before anything is written
+  first = next(predictions.examples(sources, _SETTING), None)
+  if first is None:
+    raise ValueError(f'{_SETTING}: {predictions_path} holds no predictions.')
+  _apply(prepared, first)  # what a rule refuses, before anything is written
   provenance = about or {'vocabulary': None}
   selected = [rule.description for rule in rules]
   pinned = predictions.files_of(predictions_path, _SETTING)
@@ -577,13 +583,13 @@ def select(
   )
   if writer.num_examples:
     console.log(f'Resuming at example {writer.num_examples:,}.')
-  num_examples, num_outputs = 0, 0
+  num_examples = num_outputs = 0
   logged = time.monotonic()
-  first = writer.num_examples
+  start = writer.num_examples
   for example in predictions.examples(sources, _SETTING):
     num_examples += 1
     num_outputs += len(example.lines)
-    if example.number >= first:
+    if example.number >= start:
       writer.append([_apply(prepared, example)])
     if (now := time.monotonic()) - logged > _STATUS_SECONDS:
       logged = now

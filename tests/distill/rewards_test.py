@@ -417,22 +417,21 @@ def entailment_rewards(reward):
   )
 
 
-@pytest.mark.parametrize('version', ['text', 'ids'])
+@pytest.mark.parametrize('version', ['text', 'ids', 'reverse'])
 def test_entailment_is_the_chance_of_the_first_answer_against_the_second(
   version,
 ):
   yes, no = (VOCABULARY.encode(word)[0] for word in ('yes', 'no'))
   answers = {'entailed': yes, 'not_entailed': no} if version == 'ids' else {}
 
-  got = entailment_rewards(ENTAILMENT(**answers))
+  reverse = version == 'reverse'
+
+  got = entailment_rewards(ENTAILMENT(**answers, reverse=reverse))
 
   model, params = entailment_model()
-  for row, text in enumerate(
-    [
-      'premise: a b c hypothesis: d e',
-      'premise: d hypothesis: a',
-    ]
-  ):
+  for row, pair in enumerate([('a b c', 'd e'), ('d', 'a')]):
+    premise, hypothesis = reversed(pair) if reverse else pair
+    text = f'premise: {premise} hypothesis: {hypothesis}'
     ids = jnp.int32([[*VOCABULARY.encode(text), 1]])
     logits = np.float64(
       tiny.logits(model, params, ids, jnp.zeros((1, 1), jnp.int32))

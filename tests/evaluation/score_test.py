@@ -8,6 +8,7 @@ import pytest
 
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets, predictions, vocabularies
+from gkd_jax.distill import rewards
 from gkd_jax.evaluation import infer, programs
 from gkd_jax.models.t5 import T5Config
 from tests import conftest, t5_reference
@@ -131,8 +132,8 @@ def test_the_file_beside_it_says_which_models_scored(
   about = json.loads(
     (tmp_path / 'again' / 'predictions_train.json').read_text()
   )
-  folder = f'{model_dir}/checkpoint_0'
-  assert about['scores'] == {'nll': folder, 'nll_2': folder}
+  scored = f'NLL under {model_dir}/checkpoint_0'
+  assert about['scores'] == {'nll': scored, 'nll_2': scored}
   assert about['checkpoint'] == 'other'
   assert about['pins'].keys() == {'CHECKPOINT_PATH', 'PREDICTIONS'}
 
@@ -146,6 +147,47 @@ def test_texts_are_tokenized_as_the_task_does(score, model_dir, tmp_path):
   encode = vocabularies.byte().encode
   ids = [(*encode(text), 1) for text in ('ab', 'c')]
   assert line['nll'] == pytest.approx(reference(model_dir, *ids), rel=1e-5)
+
+
+def test_a_reward_scores_outputs_and_references(score, tmp_path):
+  path = tmp_path / 'mine.jsonl'
+  path.write_text(
+    ''.join(
+      json.dumps({'inputs': 'ab', 'targets': want, 'prediction': got}) + '\n'
+      for want, got in [('abcd', 'abxd'), ('a', 'a'), ('a', 'b')]
+    )
+  )
+
+  lines = score(path=path, score_field='r', reward=rewards.rouge_l())
+
+  assert [line['r'] for line in lines] == [0.75, 1.0, 0.0]
+  about = json.loads((tmp_path / 'out' / 'mine.json').read_text())
+  assert about['scores'] == {'r': 'reward'}
+
+
+def test_a_rewards_model_is_the_checkpoint(score, model_dir):
+  def make_reward_fn(vocabulary, ids, model):
+    def reward_fn(batch, outputs, params):
+      del batch
+      return params['token_embedder']['embedding'][outputs.tokens[:, 0], 0]
+
+    return reward_fn
+
+  _, params = pretrained.load_model(model_dir)
+  embedding = params['token_embedder']['embedding'][:, 0]
+
+  lines = score(reward=rewards.Reward(make_reward_fn, needs_model=True))
+
+  assert [line['nll'] for line in lines] == [
+    float(embedding[line['prediction_ids'][0]]) for line in lines
+  ]
+
+
+def test_a_reward_without_outputs_is_refused(model_dir, dataset, tmp_path):
+  with pytest.raises(ValueError, match='REWARD is set, but PREDICTIONS'):
+    infer.infer(
+      str(model_dir), str(tmp_path), dataset, reward=rewards.rouge_l()
+    )
 
 
 @pytest.mark.parametrize('stop_at', [0, 2])
@@ -180,9 +222,9 @@ def test_an_interrupted_run_goes_on_and_writes_the_same(
   ('rows', 'provenance', 'said'),
   [
     (ROWS, {'vocabulary': 'another'}, "of the vocabulary 'another'; task"),
-    ([([70, 1], [[80] * 8])], {}, 'example 0 has 8 tokens of targets, but'),
+    ([([70, 1], [[80] * 8])], {}, 'example 0 has 8 tokens of outputs, but'),
     ([*ROWS, ([70] * 7, [[1]])], {}, 'example 4 has 7 tokens of inputs, but'),
-    ([([70, 1], [[300, 1]])], {}, 'has ids from 1 to 300 in its targets'),
+    ([([70, 1], [[300, 1]])], {}, 'has ids from 1 to 300 in its outputs'),
     ([([70, 1], [[]])], {}, 'example 0 has an output without tokens'),
     ([([70, 1], [None])], {}, 'example 0 has no list "prediction_ids"'),
   ],

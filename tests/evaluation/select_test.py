@@ -220,6 +220,7 @@ def test_equal_outputs_are_no_pair():
   rule = select.pairs(select.field('r'))
 
   assert rule.choose(outputs('a', 'b', 'b', r=[1, 1, 1])) == []
+  assert rule.choose(outputs('a', 'a', r=[1, 0])) == []
 
 
 def test_a_pair_may_have_signed_weights():
@@ -532,6 +533,13 @@ def test_one_output_for_each_input_is_refused(run, tmp_path):
   with pytest.raises(ValueError, match=r'one output for each input, but mbr'):
     run(MBR, path=path)
   assert not (tmp_path / 'out').exists()
+
+
+def test_files_without_predictions_are_refused(run, tmp_path):
+  (tmp_path / 'empty.jsonl').touch()
+
+  with pytest.raises(ValueError, match='PREDICTIONS: .* holds no predictions'):
+    run(SHORT, path=tmp_path / 'empty.jsonl')
 
 
 def test_the_folder_of_the_predictions_is_refused(run, source):
