@@ -26,8 +26,13 @@ TEXTS = (
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A tokenizer like Gemma's: BPE with bytes, spaces as ▁, special tokens."""
   folder = tmp_path_factory.mktemp('tokenizer')
+  write_gemma_tokenizer(folder, ['the fox jumps over the dog'] * 9)
+  return folder
+
+
+def write_gemma_tokenizer(folder, texts):
+  """Writes a tokenizer like Gemma's: BPE with bytes, spaces as ▁."""
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE(unk_token='<unk>', byte_fallback=True)
   )
@@ -40,18 +45,14 @@ def folder(tmp_path_factory):
     ]
   )
   special = ['<pad>', '<eos>', '<bos>', '<unk>', '<unused0>', '<unused1>']
+  of_bytes = [f'<0x{i:02X}>' for i in range(256)]
   tokenizer.train_from_iterator(
-    ['the fox jumps over the dog'] * 9,
+    texts,
     tokenizers.trainers.BpeTrainer(
-      vocab_size=320,
-      special_tokens=[
-        *special,
-        '<start>',
-        *(f'<0x{i:02X}>' for i in range(256)),
-      ],
+      vocab_size=310, special_tokens=[*special, '<start>', *of_bytes]
     ),
   )
-  # Bytes are no special tokens; those of transformers are set by their names.
+  # Bytes are no special tokens.
   values = json.loads(tokenizer.to_str())
   values['added_tokens'] = values['added_tokens'][:7]
   (folder / 'tokenizer.json').write_text(json.dumps(values))
@@ -59,14 +60,10 @@ def folder(tmp_path_factory):
     json.dumps(
       {
         'tokenizer_class': 'PreTrainedTokenizerFast',
-        'pad_token': '<pad>',
-        'eos_token': '<eos>',
-        'bos_token': '<bos>',
-        'unk_token': '<unk>',
+        **{f'{n}_token': f'<{n}>' for n in ('pad', 'eos', 'bos', 'unk')},
       }
     )
   )
-  return folder
 
 
 @pytest.fixture(scope='module')

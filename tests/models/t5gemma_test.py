@@ -204,6 +204,8 @@ def run_on_mesh(version, num_kv_heads, mesh_shape):
   )
   config = tiny.t5gemma_config(
     version,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
     num_heads=4,
     num_kv_heads=num_kv_heads,
     encoder_num_heads=None,

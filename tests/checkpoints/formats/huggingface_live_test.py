@@ -22,6 +22,7 @@ transformers = pytest.importorskip(
   'transformers', reason='needs transformers: the extra [interop]'
 )
 from tests.checkpoints.formats import make_huggingface_fixtures as fixtures  # noqa: E402
+from tests.data.tokenizer_json_test import write_gemma_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.interop
 
@@ -335,3 +336,80 @@ def test_texts_with_added_tokens_are_split_and_joined_as_there(tmp_path):
     assert ours.encode(text) == ids
     if ours.unk_id not in ids:  # ours writes ⁇ for it
       assert ours.decode(ids) == theirs.decode(ids)
+
+
+# --- From a folder of T5Gemma 2 with its tokenizer.json, and back -------------
+
+
+def test_a_t5gemma_2_is_distilled_with_its_own_tokenizer(run_main, tmp_path):
+  words = ['the fox', 'a dog', 'the dog jumps', 'over', 'the fox jumps']
+  shape = {'num_key_value_heads': 1, 'vocab_size': 320}
+  for seed, name in enumerate(['student', 'teacher']):
+    model = fixtures.make(
+      't5gemma2', shape | {'image_ids': (317, 318, 319)}, seed=seed
+    )
+    model.save_pretrained(tmp_path / name)
+    write_gemma_tokenizer(tmp_path / name, words * 9)
+  lines = [json.dumps({'inputs': w, 'targets': w[::-1]}) for w in words]
+  (tmp_path / 'words.jsonl').write_text('\n'.join(lines))
+
+  def run(*arguments, **macros):
+    finished = run_main(
+      *arguments,
+      '--gin_file=gin/vocabularies/tokenizer_json.gin',
+      *gin_flags(
+        VOCABULARY_PATH=tmp_path / 'student' / 'tokenizer.json', **macros
+      ),
+    )
+    assert finished.code == 0, finished.err
+    return finished.err
+
+  task = {
+    'JSON_LINES_FILES': dict.fromkeys(
+      ('train', 'test'), str(tmp_path / 'words.jsonl')
+    ),
+    'TASK_FEATURE_LENGTHS': {'inputs': 24, 'targets': 24},
+  }
+  run(
+    '--gin_file=configs/from_pretrained.gin',
+    '--gin_file=gin/tasks/json_lines.gin',
+    **task,
+    INITIAL_CHECKPOINT_PATH=tmp_path / 'student',
+    TEACHER_CHECKPOINT_PATH=tmp_path / 'teacher',
+    MODEL_DIR=tmp_path / 'run',
+    TRAIN_STEPS=3,
+    WARMUP_STEPS=0,
+    BATCH_SIZE=4,
+    EVAL=None,
+  )
+  finished = run_main(
+    '--run_mode=export',
+    *gin_flags(
+      CHECKPOINT_PATH=tmp_path / 'run',
+      EXPORT_FORMAT='huggingface',
+      OUTPUT_DIR=tmp_path / 'exported',
+    ),
+  )
+  assert finished.code == 0, finished.err
+
+  loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+    tmp_path / 'exported'
+  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+  model, params = golden.load(epath.Path(tmp_path / 'exported'))
+  given = tokenizer(words, padding=True, return_tensors='pt')
+  inputs = given.input_ids.numpy()
+  targets = np.full((len(words), 5), 9)
+  with torch.no_grad():
+    want = loaded(
+      input_ids=given.input_ids,
+      attention_mask=given.attention_mask,
+      labels=torch.tensor(targets),
+    ).logits
+  logits = jax.jit(model.apply)(
+    {'params': params}, jnp.asarray(inputs), jnp.asarray(targets)
+  )
+  np.testing.assert_allclose(logits, want, atol=1e-4)
+  before = golden.load(epath.Path(tmp_path / 'student'))[1]
+  table = params['token_embedder']['embedding']
+  assert not np.array_equal(table, before['token_embedder']['embedding'])
