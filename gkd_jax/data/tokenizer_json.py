@@ -3,7 +3,8 @@
 
 Any model of such a file works: BPE, WordPiece, Unigram, with its normalizer and
 its added tokens. T5Gemma 2 has no other file. The package `tokenizers` computes
-the tokens; like seqio it is imported on first use.
+the tokens, in Python: in functions without state, so that the position in the
+data can be saved. Like seqio it is imported on first use.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _class() -> type:
         return np.int32(flat), np.int64([len(row) for row in rows])
 
       flat, lengths = tf.numpy_function(
-        encode, [tf.reshape(s, [-1])], [tf.int32, tf.int64]
+        encode, [tf.reshape(s, [-1])], [tf.int32, tf.int64], stateful=False
       )
       flat.set_shape([None])
       lengths.set_shape([None])
@@ -123,7 +124,7 @@ def _class() -> type:
         texts = [self._decode(row).encode('utf-8') for row in rows]
         return np.array(texts, object).reshape(ids.shape[:-1])
 
-      text = tf.numpy_function(decode, [ids], tf.string)
+      text = tf.numpy_function(decode, [ids], tf.string, stateful=False)
       text.set_shape(ids.shape[:-1])
       return text
 

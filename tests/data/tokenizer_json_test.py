@@ -150,3 +150,19 @@ def test_a_damaged_file_is_refused(tmp_path):
 
   with pytest.raises(ValueError, match='is not a tokenizer.json: '):
     vocabularies.tokenizer_json(tmp_path / 'tokenizer.json')
+
+
+def test_the_position_in_data_of_its_tokens_is_saved(vocabulary, tmp_path):
+  import tensorflow as tf
+
+  def iterator():
+    data = tf.data.Dataset.from_tensor_slices(['the', 'fox', 'over'])
+    return iter(data.map(vocabulary.encode_tf))
+
+  position = iterator()
+  next(position)
+  path = tf.train.Checkpoint(position=position).write(str(tmp_path / 'at'))
+  resumed = iterator()
+  tf.train.Checkpoint(position=resumed).read(path).assert_consumed()
+
+  assert next(resumed).numpy().tolist() == [*vocabulary.encode('fox')]
