@@ -75,13 +75,18 @@ def tokenizer_json(path: str) -> seqio.Vocabulary:
     ValueError: the file does not exist or is none, no file names EOS, or the
       package `tokenizers` is not installed.
   """
-  path = paths.resolve(path, 'VOCABULARY_PATH')
-  if not epath.Path(path).exists():
-    raise ValueError(f'VOCABULARY_PATH {path} {paths.missing(path)}.')
-  if epath.Path(path).is_dir():
+  if paths.is_remote(path):
     raise ValueError(
-      f'VOCABULARY_PATH {path} is a folder. Give the {tokenizer_files.FAST} in '
-      'it.'
+      f'VOCABULARY_PATH {path}: a {tokenizer_files.FAST} is read from a local '
+      'disk only. Copy it and the files beside it.'
+    )
+  path = epath.Path(paths.resolve(path, 'VOCABULARY_PATH'))
+  if not path.exists():
+    raise ValueError(f'VOCABULARY_PATH {path} {paths.missing(path)}.')
+  if path.is_dir() or path.name != tokenizer_files.FAST:
+    raise ValueError(
+      f'VOCABULARY_PATH must be a file {tokenizer_files.FAST}, got {path}. For '
+      'a SentencePiece model use gin/vocabularies/sentencepiece.gin.'
     )
   import_libraries()
   return tokenizer_json_lib.make(str(path))

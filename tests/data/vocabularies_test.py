@@ -136,3 +136,21 @@ def test_a_tokenizer_json_needs_its_package(tmp_path, monkeypatch):
 
   with pytest.raises(ValueError, match='pip install .tokenizers'):
     vocabularies.tokenizer_json(tmp_path / 'tokenizer.json')
+
+
+@pytest.mark.parametrize(
+  'name, said',
+  [
+    ('x/tokenizer.json', 'is not there'),
+    ('folder', 'must be a file tokenizer.json, got .*folder.'),
+    ('spiece.model', 'use gin/vocabularies/sentencepiece.gin'),
+    ('gs://b/tokenizer.json', 'is read from a local disk only'),
+  ],
+)
+def test_what_is_no_tokenizer_json_is_refused(tmp_path, name, said):
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'spiece.model').write_bytes(b'')
+  path = name if '://' in name else str(tmp_path / name)
+
+  with pytest.raises(ValueError, match=f'VOCABULARY_PATH .*{said}'):
+    vocabularies.tokenizer_json(path)
