@@ -20,7 +20,7 @@ import operator
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,12 +49,6 @@ from gkd_jax.runtime import console, files, paths
 # Takes the place of the compiler's error message.
 _NOT_COMPILED = 'not compiled: the arguments of the program alone are too large'
 _NO_COST = costs.Cost(0.0, 0.0)
-# What a policy or a credit calls -> its phase; all others are sampling.
-_PHASES = {
-  'compare': 'compare',
-  'compute_rewards': 'reward',
-  'log_probs': 'credit',
-}
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -396,15 +390,23 @@ def _called(
     return cost.times(parts / reader.shards)
 
   def flops(number):
-    return sum(n * of[name].flops for name, n in number.items())
+    return sum(cost.flops for cost in _of_phases(of, number).values())
 
   rows = dataset.batch_size // data
-  of = {'sample_student': rollout(ours, rows, with_encoder=False)}
+  of = {'sample_student': {'sampling': rollout(ours, rows, False)}}
   if method.policy.needs_teacher:
     theirs = graders[0]
-    of['sample_teacher'] = rollout(theirs, rows, with_encoder=True)
-    of['sample_pair'] = of['sample_student'] + of['sample_teacher']
-    of['compare'] = forward(ours, not shares_encoder) + forward(theirs, True)
+    with_encoder = rollout(theirs, rows, True)
+    alone = rollout(theirs, rows, False)
+    both = forward(ours, not shares_encoder) + forward(theirs, True)
+    of['sample_teacher'] = {
+      'teacher_encoder': with_encoder + alone.times(-1),
+      'sampling': alone,
+    }
+    of['compare'] = {'compare': both}
+    of['sample_pair'] = _of_phases(
+      of, {'sample_student': 1, 'sample_teacher': 1}
+    )
   found = calls.of_policy(
     method.policy,
     planned.batch,
@@ -416,11 +418,15 @@ def _called(
     of_reward, not_counted = _of_reward(experiment, planned, num_rows)
     readers = [ours, *(graders if method.needs_grades else [])]
     of |= {
-      'compute_rewards': of_reward,
-      'log_probs': functools.reduce(operator.add, map(unembed, readers)),
-      'sample_greedy': rollout(
-        ours, num_rows // data, with_encoder=not shares_encoder
-      ).times(parts),
+      'compute_rewards': {'reward': of_reward},
+      'log_probs': {
+        'credit': functools.reduce(operator.add, map(unembed, readers))
+      },
+      'sample_greedy': {
+        'sampling': rollout(ours, num_rows // data, not shares_encoder).times(
+          parts
+        )
+      },
     }
     found += calls.of_credit(
       method.credit,
@@ -431,12 +437,23 @@ def _called(
       outputs_per_input=method.policy.num_outputs,
       weigh=flops,
     )
+  return _of_phases(of, found), not_counted
+
+
+def _of_phases(
+  of: Mapping[str, Mapping[str, costs.Cost]], calls: Mapping[str, int]
+) -> dict[str, costs.Cost]:
+  """Returns {phase: cost} of calls.
+
+  Args:
+    of: {what is called: {phase: cost of one call}}.
+    calls: {what is called: how often}.
+  """
   phases = {}
-  for name, number in found.items():
-    phase = _PHASES.get(name, 'sampling')
-    cost = of[name].times(number)
-    phases[phase] = phases.get(phase, _NO_COST) + cost
-  return phases, not_counted
+  for name, number in calls.items():
+    for phase, cost in of[name].items():
+      phases[phase] = phases.get(phase, _NO_COST) + cost.times(number)
+  return phases
 
 
 def _of_reward(

@@ -51,6 +51,7 @@ CHIPS = {
 # Named scopes of a step. Only those that it has are phases of a report.
 PHASES = (
   'student_encoder',
+  'teacher_encoder',  # before the teacher writes
   'sampling',
   'compare',
   'teacher',

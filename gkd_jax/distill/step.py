@@ -377,7 +377,7 @@ def _draw(
 
   def teacher(config=None):
     model, inputs = models.teacher, batch.teacher_inputs
-    known = encode(model, teacher_params, inputs, 'sampling')
+    known = encode(model, teacher_params, inputs, 'teacher_encoder')
     config = config or method.teacher_sampler
     return rollout_lib.Writer(model, teacher_params, inputs, config, known)
 
