@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples one output for each input, inside a compiled step; no gradient."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax.batch import SpecialIds, mask_unused_ids
-from gkd_jax.decoding import pair, sampler
+from gkd_jax.decoding import pair, sampler, speculative
 from gkd_jax.decoding.calculator import Calculator
 from gkd_jax.models.interface import Model, Params
 
@@ -118,15 +119,66 @@ def rollout_pair(
   )
 
 
+@jax.named_scope('sampling')
+def rollout_drafted(
+  target: Writer,
+  draft: Writer,
+  rng: jax.Array,
+  drafting: speculative.Drafting,
+  *,
+  row_ids_B: jax.Array,
+  max_decode_len: int,
+  ids: SpecialIds,
+) -> speculative.Drafted:
+  """Samples one output of a model for each input, drafted by another.
+
+  Args:
+    target: model, parameters, inputs, and how to draw.
+    draft: model, parameters and inputs; it draws as the target does.
+    rng: key of this batch.
+    drafting: how to draft.
+    row_ids_B: [B] number of each row in the global batch.
+    max_decode_len: T.
+    ids: the special ids of both models and their vocabulary.
+
+  Raises:
+    ValueError: the draft draws in another way, or there is a calculator.
+  """
+  if draft.config != target.config:
+    raise ValueError(
+      f'The draft must draw as the target does, {target.config}; got '
+      f'{draft.config}.'
+    )
+  length = speculative.cache_length(max_decode_len, drafting)
+  starts = [
+    _start(writer, length, ids, method='decode_block')
+    for writer in (target, draft)
+  ]
+  decode_blocks, caches = zip(*starts, strict=True)
+  return speculative.sample(
+    *decode_blocks,
+    caches,
+    rng,
+    target.config,
+    drafting,
+    row_ids_B=row_ids_B,
+    max_decode_len=max_decode_len,
+    ids=ids,
+  )
+
+
 def _vocab_shards(model: Model) -> int:
   """Returns the number of devices that a row of logits is sharded over."""
   return 1 if model.placement is None else model.placement.num_shards('vocab')
 
 
 def _start(
-  writer: Writer, max_decode_len: int, ids: SpecialIds
-) -> tuple[sampler.DecodeStep, sampler.Cache]:
-  """Returns the decode step of a writer, and its cache before it."""
+  writer: Writer,
+  max_decode_len: int,
+  ids: SpecialIds,
+  method: str = 'decode_step',
+) -> tuple[Callable[..., tuple[jax.Array, Any]], Any]:
+  """Returns a writer's method that decodes, and its cache before it."""
   model, inputs = writer.model, writer.encoder_input_tokens
   params = jax.lax.stop_gradient(writer.params)
   encoded = writer.encoded
@@ -142,10 +194,8 @@ def _start(
     method='start_cache',
   )
 
-  def decode_step(cache, tokens_B):
-    logits, cache = model.apply(
-      variables, cache, tokens_B, method='decode_step'
-    )
+  def decode(cache, *tokens):
+    logits, cache = model.apply(variables, cache, *tokens, method=method)
     return mask_unused_ids(logits, ids), cache
 
-  return decode_step, cache
+  return decode, cache

@@ -20,7 +20,7 @@ from gkd_jax.decoding.calculator import Calculator, CalculatorState
 Cache = Any
 DecodeStep = Callable[[Cache, jax.Array], tuple[jax.Array, Cache]]
 
-# Block size of the search in `_draw`, near sqrt(V) for V = 32k.
+# Block size of the search in `invert_cumulative`, near sqrt(V) for V = 32k.
 _BLOCK = 128
 # A token at the limit of min_p or epsilon is kept: nats of rounding.
 _ROUNDING = 1e-5
@@ -292,7 +292,8 @@ def _force(drawn: Drawn, prefix: Prefix, step: jax.Array) -> Drawn:
 def uniforms(rng: jax.Array, row_ids_B: jax.Array) -> Callable[..., jax.Array]:
   """Returns (step, stream=0) -> [B] uniform numbers in [0, 1).
 
-  They depend only on the key, the row's number, the step and the stream.
+  They depend only on the key, the row's number, the step and the stream. The
+  step is that of all rows, or [B].
 
   Args:
     rng: key of this batch.
@@ -301,13 +302,14 @@ def uniforms(rng: jax.Array, row_ids_B: jax.Array) -> Callable[..., jax.Array]:
   row_rngs = jax.vmap(lambda row: jax.random.fold_in(rng, row))(row_ids_B)
 
   def uniform(step: jax.Array, stream: int = 0) -> jax.Array:
-    def of_row(key):
+    def of_row(key, step):
       key = jax.random.fold_in(key, step)
       return jax.random.uniform(
         jax.random.fold_in(key, stream) if stream else key
       )
 
-    return jax.vmap(of_row)(row_rngs)
+    step_axis = 0 if jnp.ndim(step) else None
+    return jax.vmap(of_row, in_axes=(0, step_axis))(row_rngs, step)
 
   return uniform
 
@@ -341,7 +343,7 @@ def draw_tokens(
     drawn_B = _draw_from_shards(uniform_B, jnp.exp(log_p_BV), vocab_shards)
     is_drawn_BV = jnp.arange(log_p_BV.shape[-1]) == drawn_B[:, None]
     return drawn_B, jnp.sum(log_p_BV, axis=-1, where=is_drawn_BV)
-  drawn_B = _draw(uniform_B, jnp.exp(log_p_BV))
+  drawn_B = invert_cumulative(uniform_B, jnp.exp(log_p_BV))
   return drawn_B, jnp.take_along_axis(log_p_BV, drawn_B[:, None], 1)[:, 0]
 
 
@@ -404,7 +406,7 @@ def filter_logits(logits: jax.Array, config: SamplerConfig) -> jax.Array:
   return logits
 
 
-def _draw(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
+def invert_cumulative(uniform_B: jax.Array, p_BV: jax.Array) -> jax.Array:
   """Draws one id per row by inverting the cumulative distribution.
 
   It needs one uniform number per row instead of a Gumbel draw's V.
@@ -445,7 +447,7 @@ def _search(
 def _draw_from_shards(
   uniform_B: jax.Array, p_BV: jax.Array, num_shards: int
 ) -> jax.Array:
-  """Draws as `_draw` does; the search first finds the shard of V.
+  """Draws as `invert_cumulative` does; the search first finds the shard of V.
 
   Each device searches its own shard with the same target; the token of the
   shard that was found counts. Only numbers [B, shards] are exchanged.

@@ -282,7 +282,9 @@ def test_only_ids_of_positive_probability_are_drawn(uniform, num_ids):
   # Rounding: the sum of a row differs from 1 in its last digits.
   p = np.float32(p / p.sum(axis=1, keepdims=True))
 
-  drawn = jax.jit(sampler._draw)(np.full(20, uniform, np.float32), p)
+  drawn = jax.jit(sampler.invert_cumulative)(
+    np.full(20, uniform, np.float32), p
+  )
 
   assert (p[np.arange(20), drawn] > 0).all()
   if uniform == 0.0:
@@ -299,7 +301,7 @@ def test_draw_inverts_the_cumulative_distribution_exactly(vocab_size):
   uniform = rng.integers(0, 2**23, 400)
   uniform[::4] = 8 * cuts[::4, rng.integers(0, vocab_size - 1)]  # on a border
 
-  got = jax.jit(sampler._draw)(
+  got = jax.jit(sampler.invert_cumulative)(
     jnp.float32(uniform / 2**23), jnp.float32(counts / 2**20)
   )
 
@@ -316,7 +318,7 @@ def test_draw_is_accurate_for_a_large_vocabulary():
   p = np.float32(p / p.sum(axis=1, keepdims=True))
   uniform = np.float32(rng.random(100))
 
-  got = np.asarray(jax.jit(sampler._draw)(uniform, p))
+  got = np.asarray(jax.jit(sampler.invert_cumulative)(uniform, p))
 
   cumulative = np.cumsum(np.float64(p), axis=1)
   through = cumulative[np.arange(100), got]
