@@ -140,6 +140,34 @@ def of_rollout(
   return cost
 
 
+def of_drafted(
+  target: ModelConfig,
+  draft: ModelConfig,
+  *,
+  batch_size: int,
+  input_length: int,
+  target_length: int,
+  draft_length: int,
+  block_efficiency: float,
+) -> Cost:
+  """Returns the cost of sampling as `of_rollout`, but with a draft.
+
+  Args:
+    target: the shape of the model that writes.
+    draft: of the model that drafts.
+    batch_size: B.
+    input_length: S, of both.
+    target_length: T.
+    draft_length: tokens that are drafted in a round, one position a call.
+    block_efficiency: tokens that an output gains in a round.
+  """
+  B, S, T = batch_size, input_length, target_length
+  rounds = T / block_efficiency
+  of_target = _call(target, B, S, T, draft_length + 1, 4).times(rounds)
+  of_draft = _call(draft, B, S, T, 1, 4).times(rounds * draft_length)
+  return of_target + of_draft + _cross(target, B, S, 4) + _cross(draft, B, S, 4)
+
+
 def of_forward(
   model: ModelConfig,
   *,
@@ -312,10 +340,18 @@ def _head(c: ModelConfig, tokens: int, weight_bytes: int) -> Cost:
 def _sampling(
   c: ModelConfig, B: int, S: int, T: int, weight_bytes: int
 ) -> Cost:
-  """Sampling T tokens; each step reads all decoder weights and the KV cache."""
+  """Sampling T tokens, one position a call."""
+  one = _call(c, B, S, T, 1, weight_bytes)
+  return one.times(T) + _cross(c, B, S, weight_bytes)
+
+
+def _call(
+  c: ModelConfig, B: int, S: int, T: int, num_positions: int, weight_bytes: int
+) -> Cost:
+  """One cached call; it reads all decoder weights and the KV cache."""
   seen = (T + 1) / 2  # keys of the self-attention, on average
+  rows = B * num_positions
   one = _products(
-    c.decoder, _of_targets(c), B, B * (seen + S), c, weight_bytes
-  ) + _head(c, B, weight_bytes)
-  caches = Cost(0.0, B * (seen + S) * float(_cached(c) * weight_bytes))
-  return (one + caches).times(T) + _cross(c, B, S, weight_bytes)
+    c.decoder, _of_targets(c), rows, rows * (seen + S), c, weight_bytes
+  ) + _head(c, rows, weight_bytes)
+  return one + Cost(0.0, B * (seen + S) * float(_cached(c) * weight_bytes))

@@ -398,10 +398,14 @@ def _called(
     theirs = graders[0]
     with_encoder = rollout(theirs, rows, True)
     alone = rollout(theirs, rows, False)
+    sampling = alone
+    if (drafting := method.teacher_drafting) is not None:
+      # At best the teacher accepts all tokens that the student drafts.
+      sampling = alone._replace(bytes=alone.bytes / (drafting.length + 1))
     both = forward(ours, not shares_encoder) + forward(theirs, True)
     of['sample_teacher'] = {
       'teacher_encoder': with_encoder + alone.times(-1),
-      'sampling': alone,
+      'sampling': sampling,
     }
     of['compare'] = {'compare': both}
     of['sample_pair'] = _of_phases(
