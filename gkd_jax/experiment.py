@@ -19,7 +19,7 @@ import optax
 
 from gkd_jax.checkpoints import pretrained
 from gkd_jax.data import datasets
-from gkd_jax.decoding import beam_search, sampler
+from gkd_jax.decoding import beam_search, sampler, speculative
 from gkd_jax.distill import rewards, rules, teachers
 from gkd_jax.distill.methods import Method
 from gkd_jax.models.interface import ModelConfig
@@ -163,6 +163,37 @@ class RewardModel:
 
   def __post_init__(self):
     pretrained.check_dtype('experiment.RewardModel.dtype', self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+  """A smaller model that drafts the outputs of an evaluation or inference.
+
+  Attributes:
+    checkpoint_path: its parameters; it must have the task's vocabulary. None:
+      no draft.
+    drafting: how tokens are drafted and accepted; None: `Drafting()`.
+    compared_batches: the first so many batches are also written without the
+      draft, to measure the speed-up.
+    measures_student: whether an evaluation measures its checkpoint as the draft
+      of its teacher; see `agreement.Agreement`.
+  """
+
+  checkpoint_path: str | None = None
+  drafting: speculative.Drafting | None = None
+  compared_batches: int = 2
+  measures_student: bool = False
+
+  def __post_init__(self):
+    if self.checkpoint_path is None and self.drafting is not None:
+      raise ValueError(
+        f'A draft of {self.drafting.length} tokens is set (DRAFT_LENGTH), but '
+        'DRAFT_CHECKPOINT_PATH is not. Set it to a run, Hugging Face or T5X '
+        'folder, or leave out gin/decoding/speculative.gin.'
+      )
+    if self.drafting is None:
+      object.__setattr__(self, 'drafting', speculative.Drafting())
+    _check_int('experiment.Draft.compared_batches', self.compared_batches, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,6 +379,8 @@ class EvaluationPlan:
     test: evaluated once after training, into eval_<split>.json and
       samples_<split>.json; None: no evaluation after training.
     decodings: {name: sampler or beam search}.
+    as_draft: whether the student is measured as its teacher's draft; see
+      `agreement.Agreement`. The predicted speed-up is measured on `test` alone.
   """
 
   validation: datasets.DatasetConfig | None = None
@@ -355,6 +388,7 @@ class EvaluationPlan:
   decodings: Mapping[str, Decoding] = dataclasses.field(
     default_factory=lambda: DECODINGS
   )
+  as_draft: bool = False
 
   def __post_init__(self):
     check_decodings(self.decodings)
@@ -463,6 +497,13 @@ def divergence_compares_logits_of_the_students_size(
   )
 
 
+def drafts_are_shorter_than_outputs(experiment: Experiment) -> None:
+  """The teacher writes the last token of each round."""
+  drafting = experiment.method.teacher_drafting
+  if drafting is not None:
+    drafting.check_fits(experiment.data.train.task_feature_lengths['targets'])
+
+
 def microbatches_divide_the_batch(experiment: Experiment) -> None:
   """All microbatches have the same shape."""
   batch_size = experiment.data.train.batch_size
@@ -557,6 +598,7 @@ def the_methods_teachers_are_those_of_the_run(experiment: Experiment) -> None:
 RULES: tuple[Callable[[Experiment], None], ...] = (
   parts_of_the_method_fit_together,
   divergence_compares_logits_of_the_students_size,
+  drafts_are_shorter_than_outputs,
   microbatches_divide_the_batch,
   warmup_ends_before_the_run,
   learning_rates_are_numbers_from_zero,
@@ -597,7 +639,17 @@ def reward_model_is_set_where_needed(experiment: Experiment) -> None:
   check_reward_model(experiment.method.reward, experiment.reward_model)
 
 
+def a_draft_is_measured_with_one_teacher(experiment: Experiment) -> None:
+  """Acceptance is measured on outputs of one teacher."""
+  check_as_draft(
+    'experiment.EvaluationPlan.as_draft',
+    experiment.evaluation.as_draft,
+    experiment.teacher.checkpoint_path,
+  )
+
+
 CHECKPOINT_RULES: tuple[Callable[[Experiment], None], ...] = (
+  a_draft_is_measured_with_one_teacher,
   needed_teacher_has_a_checkpoint,
   settings_of_the_teacher_have_a_checkpoint,
   reward_model_is_set_where_needed,
@@ -635,6 +687,40 @@ def check_decodings(decodings: Mapping[str, Any]) -> None:
         f'DECODINGS: {name!r} must be @sampler.SamplerConfig() or '
         f'@beam_search.BeamConfig(), got {decoding!r}.'
       )
+
+
+def check_drafted(draft: Draft, decodings: Mapping[str, Decoding]) -> None:
+  """Raises ValueError if a draft is set for a decoding that cannot have one."""
+  if draft.checkpoint_path is None:
+    return
+  for name, decoding in decodings.items():
+    of = f'{name!r}' if name else 'DECODING'
+    if isinstance(decoding, beam_search.BeamConfig):
+      raise ValueError(
+        f'DRAFT_CHECKPOINT_PATH is set, but {of} is a beam search, which '
+        'cannot have a draft. Use a sampler.SamplerConfig, or leave '
+        'DRAFT_CHECKPOINT_PATH unset.'
+      )
+    if decoding.calculator:
+      raise ValueError(
+        f'DRAFT_CHECKPOINT_PATH is set, but {of} has a calculator, which '
+        'replaces tokens after they were drawn. Set CALCULATOR = False, or '
+        'leave DRAFT_CHECKPOINT_PATH unset.'
+      )
+
+
+def check_as_draft(
+  setting: str,
+  as_draft: bool,
+  teacher_checkpoint_path: str | Mapping[str, str] | None,
+) -> None:
+  """Raises ValueError if a draft is measured without one teacher."""
+  if as_draft and not isinstance(teacher_checkpoint_path, str):
+    raise ValueError(
+      f'{setting} is True, but TEACHER_CHECKPOINT_PATH is '
+      f'{teacher_checkpoint_path!r}: a model is measured as the draft of one '
+      f'teacher. Set one path, or {setting.rpartition(".")[2]} = False.'
+    )
 
 
 def check_best_metric(keep: Keep, names: Sequence[str]) -> None:

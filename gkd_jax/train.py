@@ -18,7 +18,7 @@ from gkd_jax.distill import rewards, teachers
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill.state import Frozen, TrainState
 from gkd_jax.distill.step import TrainStep
-from gkd_jax.evaluation import evaluate, programs
+from gkd_jax.evaluation import drafting, evaluate, programs
 from gkd_jax.experiment import (
   Due,
   Experiment,
@@ -373,7 +373,7 @@ def _evaluations(
       mesh=mesh,
     )
 
-  def make(dataset: datasets.DatasetConfig | None):
+  def make(dataset: datasets.DatasetConfig | None, is_timed: bool):
     return dataset and evaluate.Evaluation(
       dataset,
       plan.student,
@@ -381,6 +381,10 @@ def _evaluations(
       experiment.evaluation.decodings,
       seed=experiment.schedule.seed,
       mesh=mesh,
+      # Times in metrics.jsonl would differ after a resume.
+      drafts=drafting.Drafts(
+        as_draft=experiment.evaluation.as_draft, is_timed=is_timed
+      ),
       mean_reward=mean_reward,
       divergence=experiment.method.objective.divergence,
       grades=teachers.without_student(
@@ -389,8 +393,8 @@ def _evaluations(
       before_batch=before_batch,
     )
 
-  validation = make(experiment.evaluation.validation)
-  test = make(experiment.evaluation.test)
+  validation = make(experiment.evaluation.validation, is_timed=False)
+  test = make(experiment.evaluation.test, is_timed=True)
   if experiment.keep.best_metric is not None:
     check_best_metric(experiment.keep, validation.names())
   for name in experiment.method.policy.reads_metrics:

@@ -11,6 +11,7 @@ import pytest
 
 from gkd_jax import experiment as experiment_lib
 from gkd_jax.data import datasets
+from gkd_jax.decoding.speculative import Drafting
 from gkd_jax.distill import (
   credit,
   divergences,
@@ -64,6 +65,16 @@ BROKEN = [
     'divergence_compares_logits_of_the_students_size',
     {'objective': objectives.Objective(lambda **logits: 0.0)},
     'must map logits [..., V] to [...] floats',
+  ),
+  (
+    'a_draft_is_measured_with_one_teacher',
+    {'as_draft': True, 'teacher_checkpoint_path': None},
+    'as_draft is True, but TEACHER_CHECKPOINT_PATH is None',
+  ),
+  (
+    'drafts_are_shorter_than_outputs',
+    {'policy': policies.teacher(), 'teacher_drafting': Drafting(7)},
+    'DRAFT_LENGTH is 7, but outputs have 7 tokens at most',
   ),
   (
     'microbatches_divide_the_batch',

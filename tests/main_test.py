@@ -32,6 +32,7 @@ FORWARD_KL = '--gin_file=configs/cmudict_g2p/on_policy_forward_kl.gin'
 JSD = '--gin_file=configs/cmudict_g2p/on_policy_jsd_0.9.gin'
 EVAL = '--gin_file=configs/cmudict_g2p/eval.gin'
 INFER = '--gin_file=configs/cmudict_g2p/infer.gin'
+DRAFTED = '--gin_file=gin/decoding/speculative.gin'
 NUM_STEPS = 40
 NUM_EXAMPLES = 48
 
@@ -742,6 +743,10 @@ def test_a_command_line_that_makes_no_sense_is_refused(
     (
       [STUDENT, '--gin.experiment.Teacher.dtype=bfloat16'],
       ['experiment.Teacher.dtype is set, but TEACHER_CHECKPOINT_PATH is not'],
+    ),
+    (
+      [STUDENT, DRAFTED, '--gin.DRAFT_CHECKPOINT_PATH=x'],
+      ['DRAFT_CHECKPOINT_PATH has no effect: no setting of this experiment'],
     ),
     (
       [STUDENT, '--gin.BEST_MODE=least'],

@@ -127,11 +127,16 @@ class Writer:
       self.num_with_output += bool(predictions)
     self._file.flush()
 
-  def close(self, num_examples: int | None = None) -> None:
+  def close(
+    self,
+    num_examples: int | None = None,
+    results: Mapping[str, Any] | None = None,
+  ) -> None:
     """Closes the file and gives it its final name.
 
     Args:
       num_examples: number of examples; None: those that were appended.
+      results: measurements that are written beside it.
     """
     self._file.close()
     if num_examples is None:
@@ -142,7 +147,9 @@ class Writer:
     }
     if without := num_examples - self.num_with_output:
       counts['num_examples_without_output'] = without
-    _write_side_file(self.path, {**self._provenance, **counts})
+    _write_side_file(
+      self.path, {**self._provenance, **counts, **(results or {})}
+    )
     self._partial.rename(self.path)
 
   def _check_is_side_file(self):

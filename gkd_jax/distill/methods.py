@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from gkd_jax.decoding import sampler
+from gkd_jax.decoding import sampler, speculative
 from gkd_jax.distill import credit as credit_lib
 from gkd_jax.distill import objectives, policies, teachers
 
@@ -22,6 +22,10 @@ class Method:
     student_sampler: draws outputs from the student; in the paper at
       temperature 1.
     teacher_sampler: draws outputs from the teacher.
+    teacher_drafting: the student drafts what the teacher writes: the same
+      distribution, in less time where a draft pays (docs/speculative.md). None:
+      the teacher writes alone. Outputs that continue a prefix, or that both
+      models write token by token, are never drafted.
   """
 
   policy: policies.Policy
@@ -30,6 +34,7 @@ class Method:
   credit: credit_lib.Credit | None = None
   student_sampler: sampler.SamplerConfig = sampler.ANCESTRAL
   teacher_sampler: sampler.SamplerConfig = sampler.ANCESTRAL
+  teacher_drafting: speculative.Drafting | None = None
 
   def __post_init__(self):
     if not isinstance(self.policy, policies.Policy):

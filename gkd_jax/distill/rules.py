@@ -134,6 +134,24 @@ def training_outputs_are_drawn_from_a_model(setup: Setup) -> None:
       )
 
 
+def drafted_outputs_are_the_teachers(setup: Setup) -> None:
+  """A draft serves a teacher that writes, and changes no distribution."""
+  method = setup.method
+  if method.teacher_drafting is None:
+    return
+  if not method.policy.needs_teacher:
+    raise ValueError(
+      'methods.Method.teacher_drafting is set, but the teacher writes no '
+      'outputs with this POLICY. Leave it out, or use @policies.teacher().'
+    )
+  if not method.teacher_drafting.is_exact:
+    raise ValueError(
+      'methods.Method.teacher_drafting has the lenience '
+      f'{method.teacher_drafting.lenience}, so outputs would not be the '
+      "teacher's. Set speculative.Drafting.lenience = 1.0."
+    )
+
+
 def a_live_teacher_has_no_dropout(setup: Setup) -> None:
   """Student and live teacher are equal if they read the same."""
   if setup.method.teacher.is_live and setup.dropout_rate > 0.0:
@@ -209,6 +227,7 @@ RULES = (
   reinforce_draws_ancestrally,
   reinforce_trains_without_dropout,
   training_outputs_are_drawn_from_a_model,
+  drafted_outputs_are_the_teachers,
   a_live_teacher_has_no_dropout,
   compared_outputs_are_of_one_input,
   one_teacher_writes,

@@ -390,6 +390,20 @@ def _draw(
 
     return sample
 
+  def sample_teacher(*, prefix=None, config=None, rng=None):
+    drafting = method.teacher_drafting
+    if drafting is None or prefix is not None:
+      return sampler_of(teacher)(prefix=prefix, config=config, rng=rng)
+    config = config or method.teacher_sampler
+    drafted = rollout_lib.rollout_drafted(
+      teacher(config),
+      student(config),
+      rngs.sample if rng is None else rng,
+      drafting,
+      **shape,
+    )
+    return drafted.rollout
+
   def sample_pair(choose):
     return rollout_lib.rollout_pair(
       student(), teacher(), rngs.sample, choose, **shape
@@ -400,7 +414,7 @@ def _draw(
     batch,
     row_ids_B,
     sampler_of(student),
-    sampler_of(teacher),
+    sample_teacher,
     carried,
     sample_pair,
     step,

@@ -13,7 +13,7 @@ import os
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,11 +24,14 @@ from gkd_jax.batch import Batch
 from gkd_jax.data import datasets, iterators, tokenization
 from gkd_jax.decoding import sampler
 from gkd_jax.distill import divergences, grading, rewards, teachers
-from gkd_jax.evaluation import diversity, programs
+from gkd_jax.evaluation import agreement, diversity, drafting, programs
 from gkd_jax.experiment import (
+  Draft,
   RewardModel,
   Teacher,
+  check_as_draft,
   check_decodings,
+  check_drafted,
   check_paths,
   check_reward_model,
   check_teachers,
@@ -40,6 +43,7 @@ from gkd_jax.runtime import console, files, paths, run_folder
 
 _RESULTS = ('eval', 'samples')  # names of files: <name>_<split>.json
 _NO_REWARD_MODEL = RewardModel()
+_NO_DRAFT = Draft()
 _ONE_TEACHER = teachers.checkpoint()
 _NUM_SHOWN = 16  # examples of samples_<split>.json
 
@@ -89,6 +93,22 @@ def task_metrics(
   return values, texts, notes
 
 
+class Samples(NamedTuple):
+  """The outputs of decodings that sample.
+
+  Attributes:
+    num: outputs per input. Metrics are means over them, and 'self_bleu' is
+      added if there are several.
+    self_bleu_tokenize: see `diversity.self_bleu`.
+  """
+
+  num: int = 1
+  self_bleu_tokenize: str = diversity.WORDS
+
+
+_ONE_SAMPLE = Samples()
+
+
 class Evaluation:
   """All measurements on one split; compiled at the first call.
 
@@ -106,8 +126,8 @@ class Evaluation:
     *,
     seed: int,
     mesh: Mesh,
-    num_samples: int = 1,
-    self_bleu_tokenize: str = diversity.WORDS,
+    samples: Samples = _ONE_SAMPLE,
+    drafts: drafting.Drafts = drafting.NO_DRAFTS,
     mean_reward: programs.MeanReward | None = None,
     divergence: divergences.Divergence | None = None,
     grades: teachers.Teacher | teachers.Several = _ONE_TEACHER,
@@ -123,9 +143,9 @@ class Evaluation:
       decodings: {name: SamplerConfig or BeamConfig}.
       seed: of sampling.
       mesh: of devices.
-      num_samples: outputs per input of each decoding that samples. Metrics are
-        means over them, and 'self_bleu' is added.
-      self_bleu_tokenize: see `diversity.self_bleu`.
+      samples: outputs per input of each decoding that samples.
+      drafts: the draft of the student's outputs adds what it saved, and the
+        student as the teacher's draft its acceptance.
       mean_reward: adds the mean reward of the outputs.
       divergence: the method's own, measured beside the standard ones.
       grades: how `teacher` is used, see `teachers.without_student`.
@@ -133,10 +153,10 @@ class Evaluation:
         to stop the evaluation.
 
     Raises:
-      ValueError: num_samples is above 1, but no decoding samples.
+      ValueError: there are several samples, but no decoding samples.
     """
     self.notes: dict[str, Any] = {}
-    self._self_bleu_tokenize = self_bleu_tokenize
+    self._self_bleu_tokenize = samples.self_bleu_tokenize
     vocabulary = datasets.get_vocabulary(config)
     self._ids = datasets.special_ids(config, vocabulary, student.config)
     self._dataset = iterators.EvalDataset(
@@ -149,28 +169,31 @@ class Evaluation:
       'mesh': mesh,
     }
 
-    self._num_outputs = _num_outputs(decodings, num_samples)
+    self._num_outputs = _num_outputs(decodings, samples.num)
 
-    def make(model, name, inputs_of):
-      write = programs.make_write(
-        model,
-        decodings[name],
-        num_outputs=self._num_outputs[name],
-        max_decode_len=config.task_feature_lengths['targets'],
-        vocabulary=vocabulary,
-        **shape,
-      )
-      return lambda params, row_ids_B, batch: write(
-        params, row_ids_B, inputs_of(batch)
-      )
+    def writes(model, inputs_of, drafter=None):
+      made = {
+        name: drafting.make_write(
+          model,
+          decoding,
+          drafter,
+          vocabulary=vocabulary,
+          num_outputs=self._num_outputs[name],
+          max_decode_len=config.task_feature_lengths['targets'],
+          **shape,
+        )
+        for name, decoding in decodings.items()
+      }
+      return made, {
+        name: functools.partial(_write_batch, write, inputs_of)
+        for name, write in made.items()
+      }
 
-    def writes(model, inputs_of):
-      return {name: make(model, name, inputs_of) for name in decodings}
-
-    self._student_writes = writes(
-      student, lambda batch: batch.encoder_input_tokens
+    made, self._student_writes = writes(
+      student, lambda batch: batch.encoder_input_tokens, drafts.drafter
     )
-    self._divergences = self._of_teachers = None
+    self._drafted = made if drafts.drafter else {}
+    self._divergences = self._of_teachers = self._agreement = None
     if teacher.module is not None:
       grader = grading.make_grader(grades, student, teacher.module)
       self._divergence_names = programs.divergence_names(
@@ -186,11 +209,21 @@ class Evaluation:
       # {name: (writes, params)} of each checkpoint; '' is the only one.
       self._teachers = {
         name: (
-          writes(one.module, lambda batch: batch.teacher_inputs),
+          writes(one.module, lambda batch: batch.teacher_inputs)[1],
           one.params,
         )
         for name, one in build.apart(teacher).items()
       }
+    if drafts.as_draft:
+      self._agreement = agreement.Agreement(
+        student,
+        teacher,
+        grader,
+        max_decode_len=config.task_feature_lengths['targets'],
+        is_timed=drafts.is_timed,
+        **shape,
+      )
+      self._is_timed = drafts.is_timed
     # Rows of a batch for the samples: a multiple of the number of data shards.
     spread = mesh.shape['data']
     self._few = min(config.batch_size, -(-_NUM_SHOWN // spread) * spread)
@@ -205,11 +238,21 @@ class Evaluation:
       for decoding, num in self._num_outputs.items()
       for name in (metrics if num == 1 else [*metrics, 'self_bleu'])
     ]
+    drafted = [
+      f'{decoding}/{name}'
+      for decoding, write in self._drafted.items()
+      for name in write.names()
+    ]
     if self._divergences is None:
-      return of_task
+      return [*of_task, *drafted]
+    as_draft = []
+    if self._agreement is not None:
+      as_draft = agreement.names(is_timed=self._is_timed)
     return [
       *of_task,
+      *drafted,
       *self._divergence_names,
+      *as_draft,
       *(f'{_prefix(name)}{n}' for name in self._teachers for n in of_task),
     ]
 
@@ -227,9 +270,15 @@ class Evaluation:
       {name: value}, and a Markdown table of samples.
     """
     values, texts, self.notes = self._task_metrics(self._student_writes, params)
+    for decoding, write in self._drafted.items():
+      of_draft = write.take_metrics()
+      values |= {f'{decoding}/{k}': v for k, v in of_draft.items()}
+      console.log(f'{decoding}: {drafting.describe(of_draft, write.settings)}')
     teacher_texts = None
     if self._divergences is not None:
       values |= self._divergences(params, self._teacher_params, self._dataset)
+      if self._agreement is not None:
+        values |= self._agreement(params, self._dataset)
       if with_teacher:
         if self._of_teachers is None:
           self._of_teachers = {
@@ -345,6 +394,10 @@ class Evaluation:
     )
 
 
+def _write_batch(write, inputs_of, params, row_ids_B, batch):
+  return write(params, row_ids_B, inputs_of(batch))
+
+
 def _prefix(teacher: str) -> str:
   """Returns what the names of a teacher's task metrics start with."""
   return f'teacher/{teacher}/' if teacher else 'teacher/'
@@ -386,15 +439,22 @@ def _samples(decoding: programs.Decoding) -> bool:
 
 
 def at_temperatures(
-  decodings: Mapping[str, programs.Decoding], temperatures: Sequence[float]
-) -> dict[str, programs.Decoding]:
+  decodings: Mapping[str, programs.Decoding],
+  temperatures: Sequence[float] | None = None,
+) -> Mapping[str, programs.Decoding]:
   """Returns the decodings, with one copy per temperature of those that sample.
 
   For example, 'sampled' becomes 'sampled_0.1', 'sampled_0.3'.
 
+  Args:
+    decodings: {name: SamplerConfig or BeamConfig}.
+    temperatures: None: those of the decodings.
+
   Raises:
     ValueError: a temperature is not above 0, or occurs twice.
   """
+  if temperatures is None:
+    return decodings
   temperatures = [float(t) for t in temperatures]
   is_repeated = len({*temperatures}) < len(temperatures)
   if is_repeated or min(temperatures, default=0.0) <= 0.0:
@@ -422,7 +482,7 @@ def evaluate_checkpoint(
   decodings: Mapping[str, programs.Decoding],
   teacher_checkpoint_path: str | Mapping[str, str] | None = None,
   seed: int = 0,
-  temperatures: Sequence[float] | None = None,
+  draft: Draft = _NO_DRAFT,
   num_samples: int = 1,
   self_bleu_tokenize: str = diversity.WORDS,
   reward: rewards.Reward | None = None,
@@ -440,8 +500,8 @@ def evaluate_checkpoint(
       several, {name: path}: the divergences from each and from the mean of
       their probabilities.
     seed: of sampling.
-    temperatures: sampling temperatures, see `at_temperatures`; None: those of
-      the decodings.
+    draft: a smaller model that drafts the outputs of all decodings; adds what
+      it saved.
     num_samples: outputs per input of each decoding that samples; see
       `Evaluation`.
     self_bleu_tokenize: see `diversity.self_bleu`.
@@ -454,9 +514,9 @@ def evaluate_checkpoint(
       there are results already.
   """
   folder = _free_folder(output_dir, dataset.split, overwrite)
-  if temperatures is not None:
-    decodings = at_temperatures(decodings, temperatures)
   _num_outputs(decodings, num_samples)  # raises before anything is loaded
+  check_drafted(draft, decodings)
+  check_as_draft('AS_DRAFT', draft.measures_student, teacher_checkpoint_path)
   diversity.check_tokenizer(self_bleu_tokenize)
   check_reward_model(reward, reward_model)
   of_teacher = Teacher(checkpoint_path=teacher_checkpoint_path)
@@ -467,6 +527,8 @@ def evaluate_checkpoint(
   partitioning.check_rows_divide('EVAL_BATCH_SIZE', dataset.batch_size, mesh)
   source, task = build.open_model_and_task(checkpoint_path, dataset)
   tokenization.log(dataset)
+
+  drafter = drafting.open_drafter(draft, task, dataset, mesh)
 
   def load(path, setting, dtype=None, config=None):
     if path is None:
@@ -489,6 +551,7 @@ def evaluate_checkpoint(
   )
   if teacher.folder is not None:
     origin['teacher_checkpoint'] = jax.tree.map(str, teacher.folder)
+  origin |= drafter.provenance if drafter else {}
   mean_reward = None
   if reward is not None:
     model = load(
@@ -508,8 +571,8 @@ def evaluate_checkpoint(
     decodings,
     seed=seed,
     mesh=mesh,
-    num_samples=num_samples,
-    self_bleu_tokenize=self_bleu_tokenize,
+    samples=Samples(num_samples, self_bleu_tokenize),
+    drafts=drafting.Drafts(drafter, draft.measures_student),
     mean_reward=mean_reward,
     grades=grades,
   )

@@ -2,6 +2,7 @@
 """Inference: writes a model's outputs for a split, or scores given outputs."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from gkd_jax.data import (
 )
 from gkd_jax.decoding import sampler
 from gkd_jax.distill.rewards import Reward
-from gkd_jax.evaluation import programs, score
+from gkd_jax.evaluation import drafting, programs, score
+from gkd_jax.experiment import Draft, check_drafted
 from gkd_jax.parallel import hosts, partitioning
 from gkd_jax.runtime import console, files, paths, pins, run_folder
 
 _STATUS_SECONDS = 10.0
+_NO_DRAFT = Draft()
 
 
 def infer(
@@ -32,6 +35,7 @@ def infer(
   decoding: programs.Decoding = sampler.GREEDY,
   num_samples: int = 1,
   seed: int = 0,
+  draft: Draft = _NO_DRAFT,
   overwrite: bool = False,
   scored_path: str | None = None,
   score_field: str = 'nll',
@@ -51,6 +55,8 @@ def infer(
     num_samples: outputs per example: independent samples, or the best
       hypotheses of a beam that reached EOS.
     seed: of sampling.
+    draft: a smaller model that drafts the outputs; what it saved is logged and
+      written beside the file.
     overwrite: replace a complete file, and one of other settings.
     scored_path: path or glob of predictions: they are scored, and none are
       written; see `score.score`. None: none.
@@ -62,6 +68,11 @@ def infer(
       already complete.
   """
   if scored_path is not None:
+    if draft.checkpoint_path is not None:
+      raise ValueError(
+        'DRAFT_CHECKPOINT_PATH is set, but with PREDICTIONS no outputs are '
+        'written that it could draft. Leave out one of them.'
+      )
     score.score(
       checkpoint_path,
       scored_path,
@@ -79,6 +90,7 @@ def infer(
   folder = paths.resolve(output_dir, predictions.OUTPUT_SETTING)
   path = folder / f'predictions_{dataset.split}.jsonl'
   files.check_free([path], predictions.OUTPUT_SETTING, overwrite)
+  check_drafted(draft, {'': decoding})
   mesh = partitioning.make_mesh()
   partitioning.check_rows_divide('INFER_BATCH_SIZE', dataset.batch_size, mesh)
   lengths = dict(dataset.task_feature_lengths)
@@ -88,18 +100,20 @@ def infer(
   )
   inputs = iterators.InferenceDataset(dataset, task.ids.pad)
   tokenization.log(dataset)
+  drafter = drafting.open_drafter(draft, task, dataset, mesh, started_with)
   module = build.make_model(source.config, mesh)
-  write = programs.make_write(
+  write = drafting.make_write(
     module,
     decoding,
+    drafter,
+    vocabulary=task.vocabulary,
     num_outputs=num_samples,
     max_decode_len=lengths['targets'],
     ids=task.ids,
     seed=seed,
     mesh=mesh,
-    vocabulary=task.vocabulary,
   )
-  provenance = _provenance(source, task, dataset, checkpoint_path) | {
+  provenance = _provenance(source, task, dataset, checkpoint_path, drafter) | {
     'decoding': repr(decoding),
     'num_samples': num_samples,
     'seed': seed,
@@ -112,20 +126,36 @@ def infer(
   params = build.load_model(source, mesh).params
   if first:
     console.log(f'Resuming after {first:,} examples.')
+  _write_from(first, write, params, inputs, writer, task.ids)
+  if writer is None:
+    return
+  results = {}
+  if drafter is not None and writer.num_examples > first:
+    results['drafted'] = write.take_metrics()
+    console.log(drafting.describe(results['drafted'], draft))
+  writer.close(results=results)
+  console.log(f'{writer.num_predictions:,} predictions written: {path}')
+
+
+def _write_from(
+  first: int,
+  write: Callable[..., np.ndarray],
+  params: Any,
+  inputs: iterators.InferenceDataset,
+  writer: predictions.Writer | None,
+  ids: SpecialIds,
+) -> None:
+  """Writes the outputs of the examples from `first` on."""
   total = inputs.size()
   logged = start = time.monotonic()
   for row_ids_B, inputs_BS, examples in inputs.batches(first):
     tokens_BNT = write(params, row_ids_B, inputs_BS)
     if writer is None:
       continue
-    writer.append(_lines(inputs, examples, tokens_BNT, task.ids))
+    writer.append(_lines(inputs, examples, tokens_BNT, ids))
     if (now := time.monotonic()) - logged > _STATUS_SECONDS:
       logged = now
       console.log(_progress(writer.num_examples, first, total, now - start))
-  if writer is None:
-    return
-  writer.close()
-  console.log(f'{writer.num_predictions:,} predictions written: {path}')
 
 
 def _provenance(
@@ -133,6 +163,7 @@ def _provenance(
   task: build.Task,
   dataset: datasets.DatasetConfig,
   checkpoint_path: str,
+  drafter: drafting.Drafter | None,
 ) -> dict[str, Any]:
   """Returns what is recorded beside the outputs, but for the decoding."""
   return {
@@ -149,7 +180,9 @@ def _provenance(
     'pins': pins.to_json(
       build.pin_data(task, dataset)
       | {'CHECKPOINT_PATH': pretrained.pin(source, checkpoint_path)}
+      | (drafter.pins if drafter else {})
     ),
+    **(drafter.provenance if drafter else {}),
   }
 
 

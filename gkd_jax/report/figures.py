@@ -47,6 +47,7 @@ def make_all(section: Section) -> tuple[list[Figure], list[str]]:
   found, left_out = [], []
   for make in (
     method_bars,
+    acceptance_bars,
     heat_maps,
     data_efficiency,
     quality_and_diversity,
@@ -89,6 +90,35 @@ def method_bars(section: Section) -> list[Figure] | str:
       )
     )
   return found or 'Method bars: no method has been trained.'
+
+
+def acceptance_bars(section: Section) -> list[Figure] | str:
+  """Returns the acceptance of each method's student as its teacher's draft."""
+  metrics = {
+    f'as_draft/acceptance_{name}': f'acceptance, {name}'
+    for name in ('greedy', 'sampled')
+  }
+  used = [g for g in section.methods if metrics.keys() & g.means.keys()]
+  if not used:
+    return (
+      'Acceptance of drafts: needs runs or evaluations that measure the '
+      'student as a draft (experiment.EvaluationPlan.as_draft, AS_DRAFT).'
+    )
+  panels = []
+  for metric, label in metrics.items():
+    bars = {group.name: group.means.get(metric) for group in used}
+    base, lines = _reference_lines(section, metric, used)
+    panels.append(Panel(label, bars, base, lines))
+  return [
+    Figure(
+      'acceptance',
+      'Students as drafts',
+      "Share of the teacher's tokens that each student would have drafted "
+      'and the teacher accepted, in greedy decoding and at temperature 1, on '
+      f'{section.split}; higher is better.{_errors(used)}',
+      Bars(panels),
+    )
+  ]
 
 
 def _by_origin(

@@ -20,6 +20,8 @@ _FLUSH_SECONDS = 120.0
 ERRORS = ('wer', 'per', 'cer', 'error')
 SHARES_RIGHT = ('accuracy', 'exact_match')
 _SCORES = ('bleu', 'chrf', 'f1', 'reward', 'entailment')
+# Prefixes of the names of scores.
+_KINDS_OF_SCORES = ('rouge', 'acceptance', 'block_efficiency')
 
 
 def better(name: str) -> str | None:
@@ -31,7 +33,8 @@ def better(name: str) -> str | None:
   name = name.rpartition('/')[2]
   if name in ERRORS:
     return 'min'
-  known = name in (*SHARES_RIGHT, *_SCORES) or name.startswith('rouge')
+  known = name in (*SHARES_RIGHT, *_SCORES)
+  known = known or name.startswith(_KINDS_OF_SCORES)
   return 'max' if known else None
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from gkd_jax.decoding.sampler import SamplerConfig
+from gkd_jax.decoding.speculative import Drafting
 from gkd_jax.distill import (
   credit,
   divergences,
@@ -103,6 +104,21 @@ BROKEN = {
   'training_outputs_are_drawn_from_a_model': [
     ({name: SamplerConfig(calculator=True)}, {}, f'{name}.calculator is set')
     for name in ('student_sampler', 'teacher_sampler')
+  ],
+  'drafted_outputs_are_the_teachers': [
+    (
+      {'teacher_drafting': Drafting(2)},
+      {},
+      'teacher_drafting is set, but the teacher writes no outputs',
+    ),
+    (
+      {
+        'policy': policies.teacher(),
+        'teacher_drafting': Drafting(2, lenience=0.9),
+      },
+      {},
+      'lenience 0.9',
+    ),
   ],
   'a_live_teacher_has_no_dropout': [
     (

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from gkd_jax.decoding import rollout as rollout_lib
-from gkd_jax.decoding import sampler
+from gkd_jax.decoding import sampler, speculative
 from gkd_jax.distill import credit, divergences, policies
 from gkd_jax.distill import state as state_lib
 from gkd_jax.distill import step as step_lib
@@ -481,6 +481,20 @@ def test_each_writer_draws_in_its_own_way():
   )
   assert 0 < run.by_student.sum() < 4
   assert (by_student != by_teacher).any(axis=1).all()
+
+
+def test_a_teacher_whose_outputs_are_drafted_writes_the_same():
+  greedy = {'teacher_sampler': sampler.GREEDY}
+
+  alone, drafted = (
+    Recorder(teacher(), samplers=greedy | drafting)()
+    for drafting in ({}, {'teacher_drafting': speculative.Drafting(2)})
+  )
+
+  np.testing.assert_array_equal(drafted.outputs.tokens, alone.outputs.tokens)
+  np.testing.assert_array_equal(drafted.outputs.weights, alone.outputs.weights)
+  tiny.assert_equal_but_for_rounding(drafted.gradient, alone.gradient)
+  assert not drafted.by_student.any()
 
 
 class Training:

@@ -299,8 +299,7 @@ def several(config):
       'beam': beam_search.BeamConfig(num_beams=2),
     },
     **SETTINGS,
-    num_samples=3,
-    self_bleu_tokenize='char',
+    samples=evaluate.Samples(3, 'char'),
   )
 
 
@@ -363,7 +362,12 @@ def test_what_is_drawn_once_has_no_self_bleu(several, student_params):
 def test_several_draws_of_nothing_that_samples_are_refused(config):
   with pytest.raises(ValueError, match='NUM_SAMPLES is 2, but no decoding'):
     evaluate.Evaluation(
-      config, STUDENT, build.NO_MODEL, GREEDY, **SETTINGS, num_samples=2
+      config,
+      STUDENT,
+      build.NO_MODEL,
+      GREEDY,
+      **SETTINGS,
+      samples=evaluate.Samples(2),
     )
 
 

@@ -43,6 +43,23 @@ def of_one(value):
   return Mean(value, None, 1)
 
 
+def test_acceptance_is_shown_for_students_measured_as_drafts(tmp_path):
+  metrics = {'greedy/wer': 50.0, 'as_draft/acceptance_greedy': 0.8}
+  run_folders.write(tmp_path / 'a', metrics, **SFT)
+  run_folders.write(
+    tmp_path / 'b',
+    metrics | {'as_draft/acceptance_sampled': 0.7},
+    **gkd(0.5),
+  )
+
+  (figure,) = figures.acceptance_bars(section_of(tmp_path))
+
+  greedy, sampled = figure.data.panels
+  assert greedy.bars == {'SFT': of_one(0.8), 'ImitKD': of_one(0.8)}
+  assert sampled.bars == {'SFT': None, 'ImitKD': of_one(0.7)}
+  plots.draw(figure.data)
+
+
 # --- Method bars --------------------------------------------------------------
 
 
@@ -461,6 +478,7 @@ def test_what_is_left_out_is_said_in_a_line_each(grid):
     'training',
   ]
   assert [line.partition(':')[0] for line in left_out] == [
+    'Acceptance of drafts',
     'Data efficiency',
     'Quality and diversity',
     'Reward and distillation',
