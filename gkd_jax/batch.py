@@ -71,6 +71,8 @@ class Batch(NamedTuple):
   teacher_ids: jax.Array | None = None
   # [B] float32, scales the gradient of the row; may be negative. None: 1
   row_weights: jax.Array | None = None
+  # the worse output of each input, where examples are pairs of outputs
+  rejected: Outputs | None = None
 
   @property
   def teacher_inputs(self) -> jax.Array:

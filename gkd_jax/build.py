@@ -16,7 +16,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from gkd_jax.batch import Batch, SpecialIds
+from gkd_jax.batch import Batch, Outputs, SpecialIds
 from gkd_jax.checkpoints import checkpoint, pretrained
 from gkd_jax.data import datasets, predictions, seqio_tasks, vocabularies
 from gkd_jax.distill import rewards
@@ -665,6 +665,11 @@ def abstract_batch(dataset: datasets.DatasetConfig, mesh: Mesh) -> Batch:
         (dataset.batch_size,), jnp.float32, sharding=sharding
       )
       if dataset.row_weights
+      else None
+    ),
+    rejected=(
+      Outputs(rows('targets', jnp.int32), rows('targets', jnp.float32))
+      if dataset.pairs
       else None
     ),
   )

@@ -634,6 +634,23 @@ def settings_of_the_teacher_have_a_checkpoint(experiment: Experiment) -> None:
         )
 
 
+def pairs_are_read_where_they_are_compared(experiment: Experiment) -> None:
+  """The policy reads pairs of outputs, and the training data has them."""
+  has_pairs = experiment.data.train.pairs
+  reads_pairs = experiment.method.policy.reads_pairs
+  if reads_pairs and not has_pairs:
+    raise ValueError(
+      'POLICY = @policies.pairs() reads two outputs of each input. Set '
+      'TRAIN_ON_PREDICTIONS to a file of pairs, and '
+      'train/datasets.DatasetConfig.pairs = True.'
+    )
+  if has_pairs and not reads_pairs:
+    raise ValueError(
+      'train/datasets.DatasetConfig.pairs is set, but POLICY does not read the '
+      'worse outputs. Set POLICY = @policies.pairs(), or unset it.'
+    )
+
+
 def reward_model_is_set_where_needed(experiment: Experiment) -> None:
   """A reward model is set if and only if the reward needs one."""
   check_reward_model(experiment.method.reward, experiment.reward_model)
@@ -652,6 +669,7 @@ CHECKPOINT_RULES: tuple[Callable[[Experiment], None], ...] = (
   a_draft_is_measured_with_one_teacher,
   needed_teacher_has_a_checkpoint,
   settings_of_the_teacher_have_a_checkpoint,
+  pairs_are_read_where_they_are_compared,
   reward_model_is_set_where_needed,
 )
 

@@ -142,6 +142,11 @@ BROKEN = [
     'experiment.Teacher.dtype is set',
   ),
   (
+    'pairs_are_read_where_they_are_compared',
+    {'policy': policies.pairs(), 'objective': NO_DIVERGENCE},
+    'Set TRAIN_ON_PREDICTIONS to a file of pairs',
+  ),
+  (
     'reward_model_is_set_where_needed',
     {'credit': credit.reinforce(entailment.entailment(), 1.0)},
     'set REWARD_CHECKPOINT_PATH to a run',

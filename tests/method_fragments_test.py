@@ -75,6 +75,8 @@ SETTINGS = {
   'mopd': {'TEACHER_CHECKPOINT_PATH': {'a': 'x', 'b': 'y'}},
   'aligndistil': {'TEACHER_CHECKPOINT_PATH': {'dpo': 'x', 'reverse_dpo': 'y'}},
   'seqkd': {'TRAIN_ON_PREDICTIONS': 'x'},
+  'dpo': {'TRAIN_ON_PREDICTIONS': 'x'},
+  'redi': {'TRAIN_ON_PREDICTIONS': 'x'},
   # Of 18 ids: with the paper's 25 the teacher would never draw.
   'skd': {'TOP_K': 3},
   # Two steps fill the buffer; the others mostly replay.
@@ -291,6 +293,11 @@ def batches_of(experiment, mesh):
   if experiment.method.is_routed:
     batches = [
       batch._replace(teacher_ids=jnp.arange(B) // 3 % 2) for batch in batches
+    ]
+  if experiment.data.train.pairs:
+    batches = [
+      batch._replace(rejected=other.outputs)
+      for batch, other in zip(batches, batches[::-1], strict=True)
     ]
   return [partitioning.put_global_batch(batch, mesh) for batch in batches]
 

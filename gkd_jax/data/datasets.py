@@ -121,6 +121,8 @@ class DatasetConfig:
     row_weights: whether each example has a number `weight`, which scales its
       gradient: in JSON lines, in predictions, or as a feature of the task's
       examples before tokenization. It may be negative.
+    pairs: whether two adjacent predictions are one example, the better output
+      first, for a credit that compares them.
   """
 
   mixture_or_task_name: str
@@ -137,6 +139,7 @@ class DatasetConfig:
   teacher_inputs: TeacherInputs | None = None
   teachers: Sequence[str] | Mapping[str, Any] | None = None
   row_weights: bool = False
+  pairs: bool = False
 
   def __post_init__(self):
     if isinstance(self.teachers, str) or self.teachers == ():
@@ -154,6 +157,16 @@ class DatasetConfig:
         'datasets.DatasetConfig.teacher_inputs is set together with '
         'TRAIN_ON_PREDICTIONS, whose rows are token ids without texts for the '
         'template. Unset one of them.'
+      )
+    if self.pairs and (self.predictions is None or self.row_weights):
+      raise ValueError(
+        'datasets.DatasetConfig.pairs is set, '
+        + (
+          'but TRAIN_ON_PREDICTIONS is not: pairs of outputs are lines of such '
+          'a file. Set it.'
+          if self.predictions is None
+          else 'and so is row_weights: a pair has no weight. Unset one of them.'
+        )
       )
     lengths = dict(self.task_feature_lengths)
     if sorted(lengths) != sorted(seqio_tasks.FEATURES) or not all(
@@ -194,6 +207,8 @@ class DatasetConfig:
       lengths[seqio_tasks.TEACHER_IDS] = 1
     if self.row_weights:
       lengths[seqio_tasks.ROW_WEIGHTS] = 1
+    if self.pairs:
+      lengths[seqio_tasks.REJECTED] = lengths['targets']
     return lengths
 
 
@@ -233,6 +248,7 @@ def get_task(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       split=config.split,
       lengths=dict(config.task_feature_lengths),
       row_weights=config.row_weights,
+      pairs=config.pairs,
     )
   elif config.row_weights:
     task = seqio_tasks.with_row_weights(task)

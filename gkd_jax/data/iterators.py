@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epy
 
-from gkd_jax.batch import Batch
+from gkd_jax.batch import Batch, Outputs
 from gkd_jax.data import datasets, seqio_tasks, vocabularies
 from gkd_jax.runtime import files
 
@@ -178,6 +178,7 @@ def _reading_options() -> tf.data.Options:
 _OPTIONAL = {
   seqio_tasks.TEACHER_INPUTS: 'teacher_input_tokens',
   seqio_tasks.TEACHER_IDS: 'teacher_ids',
+  seqio_tasks.REJECTED: 'rejected_tokens',
 }
 
 
@@ -269,8 +270,13 @@ def _to_batch(
         f'The "weight" of an example of task {task_name!r} is not a finite '
         'number.'
       )
+  rejected = None
+  if 'rejected_tokens' in features:
+    tokens = ids('rejected_tokens')
+    is_token = (features['rejected_tokens'] != 0) & (tokens != pad_id)
+    rejected = Outputs(tokens, is_token.astype(np.float32))
   return Batch(
-    inputs, targets, weights, teacher_inputs, teacher_ids, row_weights
+    inputs, targets, weights, teacher_inputs, teacher_ids, row_weights, rejected
   )
 
 

@@ -258,6 +258,7 @@ def read(
   lengths: Mapping[str, int],
   add_eos: Mapping[str, bool],
   with_weights: bool = False,
+  pairs: bool = False,
 ) -> Examples:
   """Reads predictions as training pairs of inputs and outputs.
 
@@ -276,10 +277,12 @@ def read(
     lengths: maximum lengths {'inputs': S, 'targets': T}.
     add_eos: {feature: whether the task appends EOS}.
     with_weights: whether the lines have a number `weight`.
+    pairs: whether two adjacent lines must be different outputs of one input.
 
   Raises:
     ValueError: there is no such file, or it was written for another task,
-      vocabulary or length; or lines have no weight, or one that is not read.
+      vocabulary or length; lines have no weight, or one that is not read; or
+      lines are not pairs.
   """
   rows = {'inputs': [], 'targets': []}
   weights = []
@@ -310,6 +313,8 @@ def read(
         rows[name].append(np.asarray(row, np.int32))
   if not rows['inputs']:
     raise ValueError(f'{_SETTING}: {pattern} holds no predictions.')
+  if pairs:
+    _check_pairs(pattern, rows['inputs'], rows['targets'])
   ids = {name: np.concatenate(of) for name, of in rows.items()}
   for name, values in ids.items():
     if values.size and not 0 <= values.min() <= values.max() < num_ids:
@@ -328,6 +333,24 @@ def read(
     f'{len(rows["inputs"]):,} predictions, {num_empty:,} of them empty and '
     f'{num_unfinished:,} without EOS: {"; ".join(sources)}',
   )
+
+
+def _check_pairs(
+  pattern: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+) -> None:
+  """Raises ValueError unless lines are two different outputs for each input."""
+  for i in range(0, len(inputs), 2):
+    if i + 1 == len(inputs) or not np.array_equal(inputs[i], inputs[i + 1]):
+      problem = f'line {i + 1} has no second line of the same input after it'
+    elif np.array_equal(outputs[i], outputs[i + 1]):
+      problem = f'lines {i + 1} and {i + 2} have the same output'
+    else:
+      continue
+    raise ValueError(
+      f'{_SETTING}: {pattern} must have two different outputs of each input in '
+      f'adjacent lines, the better one first; {problem}. --run_mode=select '
+      'with @select.pairs() writes such a file.'
+    )
 
 
 def output_path(

@@ -36,6 +36,7 @@ FEATURES = ('inputs', 'targets')
 TEACHER_INPUTS = 'teacher_inputs'  # the feature that only a teacher reads
 TEACHER_IDS = 'teacher_ids'  # the number of the example's teacher
 ROW_WEIGHTS = 'row_weights'  # the weight of the example
+REJECTED = 'rejected'  # the worse output of a pair
 _WEIGHT = 'weight'  # the number of an example that is its weight
 _TEACHER = 'teacher'  # the text of an example that names its teacher
 # Suffix of a feature that is true if a row of predictions was cut to length.
@@ -199,6 +200,7 @@ def with_predictions(
   split: str,
   lengths: Mapping[str, int],
   row_weights: bool = False,
+  pairs: bool = False,
 ) -> seqio.Task:
   """Returns a task of a model's outputs, registered under its own name.
 
@@ -209,6 +211,8 @@ def with_predictions(
     split: the only split of the new task.
     lengths: maximum lengths {'inputs': S, 'targets': T}.
     row_weights: whether it has the feature `row_weights`, too.
+    pairs: whether two adjacent lines are one example: the second is the feature
+      `rejected`.
 
   Raises:
     ValueError: the predictions do not fit the task; see `predictions.read`.
@@ -217,7 +221,7 @@ def with_predictions(
     (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
     for path in predictions.find(pattern)
   ]
-  what = repr((files, split, sorted(lengths.items()), row_weights))
+  what = repr((files, split, sorted(lengths.items()), row_weights, pairs))
   name = f'{task.name}__predictions_{_digest(what)}'
   if name in seqio.TaskRegistry.names():
     return seqio.TaskRegistry.get(name)
@@ -233,12 +237,13 @@ def with_predictions(
     lengths=lengths,
     add_eos={name: feature.add_eos for name, feature in features.items()},
     with_weights=row_weights,
+    pairs=pairs,
   )
   console.log(f'Training data: {examples.summary}')
 
   def dataset(split, shuffle_files, seed=None):
     del split
-    order = np.arange(len(examples.offsets['inputs']) - 1)
+    order = np.arange(0, len(examples.offsets['inputs']) - 1, 1 + pairs)
     if shuffle_files:
       # seqio shuffles in a small buffer only, which would leave the predictions
       # for one input close together.
@@ -250,12 +255,14 @@ def with_predictions(
     if examples.weights is not None:
       weights = tf.constant(examples.weights)
 
+    def feature(name, i):
+      return ids[name][offsets[name][i] : offsets[name][i + 1]]
+
     def row(i):
-      rows = {
-        name: ids[name][offsets[name][i] : offsets[name][i + 1]]
-        for name in FEATURES
-      }
+      rows = {name: feature(name, i) for name in FEATURES}
       rows |= {f'{name}{CUT}': cut[name][i] for name in FEATURES}
+      if pairs:
+        rows[REJECTED] = feature('targets', i + 1)
       if weights is not None:
         rows[ROW_WEIGHTS] = weights[i][None]
       return rows
@@ -266,7 +273,11 @@ def with_predictions(
     name,
     source=seqio.FunctionDataSource(dataset, splits=[split]),
     preprocessors=[],
-    output_features=features | (_row_weights() if row_weights else {}),
+    output_features={
+      **features,
+      **(_row_weights() if row_weights else {}),
+      **({REJECTED: features['targets']} if pairs else {}),
+    },
   )
   return seqio.TaskRegistry.get(name)
 

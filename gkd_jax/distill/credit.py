@@ -95,6 +95,15 @@ class Worth(NamedTuple):
   sums: dict[str, jax.Array]
   per_lse: jax.Array | None = None
 
+  def times(self, factor_B1: jax.Array) -> 'Worth':
+    """Returns it with the gradient of each row scaled."""
+    scaled = {
+      name: factor_B1 * x
+      for name in ('per_token', 'per_lse')
+      if (x := getattr(self, name)) is not None
+    }
+    return self._replace(**scaled)
+
   def gradient(self) -> dict[str, jax.Array] | None:
     """Returns {term of the objective: [B, T] constant that scales it}."""
     found = {}
@@ -418,6 +427,82 @@ def j_bond(
     needs_teacher=True,
     outputs_per_input=3,
   )
+
+
+def dpo(beta: float = 0.1) -> Credit:
+  """Direct preference optimization on the pairs of `policies.pairs`.
+
+      h = (ln Q(y+) - ln R(y+)) - (ln Q(y-) - ln R(y-))
+      loss = -ln sigmoid(beta h), a mean over pairs
+
+  R is the teacher, usually the student's start: `teachers.initial()`.
+
+  Source: Rafailov et al. (2023), arXiv:2305.18290, Eq. 7.
+
+  Args:
+    beta: strength of the reference; small values allow the student to leave it.
+
+  Raises:
+    ValueError: beta is not positive.
+  """
+  if beta <= 0.0:
+    raise ValueError(f'credit.dpo.beta must be positive, got {beta}.')
+
+  def assign(evidence: Evidence) -> Worth:
+    log_probs, outputs = evidence.log_probs(), evidence.rollouts.outputs
+    ratio_B = jnp.sum(
+      outputs.weights * (log_probs.student - log_probs.teacher), axis=1
+    )
+    ratio_I2 = ratio_B.reshape(-1, 2)
+    margin_I = beta * (ratio_I2[:, 0] - ratio_I2[:, 1])
+    slope_I = beta * jax.nn.sigmoid(-margin_I)
+    # The loss is a mean over rows, of which each pair has two.
+    worth_B = 2.0 * jnp.stack([slope_I, -slope_I], axis=1).reshape(-1)
+    sums = {
+      'margin': 2.0 * margin_I.sum(),
+      'margin_is_positive': 2.0 * jnp.sum(margin_I > 0.0, dtype=jnp.float32),
+    }
+    total = 2.0 * jax.nn.log_sigmoid(margin_I).sum()
+    return Worth(worth_B[:, None] * outputs.weights, total, sums)
+
+  return Credit(assign, needs_teacher=True, outputs_per_input=2)
+
+
+def redi(alpha: float = 0.8) -> Credit:
+  """Likelihood of the better output of a pair, less that of the worse one.
+
+      loss = -mean over t of ln Q(y+_t) + alpha * mean over t of ln Q(y-_t)
+
+  It has no lower bound: use a small learning rate and few steps.
+
+  Source: REDI, arXiv:2505.24850.
+
+  Args:
+    alpha: of the worse outputs; 0 is SFT on the better ones.
+
+  Raises:
+    ValueError: alpha is outside [0, 1].
+  """
+  if not 0.0 <= alpha <= 1.0:
+    raise ValueError(f'credit.redi.alpha must be in [0, 1], got {alpha}.')
+
+  def assign(evidence: Evidence) -> Worth:
+    student_BT = evidence.log_probs().student
+    sign_2 = jnp.array([1.0, -alpha])
+    sign_B = jnp.tile(sign_2, student_BT.shape[0] // 2)
+    weights_BT = evidence.rollouts.outputs.weights
+    length_B1 = jnp.maximum(weights_BT.sum(axis=1, keepdims=True), 1.0)
+    # The loss is a mean over rows, of which each pair has two.
+    worth_BT = 2.0 * sign_B[:, None] * weights_BT / length_B1
+    means_B = jnp.sum(weights_BT * student_BT / length_B1, axis=1)
+    better, worse = means_B[::2].sum(), means_B[1::2].sum()
+    sums = {
+      'nll_of_better': -2.0 * better,
+      'nll_of_worse': -2.0 * worse,
+    }
+    return Worth(worth_BT, jnp.sum(worth_BT * student_BT), sums)
+
+  return Credit(assign, outputs_per_input=2)
 
 
 def minillm_long_term(weight: float = 1.0) -> Credit:

@@ -148,6 +148,7 @@ class Policy:
       carried. It runs on the host, with the same values on each. None: the
       state does not depend on evaluations.
     reads_metrics: names of the values that `evaluated` reads.
+    reads_pairs: whether `write` reads the batch's pairs of outputs.
   """
 
   write: Callable[[Draw], Rollouts]
@@ -163,6 +164,7 @@ class Policy:
   buffer_rows: int | None = None
   evaluated: Callable[[Any, Mapping[str, float]], Any] | None = None
   reads_metrics: tuple[str, ...] = ()
+  reads_pairs: bool = False
 
   @property
   def student_may_write(self) -> bool:
@@ -220,6 +222,19 @@ def student(outputs_per_input: int = 1) -> Policy:
     return drawn_by(STUDENT, drawn)
 
   return Policy(write, 1.0, num_outputs=outputs_per_input)
+
+
+def pairs() -> Policy:
+  """Two outputs of the dataset for each input: the better one, the worse one.
+
+  They are read from a file of predictions, `datasets.DatasetConfig.pairs`.
+  """
+
+  def write(draw):
+    better, worse = draw.batch.outputs, draw.batch.rejected
+    return rollouts(Outputs(*map(_alternate, better, worse)), DATASET)
+
+  return Policy(write, 0.0, num_outputs=2, reads_pairs=True)
 
 
 def teacher() -> Policy:

@@ -589,8 +589,8 @@ def _make_loss_sums(models: Models):
       )
     if row_weights_B1 is not None:
       coefficients_BT *= row_weights_B1
-      if worth is not None and worth.per_token is not None:
-        worth = worth._replace(per_token=row_weights_B1 * worth.per_token)
+      if worth is not None:
+        worth = worth.times(row_weights_B1)
     with jax.named_scope('student'):
       sums = chunked_sums.weighted_sums(
         objective.terms(

@@ -133,6 +133,26 @@ def test_a_weight_that_is_no_finite_number_is_refused(path, weight, said):
     read(path, with_weights=True)
 
 
+PAIRS = [([5, 6, 1], [7, 1]), ([5, 6, 1], [8, 9, 1])]
+
+
+def test_pairs_are_two_outputs_of_one_input(path):
+  assert rows_of(read(write(path, PAIRS), pairs=True)) == PAIRS
+
+
+@pytest.mark.parametrize(
+  ('rows', 'said'),
+  [
+    ([*PAIRS, PAIRS[0]], 'line 3 has no second line of the same input'),
+    ([PAIRS[0], ([4, 1], [8, 1])], 'line 1 has no second line'),
+    ([PAIRS[0], PAIRS[0]], 'lines 1 and 2 have the same output'),
+  ],
+)
+def test_lines_that_are_no_pairs_are_refused(path, rows, said):
+  with pytest.raises(ValueError, match=said):
+    read(write(path, rows), pairs=True)
+
+
 def test_an_output_that_had_not_ended_gets_no_eos(path):
   (row,) = rows_of(read(write(path, [([5, 1], [8, 9, 10, 11])])))
 

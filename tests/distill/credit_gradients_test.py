@@ -260,6 +260,67 @@ def test_what_estimates_of_the_kl_descend_as_costs():
     assert np.abs(k2 - of_either).max() > 0.01
 
 
+# --- Pairs --------------------------------------------------------------------
+
+PAIR_TOKENS = np.array([[0, 2, 1], [1, 1, 0], [2, 0, 0], [0, 1, 2]])
+PAIR_WEIGHTS = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+
+
+def log_probs_of_pairs(logits):
+  """Returns the log-probabilities [pairs, 2] of whole outputs."""
+  chosen = np.take_along_axis(log_softmax(logits), PAIR_TOKENS[..., None], -1)
+  return (chosen[..., 0] * PAIR_WEIGHTS).sum(axis=1).reshape(2, 2)
+
+
+def check_gradient_of_pairs(of_credit, loss, teacher=None):
+  """Compares with a loss that is a mean over two pairs."""
+  logits = np.random.default_rng(0).standard_normal((4, 3, 3))
+  worth = of_credit.assign(
+    evidence(logits, PAIR_TOKENS, PAIR_WEIGHTS, teacher=teacher, n=2)
+  )
+
+  # The step divides by the number of rows.
+  got = loss_gradient(worth, logits, PAIR_TOKENS) / 4
+  np.testing.assert_allclose(got, differences(loss, logits), atol=1e-6)
+  assert -worth.total / 4 == pytest.approx(loss(logits), rel=1e-5)
+
+
+def test_dpo_has_the_gradient_of_its_loss():
+  teacher = np.random.default_rng(1).standard_normal((4, 3, 3))
+
+  def loss(logits):
+    ratio = log_probs_of_pairs(logits) - log_probs_of_pairs(teacher)
+    margin = 0.7 * (ratio[:, 0] - ratio[:, 1])
+    return np.mean(np.log1p(np.exp(-margin)))
+
+  check_gradient_of_pairs(credit.dpo(0.7), loss, teacher)
+
+
+def test_redi_has_the_gradient_of_its_loss():
+  def loss(logits):
+    mean = log_probs_of_pairs(logits) / PAIR_WEIGHTS.sum(1).reshape(2, 2)
+    return np.mean(-mean[:, 0] + 0.8 * mean[:, 1])
+
+  check_gradient_of_pairs(credit.redi(0.8), loss)
+
+
+def test_dpo_gives_the_outputs_of_a_pair_their_known_worth():
+  # methods2, section 7.4: ln Q = (-10, -12), ln R = (-11, -12.5), beta = 0.1.
+  seen = evidence(np.zeros((2, 1, 2)), np.zeros((2, 1), int), np.ones((2, 1)))
+  log_probs = credit.LogProbs(
+    jnp.float32([[-10.0], [-12.0]]), jnp.float32([[-11.0], [-12.5]])
+  )
+
+  worth = credit.dpo(0.1).assign(seen._replace(log_probs=lambda: log_probs))
+
+  # Twice, because two rows share a mean over rows. Tolerance: float32.
+  np.testing.assert_allclose(
+    worth.per_token,
+    2 * 0.048750260351578964 * np.array([[1.0], [-1.0]]),
+    rtol=1e-6,
+  )
+
+
 # --- Groups -------------------------------------------------------------------
 
 
