@@ -458,6 +458,44 @@ def test_predictions_that_are_written_again_are_read_again(
     assert pairs([next(iterators.TrainIterator(ordered, seed=0))]) == rows
 
 
+def test_two_predictions_of_an_input_are_one_example(train_config, tmp_path):
+  # The worse output reaches the maximum length in one pair, and not in another.
+  rows = [
+    ([5, 6, 1], [7, 1]),
+    ([5, 6, 1], [8, 9, 10, 11]),
+    ([4, 1], [8, 1]),
+    ([4, 1], [9, 1]),
+  ]
+  written = conftest.write_predictions(
+    tmp_path / 'pairs.jsonl', rows, train_config
+  )
+  paired = dataclasses.replace(written, pairs=True, shuffle=False, batch_size=2)
+
+  batch = next(iterators.TrainIterator(paired, seed=0))
+
+  assert pairs([batch]) == rows[::2]
+  worse = batch.rejected
+  assert [
+    tokens[weights > 0].tolist()
+    for tokens, weights in zip(worse.tokens, worse.weights, strict=True)
+  ] == [outputs for _, outputs in rows[1::2]]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'pairs': True}, 'but TRAIN_ON_PREDICTIONS is not'),
+    (
+      {'pairs': True, 'predictions': 'x', 'row_weights': True},
+      'a pair has no weight',
+    ),
+  ],
+)
+def test_pairs_are_predictions_without_weights(train_config, changes, said):
+  with pytest.raises(ValueError, match=said):
+    dataclasses.replace(train_config, **changes)
+
+
 def test_the_task_keeps_its_other_splits(written):
   validation = dataclasses.replace(
     written, split='validation', predictions=None, shuffle=False
