@@ -13,6 +13,7 @@ full vocabulary, one divergence, AdamW. The systems take turns, each in a new
 process. Times are medians over all processes of a system, after warm-up.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -108,18 +109,9 @@ def _work() -> dict:
     else:
       *numbers, num_layers = map(int, size.split(','))
       config = registry.FAMILIES['t5'].config(*numbers, num_layers, num_layers)
-    return {
-      name: getattr(config, name)
-      for name in (
-        'vocab_size',
-        'emb_dim',
-        'num_heads',
-        'head_dim',
-        'mlp_dim',
-        'num_encoder_layers',
-        'num_decoder_layers',
-      )
-    }
+    if _PEERS.value and config.family != 't5':
+      raise app.UsageError(f'--peers run T5 alone, not {size}.')
+    return registry.config_to_json(config)
 
   return {
     'student': shape(_STUDENT.value),
@@ -230,15 +222,16 @@ def _measure_ours(work: dict) -> dict:
   from gkd_jax.models import registry
   from gkd_jax.models.params import init_params
 
-  class Endless(registry.FAMILIES['t5'].model):
+  def shape(name):
+    config = registry.config_from_json(work[name])
+    return dataclasses.replace(config, dtype=work['dtype'])
+
+  class Endless(registry.FAMILIES[work['student']['family']].model):
     """Never draws EOS, so that every output has full length."""
 
     def decode_step(self, cache, tokens_B):
       logits, cache = super().decode_step(cache, tokens_B)
       return logits.at[:, self.config.eos_id].set(MASKED_LOGIT), cache
-
-  def shape(name):
-    return registry.make_config('t5', **work[name], dtype=work['dtype'])
 
   student, teacher = (
     Endless(shape('student')),
@@ -411,8 +404,8 @@ def _floors(work, machine, dtype) -> dict:
 
   width = {'float32': 4, 'bfloat16': 2}[dtype]
   cost = costs.of_step(
-    registry.make_config('t5', **work['student']),
-    registry.make_config('t5', **work['teacher']),
+    registry.config_from_json(work['student']),
+    registry.config_from_json(work['teacher']),
     batch_size=work['batch'],
     input_length=work['inputs'],
     target_length=work['targets'],

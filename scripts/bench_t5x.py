@@ -24,8 +24,12 @@ EOS_ID = 1
 
 def model(shape: dict) -> models.EncoderDecoderModel:
   """Returns T5X's model of a T5 1.1 that never draws EOS."""
+  sizes = (
+    *('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim'),
+    *('num_encoder_layers', 'num_decoder_layers'),
+  )
   config = network.T5Config(
-    **shape,
+    **{name: shape[name] for name in sizes},
     dtype=work['dtype'],
     mlp_activations=('gelu', 'linear'),
     logits_via_embedding=False,
