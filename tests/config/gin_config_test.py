@@ -3,6 +3,7 @@
 
 import pytest
 
+from gkd_jax.models import registry
 from tests.conftest import gin_flags
 
 SFT = '--gin_file=configs/cmudict_g2p/sft.gin'
@@ -419,3 +420,41 @@ def test_a_flag_may_set_what_a_macro_makes(
     assert said == []
   else:
     assert said[0].startswith(error)
+
+
+@pytest.mark.parametrize(
+  'flags, described',
+  [
+    (
+      ('gin/models/t5gemma.gin', {'VERSION': 1, 'EMB_DIM': 24}),
+      'T5Gemma 1 of width 24 with 1 + 1 layers',
+    ),
+    # The vocabulary is that of the size, not of T5.
+    (('gin/models/published.gin', {'SIZE': 'mt5_base'}), 'mt5_base'),
+    (
+      ('gin/models/published.gin', {'SIZE': 't5gemma_2_1b_1b'}),
+      't5gemma_2_1b_1b',
+    ),
+  ],
+)
+def test_a_fragment_replaces_the_model_of_a_config(
+  run_main, monkeypatch, flags, described
+):
+  found = []
+
+  def train(experiment, run):
+    assert run.config_text()
+    found.append(registry.describe(experiment.student.config))
+
+  monkeypatch.setattr('gkd_jax.train.train', train)
+  fragment, settings = flags
+
+  finished = run_main(
+    '--gin_file=configs/xsum/gkd.gin',
+    f'--gin_file={fragment}',
+    *gin_flags(MODEL_DIR='x', **settings),
+    *NO_FILES,
+  )
+
+  assert finished.code == 0, finished.err
+  assert found == [described]
