@@ -176,6 +176,30 @@ def test_predictions_are_read_or_refused_by_their_name(tmp_path, file, has_ids):
     check_read(read, [tmp_path / 'p.json'], what)
 
 
+@pytest.mark.parametrize('file', ['p.jsonl', 'p.json'])
+def test_outputs_of_inputs_are_read_or_refused_by_their_name(tmp_path, file):
+  rows = [
+    {
+      **{'example': i // 2, 'inputs': f'{i // 2}', 'prediction': 'b'},
+      **{'input_ids': [5, 1], 'prediction_ids': [6, 7, 1]},
+    }
+    for i in range(4)
+  ]
+  path = tmp_path / 'p.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  (tmp_path / 'p.json').write_text(json.dumps(PROVENANCE))
+
+  def read():
+    about = predictions.shared_provenance([str(path)], 'PREDICTIONS')
+    for example in predictions.examples([str(path)], 'PREDICTIONS'):
+      for line in example.lines:
+        if about is not None:
+          predictions.ids_of_line(line, None, str(path), 'PREDICTIONS')
+
+  for what in damages(tmp_path / file, seed=4):
+    check_read(read, [path, tmp_path / 'p.json'], what)
+
+
 def test_interrupted_predictions_go_on_or_are_refused(tmp_path):
   path = tmp_path / 'p.jsonl'
   partial = tmp_path / 'p.jsonl.partial'

@@ -121,7 +121,10 @@ class Writer:
     for predictions in examples:
       for sample, fields in enumerate(predictions):
         line = {'example': self.num_examples, 'sample': sample, **fields}
-        self._file.write(json.dumps(line, ensure_ascii=False) + '\n')
+        text = json.dumps(line, ensure_ascii=False)
+        if not files.is_unicode(text):  # half of a surrogate pair, of a user
+          text = json.dumps(line)
+        self._file.write(text + '\n')
       self.num_examples += 1
       self.num_predictions += len(predictions)
       self.num_with_output += bool(predictions)
@@ -184,26 +187,43 @@ class Writer:
       )
 
   def _keep_whole_batches(self, batch_size):
-    """Truncates the file before its last batch, which may be incomplete."""
-    batch = end = 0  # of the last batch with a line: number, and its offset
-    before = (0, 0)  # predictions, and examples with one, before it
+    """Truncates the file before its last batch, which may be incomplete.
+
+    Batches without predictions leave no line. Where one may be missing before
+    the last one, the batch before them is written again, too: a damaged number
+    looks the same.
+    """
+    before = last = _BatchStart(0, 0, 0, 0)
     offset = num_lines = num_examples = 0
-    last = None
+    previous = None
     with self._partial.open('rb') as file:
       for line in file:
         number = _example_of(line)
-        if number is None:  # it was not written in full
-          break
-        if number // batch_size > batch:
-          batch, end = number // batch_size, offset
-          before = (num_lines, num_examples)
+        if number is None or number < (previous or 0):
+          break  # it was not written in full, or is damaged
+        if number // batch_size > last.batch:
+          before = last
+          last = _BatchStart(
+            number // batch_size, offset, num_lines, num_examples
+          )
         offset += len(line)
         num_lines += 1
-        num_examples += number != last
-        last = number
-    self.num_predictions, self.num_with_output = before
-    self.num_examples = batch * batch_size
-    os.truncate(self._partial, end)
+        num_examples += number != previous
+        previous = number
+    if last.batch > before.batch + 1:
+      last = before
+    self.num_predictions, self.num_with_output = last.num_lines, last.num_with
+    self.num_examples = last.batch * batch_size
+    os.truncate(self._partial, last.offset)
+
+
+class _BatchStart(NamedTuple):
+  """Where a batch starts in a file: its number, and what precedes it."""
+
+  batch: int
+  offset: int
+  num_lines: int
+  num_with: int  # examples with a line
 
 
 def _example_of(line: bytes) -> int | None:
@@ -433,8 +453,8 @@ def examples(paths: Sequence[str], setting: str) -> Iterator[Example]:
     if len(inputs) > 1:
       one, other = sorted(inputs)[:2]
       raise ValueError(
-        f'{setting}: the lines of example {number} have different inputs, '
-        f'{json_lines.printable(one)[:60]!r} and '
+        f'{setting}: the lines of example {number} in {", ".join(paths)} have '
+        f'different inputs, {json_lines.printable(one)[:60]!r} and '
         f'{json_lines.printable(other)[:60]!r}: the files are of different '
         'data.'
       )

@@ -336,19 +336,27 @@ def test_a_line_says_which_example_and_sample_it_is(path):
   assert about == {**PROVENANCE, 'num_examples': 3, 'num_predictions': 5}
 
 
-def test_a_batch_without_outputs_is_not_written_again(path):
-  batches = [[[], []], [[fields(*ROWS[0])], []], [[], [fields(*ROWS[1])]]]
+@pytest.mark.parametrize('num_written', [1, 2, 3, 4])
+def test_batches_without_outputs_may_be_anywhere(path, num_written):
+  batches = [
+    [[], []],
+    [[fields(*ROWS[0])], []],
+    [[], []],
+    [[], [fields(*ROWS[1])]],
+  ]
   writer = predictions.Writer(path, PROVENANCE, batch_size=2)
-  for batch in batches:
+  for batch in batches[:num_written]:
     writer.append(batch)
 
   resumed = predictions.Writer(path, PROVENANCE, batch_size=2)
-
-  assert (resumed.num_examples, resumed.num_predictions) == (4, 1)
-  resumed.append(batches[-1])
+  assert resumed.num_examples <= 2 * (num_written - 1)
+  for batch in batches[resumed.num_examples // 2 :]:
+    resumed.append(batch)
   resumed.close()
+
   lines = [json.loads(line) for line in path.read_text().splitlines()]
-  assert [line['example'] for line in lines] == [2, 5]
+  assert [line['example'] for line in lines] == [2, 7]
+  assert (resumed.num_predictions, resumed.num_with_output) == (2, 2)
 
 
 def test_until_all_is_written_the_file_has_another_name(path):

@@ -351,6 +351,17 @@ def test_lines_keep_their_fields_and_numbers(run):
   ]
 
 
+def test_a_field_that_is_no_text_of_unicode_stays_as_it_is(tmp_path):
+  path = tmp_path / 'mine.jsonl'
+  line = '{"inputs": "é", "prediction": "b", "id": "\\ud83d"}\n'
+  path.write_text(line)
+
+  select.select(str(path), str(tmp_path / 'out'), [select.distinct()])
+
+  kept = (tmp_path / 'out' / 'mine.jsonl').read_text()
+  assert json.loads(kept) == {'example': 0, 'sample': 0, **json.loads(line)}
+
+
 def test_the_file_beside_it_says_how_it_was_selected(run, source, tmp_path):
   run(SHORT, MBR)
 
@@ -559,7 +570,7 @@ def test_what_is_there_is_not_overwritten(run):
   ('texts', 'provenance', 'said'),
   [
     (TEXTS, {'task': 'digits'}, "written for task .* for 'digits': they"),
-    ({'y': TEXTS['x']}, {}, "example 0 have different inputs, 'x' and 'y'"),
+    ({'y': TEXTS['x']}, {}, "example 0 in .* different inputs, 'x' and 'y'"),
   ],
 )
 def test_files_of_different_data_are_refused(
