@@ -560,12 +560,12 @@ def select(
     sources, about, output_dir, _SETTING, _OUTPUT_SETTING
   )
   files.check_free([path], _OUTPUT_SETTING, overwrite)
-  if any(rule.needs_several for rule in rules):
-    _check_several(sources, rules)
-  prepared = _prepared(rules, sources)
   first = next(predictions.examples(sources, _SETTING), None)
   if first is None:
     raise ValueError(f'{_SETTING}: {predictions_path} holds no predictions.')
+  if any(rule.needs_several for rule in rules):
+    _check_several(sources, rules)
+  prepared = _prepared(rules, sources)
   _apply(prepared, first)  # what a rule refuses, before anything is written
   provenance = about or {'vocabulary': None}
   selected = [rule.description for rule in rules]

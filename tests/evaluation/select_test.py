@@ -550,7 +550,7 @@ def test_files_without_predictions_are_refused(run, tmp_path):
   (tmp_path / 'empty.jsonl').touch()
 
   with pytest.raises(ValueError, match='PREDICTIONS: .* holds no predictions'):
-    run(SHORT, path=tmp_path / 'empty.jsonl')
+    run(MBR, path=tmp_path / 'empty.jsonl')
 
 
 def test_the_folder_of_the_predictions_is_refused(run, source):
