@@ -102,23 +102,18 @@ def _measure_machine() -> tuple[float, float]:
 
 def _measure(batch_size: int, peak: float, bandwidth: float) -> list[dict]:
   """Returns a row for plain decoding, and one for each draft."""
-  import jax
   import numpy as np
 
   from gkd_jax.capacity import costs
   from gkd_jax.decoding import sampler, speculative
   from gkd_jax.evaluation import programs
   from gkd_jax.models import registry
-  from gkd_jax.models.params import init_params
   from gkd_jax.parallel import partitioning
 
   mesh = partitioning.make_mesh()
   target = _endless()(registry.published(_TARGET.value))
   draft = _oracle()(registry.published(_DRAFT.value))
-  params = [
-    jax.jit(functools.partial(init_params, model))(jax.random.key(i))
-    for i, model in enumerate((target, draft))
-  ]
+  params = [_random_params(model) for model in (target, draft)]
   ids = target.config.special_ids(target.config.vocab_size)
   shape = {
     'max_decode_len': _TARGETS.value,
@@ -188,6 +183,23 @@ def _measure(batch_size: int, peak: float, bandwidth: float) -> list[dict]:
       }
     )
   return rows
+
+
+def _random_params(model):
+  """Returns random parameters, made by NumPy: to compile them takes longer."""
+  import jax
+  import numpy as np
+
+  from gkd_jax.models.params import init_params
+
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+  def draw(leaf):
+    noise = rng.standard_normal(leaf.shape, np.float32)
+    return jax.device_put(noise * np.float32(leaf.shape[0] ** -0.5))
+
+  return jax.tree.map(draw, shapes)
 
 
 def _proposals(tokens, rate: float):

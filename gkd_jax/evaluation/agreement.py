@@ -175,7 +175,7 @@ def expected_rounds(
   Args:
     accepts_NT: probability that each token, if it is drafted, is accepted.
     lengths_N: of the outputs.
-    draft_length: tokens that are drafted in a round; the last of T is not.
+    draft_length: tokens that are drafted in a round.
   """
   num, max_len = accepts_NT.shape
   rounds = np.zeros((num, max_len + draft_length + 1))  # from a position on
@@ -184,7 +184,7 @@ def expected_rounds(
     for drafted in range(draft_length + 1):
       at = position + drafted
       accepts_N = 0.0
-      if drafted < draft_length and at < max_len - 1:
+      if drafted < draft_length and at < max_len:
         accepts_N = accepts_NT[:, at]
       # This many are accepted, and the teacher writes the next one.
       expected_N = expected_N + stands_N * (1 - accepts_N) * rounds[:, at + 1]

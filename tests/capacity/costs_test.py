@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax import extend
@@ -211,3 +212,29 @@ def test_small_from_base_costs_what_was_counted_by_hand():
   )
   assert cost['sampling'].bytes / 1e9 == pytest.approx(11.9, abs=0.05)
   assert cost['optimizer'].bytes / 1e9 == pytest.approx(2.15, abs=0.01)
+
+
+def test_an_accepted_draft_divides_the_targets_calls():
+  target, draft = tiny.config(), tiny.config(emb_dim=8)
+  shape = {'batch_size': 2, 'input_length': 7}
+
+  got = costs.of_drafted(
+    target,
+    draft,
+    draft_length=3,
+    block_efficiency=4.0,
+    target_length=12,
+    **shape,
+  )
+
+  def parts(config):
+    """The calls for 12 tokens, and what is done once."""
+    once = costs.of_rollout(config, target_length=0, **shape)
+    both = costs.of_rollout(config, target_length=12, **shape)
+    return np.subtract(both, once), np.array(once)
+
+  of_target, once = parts(target)
+  of_draft, once_of_draft = parts(draft)
+  # As many positions in a fourth of the calls; the draft writes 9 of 12 tokens.
+  flops, num_bytes = of_target / (1, 4) + once + 0.75 * of_draft + once_of_draft
+  assert got == pytest.approx((flops, num_bytes))

@@ -154,7 +154,7 @@ def test_rows_that_fill_up_a_batch_are_not_counted(
   writer = drafting.Writer(
     TEACHER,
     drafting.Drafter(build.Model(STUDENT, student_params), draft_of(runs), {}),
-    sampler.GREEDY,
+    sampler.ANCESTRAL,
     num_outputs=1,
     max_decode_len=7,
     ids=IDS,
