@@ -5,6 +5,7 @@ bench_speculative.py runs it with a Python that has torch and transformers. It
 reads the work as JSON and prints the figures as JSON, without gkd_jax.
 """
 
+import inspect
 import json
 import os
 import sys
@@ -53,6 +54,12 @@ class Oracle(transformers.T5ForConditionalGeneration):
     at = torch.arange(past, past + num).clamp(max=len(self.oracle) - 1)
     out.logits[0, torch.arange(num), self.oracle[at]] = 1e6
     return out
+
+
+# generate() reads which arguments a model takes.
+Oracle.forward.__signature__ = inspect.signature(
+  transformers.T5ForConditionalGeneration.forward
+)
 
 
 def main() -> None:

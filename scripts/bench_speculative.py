@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
   for batch_size in map(int, _BATCHES.value):
     rows += _measure(batch_size, peak, bandwidth)
     if _TORCH_PYTHON.value and batch_size == 1:
+      print(*map(_cells, rows), sep='\n', file=sys.stderr)
       rows += _measure_torch()
   heads = ('system', 'rows', 'draft', 'acceptance', 'tokens/call')
   heads += ('ms/token', 'speed-up', 'floor ms/token')
