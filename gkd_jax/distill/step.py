@@ -390,10 +390,12 @@ def _draw(
 
     return sample
 
-  def sample_teacher(*, prefix=None, config=None, rng=None):
+  def sample_teacher(*, prefix=None, config=None, rng=None, num_outputs=1):
     drafting = method.teacher_drafting
-    if drafting is None or prefix is not None:
-      return sampler_of(teacher)(prefix=prefix, config=config, rng=rng)
+    if drafting is None or prefix is not None or num_outputs > 1:
+      return sampler_of(teacher)(
+        prefix=prefix, config=config, rng=rng, num_outputs=num_outputs
+      )
     config = config or method.teacher_sampler
     drafted = rollout_lib.rollout_drafted(
       teacher(config),

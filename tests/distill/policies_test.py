@@ -157,7 +157,7 @@ def test_a_row_is_sampled_or_not_whatever_the_other_rows_are():
         jax.random.key(0),
         tiny.batch(input_lengths=lengths, target_lengths=lengths),
         jnp.asarray(row_ids),
-        lambda: outputs,
+        lambda num_outputs: outputs,
         may_not_write,
       )
     ).by_student_B

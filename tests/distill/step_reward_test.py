@@ -29,7 +29,10 @@ BETA = 0.9
 JSD = functools.partial(divergences.generalized_jsd, beta=BETA)
 NUM_IDS = 4  # EOS and two words; the rest fills the embedding up
 IDS = tiny.special_ids(NUM_IDS)
-each_baseline = pytest.mark.parametrize('baseline', credit_lib.BASELINES)
+# Those of one output per input.
+each_baseline = pytest.mark.parametrize(
+  'baseline', ['self_critical', 'batch_mean', 'none']
+)
 
 
 class Aim(NamedTuple):

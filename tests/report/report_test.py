@@ -104,7 +104,7 @@ def test_figures_and_what_was_left_out_are_in_the_results(folder):
   ]
   heat_map = section['figures'][1]['data']
   assert heat_map['rows']['forward KL'][1] == [30.0, pytest.approx(5.7735), 3]
-  assert len(section['left_out']) == 3
+  assert len(section['left_out']) == 4
 
 
 def rows_of(markdown):
