@@ -403,24 +403,37 @@ def make_disagreement(
         'teacher_id_probability': probability(teacher_logits, teacher_id_B),
       }
 
-    places = jax.tree.map(
-      lambda x: x.swapaxes(0, 1),
-      (
-        grading.hidden_states(
-          student, student_params, batch.encoder_input_tokens, tokens
-        ),
-        grader.hidden_states(teacher_params, batch, tokens),
-        tokens,
-      ),
+    student_hidden = grading.hidden_states(
+      student, student_params, batch.encoder_input_tokens, tokens
     )
-    # One position at a time: only logits [B, V] are in memory.
-    return jax.tree.map(
-      lambda x: x.swapaxes(0, 1), jax.lax.map(at_place, places)
-    )
+    teacher_hidden = grader.hidden_states(teacher_params, batch, tokens)
+    return _at_each_place(at_place, (student_hidden, teacher_hidden, tokens))
+
+  return _of_rows_on_hosts(disagreement, mesh)
+
+
+def _at_each_place(at_place, arrays: Any) -> Any:
+  """Returns at_place of arrays [B, ...] at each position, as [B, T, ...].
+
+  One position at a time: only logits [B, V] are in memory.
+
+  Args:
+    at_place: tree of arrays [B, ...] -> tree of arrays [B, ...].
+    arrays: tree of arrays [B, T, ...].
+  """
+
+  def swap(tree):
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
+
+  return swap(jax.lax.map(at_place, swap(arrays)))
+
+
+def _of_rows_on_hosts(compare, mesh: Mesh):
+  """Returns a compiled comparison that takes and returns arrays of the host."""
 
   def place_and_compare(student_params, teacher_params, batch, tokens):
     placed = partitioning.put_global_batch((batch, tokens), mesh)
-    values = disagreement(student_params, teacher_params, *placed)
+    values = compare(student_params, teacher_params, *placed)
     return jax.tree.map(np.asarray, values)
 
   return place_and_compare
@@ -524,26 +537,13 @@ def make_agreement(
         == jnp.argmax(teacher_logits, axis=-1),
       }
 
-    places = jax.tree.map(
-      lambda x: x.swapaxes(0, 1),
-      (
-        grading.hidden_states(
-          student, student_params, batch.encoder_input_tokens, tokens
-        ),
-        grader.hidden_states(teacher_params, batch, tokens),
-        tokens,
-      ),
+    student_hidden = grading.hidden_states(
+      student, student_params, batch.encoder_input_tokens, tokens
     )
-    return jax.tree.map(
-      lambda x: x.swapaxes(0, 1), jax.lax.map(at_place, places)
-    )
+    teacher_hidden = grader.hidden_states(teacher_params, batch, tokens)
+    return _at_each_place(at_place, (student_hidden, teacher_hidden, tokens))
 
-  def place_and_compare(student_params, teacher_params, batch, tokens):
-    placed = partitioning.put_global_batch((batch, tokens), mesh)
-    values = agreement(student_params, teacher_params, *placed)
-    return jax.tree.map(np.asarray, values)
-
-  return place_and_compare
+  return _of_rows_on_hosts(agreement, mesh)
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax.batch import SpecialIds, shift_right
-from gkd_jax.models import layer_stack, layers
+from gkd_jax.batch import SpecialIds
+from gkd_jax.models import encoder_decoder, layer_stack, layers
 from gkd_jax.models.interface import StackShape
 from gkd_jax.parallel import partitioning
 
@@ -541,7 +541,7 @@ class Decoder(nn.Module):
     )
 
 
-class T5(nn.Module):
+class T5(encoder_decoder.EncoderDecoder):
   """The encoder-decoder; its methods are those of `interface.Model`.
 
   Attributes:
@@ -558,63 +558,12 @@ class T5(nn.Module):
     self.encoder = Encoder(c, self.placement)
     self.decoder = Decoder(c, self.placement)
 
-  def __call__(
-    self, encoder_input_tokens, decoder_target_tokens, *, deterministic=True
-  ):
-    """Returns teacher-forced logits.
-
-    Args:
-      encoder_input_tokens: [B, S] int32, pad after the end.
-      decoder_target_tokens: [B, T] int32; this method shifts them to the right.
-      deterministic: False applies dropout and needs an rng named 'dropout'.
-
-    Returns:
-      [B, T, V] float32; entry t predicts decoder_target_tokens[:, t].
-    """
-    encoded = self.encode(encoder_input_tokens, deterministic=deterministic)
-    hidden = self.decode(
-      encoded,
-      encoder_input_tokens,
-      decoder_target_tokens,
-      deterministic=deterministic,
-    )
-    return self.unembed(hidden)
-
   def encode(
     self, encoder_input_tokens, *, deterministic=True, num_microbatches=1
   ):
     """Returns encoder outputs [B, S, D]; see `decode` for the keywords."""
     return self.encoder(
       self.token_embedder(encoder_input_tokens),
-      self._encoder_mask(encoder_input_tokens),
-      deterministic,
-      num_microbatches,
-    )
-
-  def decode(
-    self,
-    encoded,
-    encoder_input_tokens,
-    decoder_target_tokens,
-    *,
-    deterministic=True,
-    num_microbatches=1,
-  ):
-    """Returns hidden states [B, T, D]; position t sees the targets before t.
-
-    Args:
-      encoded: [B, S, D].
-      encoder_input_tokens: [B, S] int32.
-      decoder_target_tokens: [B, T] int32.
-      deterministic: False applies dropout.
-      num_microbatches: each layer loops over this many parts of the batch; see
-        `interface.Model`.
-    """
-    return self.decoder(
-      self.token_embedder(
-        shift_right(decoder_target_tokens, self.config.start_id)
-      ),
-      encoded,
       self._encoder_mask(encoder_input_tokens),
       deterministic,
       num_microbatches,
@@ -628,44 +577,11 @@ class T5(nn.Module):
       return self.token_embedder.attend(hidden)
     return self.decoder.logits_dense(hidden)
 
-  def start_cache(self, encoded, encoder_input_tokens, max_decode_len) -> Cache:
-    """Returns the cache for `decode_step`, before the first token."""
-    return self.decoder.start_cache(
-      encoded, self._encoder_mask(encoder_input_tokens), max_decode_len
-    )
-
-  def decode_step(self, cache: Cache, tokens_B) -> tuple[jax.Array, Cache]:
-    """Returns logits [B, V] of the next token, given the last token."""
-    hidden, cache = self.decoder.step(
-      cache, self.token_embedder(tokens_B[:, None])
-    )
-    return self.unembed(hidden[:, 0]), cache
-
-  def decode_block(
-    self, cache: Cache, offsets_B, tokens_BN
-  ) -> tuple[jax.Array, Cache]:
-    """Returns logits [B, N, V] after each token; see `interface.Model`."""
-    hidden, cache = self.decoder.block(
-      cache, offsets_B, self.token_embedder(tokens_BN)
-    )
-    return self.unembed(hidden), cache
-
-  def _encoder_mask(self, encoder_input_tokens: jax.Array) -> jax.Array:
-    return (encoder_input_tokens != self.config.pad_id)[:, None, None, :]
-
   def head_params(self, params: Params) -> Params:
     """Returns the part of the parameters that `unembed` reads."""
     if self.config.logits_via_embedding:
       return {'token_embedder': params['token_embedder']}
     return {'decoder': {'logits_dense': params['decoder']['logits_dense']}}
-
-  def param_specs(self) -> Params:
-    """Returns the sharding of each parameter, a `PartitionSpec`."""
-    return layer_stack.param_specs(self)
-
-  def gather_params(self, params: Params) -> Params:
-    """Returns the parameters replicated over the mesh axis 'data'."""
-    return layer_stack.gather_params(self, params)
 
 
 def _dropout(config: T5Config) -> nn.Dropout:

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from gkd_jax.batch import MASKED_LOGIT, SpecialIds, shift_right
-from gkd_jax.models import layer_stack, layers
+from gkd_jax.batch import MASKED_LOGIT, SpecialIds
+from gkd_jax.models import encoder_decoder, layer_stack, layers
 from gkd_jax.models.interface import StackShape
 from gkd_jax.parallel import partitioning
 from gkd_jax.parallel.partitioning import Placement
@@ -937,8 +937,11 @@ def placed(
   return placement._replace(rules=(*own.items(), *rules))
 
 
-class T5Gemma(nn.Module):
+class T5Gemma(encoder_decoder.EncoderDecoder):
   """The encoder-decoder; its methods are those of `interface.Model`.
+
+  `decode_block` takes at most MAX_BLOCK positions if a window is shorter than
+  `max_decode_len`, and a row may then go back by one block.
 
   Attributes:
     config: its shape.
@@ -962,28 +965,6 @@ class T5Gemma(nn.Module):
     self.encoder = Encoder(c, self.placement)
     self.decoder = Decoder(c, self.placement)
 
-  def __call__(
-    self, encoder_input_tokens, decoder_target_tokens, *, deterministic=True
-  ):
-    """Returns teacher-forced logits.
-
-    Args:
-      encoder_input_tokens: [B, S] int32, pad after the end.
-      decoder_target_tokens: [B, T] int32; this method shifts them to the right.
-      deterministic: False applies dropout and needs an rng named 'dropout'.
-
-    Returns:
-      [B, T, V] float32; entry t predicts decoder_target_tokens[:, t].
-    """
-    encoded = self.encode(encoder_input_tokens, deterministic=deterministic)
-    hidden = self.decode(
-      encoded,
-      encoder_input_tokens,
-      decoder_target_tokens,
-      deterministic=deterministic,
-    )
-    return self.unembed(hidden)
-
   def encode(
     self, encoder_input_tokens, *, deterministic=True, num_microbatches=1
   ):
@@ -998,77 +979,11 @@ class T5Gemma(nn.Module):
       num_microbatches,
     )
 
-  def decode(
-    self,
-    encoded,
-    encoder_input_tokens,
-    decoder_target_tokens,
-    *,
-    deterministic=True,
-    num_microbatches=1,
-  ):
-    """Returns hidden states [B, T, D]; position t sees the targets before t.
-
-    Args:
-      encoded: [B, S, D].
-      encoder_input_tokens: [B, S] int32.
-      decoder_target_tokens: [B, T] int32.
-      deterministic: False applies dropout.
-      num_microbatches: each layer loops over this many parts of the batch; see
-        `interface.Model`.
-    """
-    return self.decoder(
-      self.token_embedder(
-        shift_right(decoder_target_tokens, self.config.start_id)
-      ),
-      encoded,
-      self._encoder_mask(encoder_input_tokens),
-      deterministic,
-      num_microbatches,
-    )
-
   def unembed(self, hidden):
     """Maps hidden states [..., D] to logits [..., V] in float32."""
     logits = self.token_embedder.attend(hidden)
     return soft_capped(logits, self.config.final_soft_cap)
 
-  def start_cache(self, encoded, encoder_input_tokens, max_decode_len) -> Cache:
-    """Returns the cache for `decode_step`, before the first token."""
-    return self.decoder.start_cache(
-      encoded, self._encoder_mask(encoder_input_tokens), max_decode_len
-    )
-
-  def decode_step(self, cache: Cache, tokens_B) -> tuple[jax.Array, Cache]:
-    """Returns logits [B, V] of the next token, given the last token."""
-    hidden, cache = self.decoder.step(
-      cache, self.token_embedder(tokens_B[:, None])
-    )
-    return self.unembed(hidden[:, 0]), cache
-
-  def decode_block(
-    self, cache: Cache, offsets_B, tokens_BN
-  ) -> tuple[jax.Array, Cache]:
-    """Returns logits [B, N, V] after each token; see `interface.Model`.
-
-    N is at most MAX_BLOCK if a window is shorter than `max_decode_len`, and a
-    row may then go back by one block.
-    """
-    hidden, cache = self.decoder.block(
-      cache, offsets_B, self.token_embedder(tokens_BN)
-    )
-    return self.unembed(hidden), cache
-
-  def _encoder_mask(self, encoder_input_tokens: jax.Array) -> jax.Array:
-    return (encoder_input_tokens != self.config.pad_id)[:, None, None, :]
-
   def head_params(self, params: Params) -> Params:
     """Returns the part of the parameters that `unembed` reads."""
     return {'token_embedder': params['token_embedder']}
-
-  def param_specs(self) -> Params:
-    """Returns the sharding of each parameter, a `PartitionSpec`."""
-    return layer_stack.param_specs(self)
-
-  def gather_params(self, params: Params) -> Params:
-    """Returns the parameters replicated over the mesh axis 'data'."""
-    return layer_stack.gather_params(self, params)

@@ -14,6 +14,7 @@ from gkd_jax.decoding.sampler import ANCESTRAL, GREEDY, SamplerConfig
 from gkd_jax.decoding.speculative import Drafting
 from gkd_jax.parallel import partitioning
 from tests import tiny
+from tests.decoding.sampler_test import probabilities
 
 pytestmark = pytest.mark.slow  # compiles models
 
@@ -77,22 +78,6 @@ def draw(
 
   drawn = sample(jax.random.key(seed), row_ids)
   return jax.tree.map(np.asarray, drawn)
-
-
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-  """Returns the sampling distribution by its definition, in float64 loops."""
-  p = np.exp((logits - logits.max()) / temperature)
-  p /= p.sum()
-  order = np.argsort(-p)
-  if top_k:
-    p[order[top_k:]] = 0.0
-    p /= p.sum()
-  mass = 0.0
-  for i in order:
-    if mass >= top_p:
-      p[i] = 0.0
-    mass += p[i]
-  return p / p.sum()
 
 
 def enumerate_outputs(next_logits, length=T, **config):
