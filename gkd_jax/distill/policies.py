@@ -486,14 +486,9 @@ def with_anchor() -> Policy:
     )
     theirs = drawn_by(TEACHER, draw.sample_teacher(num_outputs=2))
 
-    def join(one, two):
-      num_inputs, length = one.shape
-      rows = [x.reshape(num_inputs, -1, length) for x in (one, two)]
-      return jnp.concatenate(rows, axis=1).reshape(-1, length)
-
     return Rollouts(
       *jax.tree.map(
-        join,
+        _alternate,
         (ours.outputs, ours.author, ours.log_probs),
         (theirs.outputs, theirs.author, theirs.log_probs),
       )
@@ -573,9 +568,15 @@ def paired(otherwise: Callable[[], Policy] = teacher) -> Policy:
 
 
 def _alternate(first: jax.Array, second: jax.Array) -> jax.Array:
-  """Returns the rows first[0], second[0], first[1], ...: [2 B, T]."""
-  both = jnp.stack([first, second], axis=1)
-  return both.reshape(-1, *first.shape[1:])
+  """Returns the row of each input in `first`, then those in `second`.
+
+  Args:
+    first: [B, T].
+    second: [n B, T], rows n i to n i + n - 1 of input i.
+  """
+  num_inputs, *shape = first.shape
+  rows = [x.reshape(num_inputs, -1, *shape) for x in (first, second)]
+  return jnp.concatenate(rows, axis=1).reshape(-1, *shape)
 
 
 class ReplayState(NamedTuple):

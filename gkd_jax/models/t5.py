@@ -310,52 +310,48 @@ class DecoderLayer(_Layer):
       deterministic=deterministic,
     )
 
-  def step(
-    self, x_B1D, step, keys, values, cross, *, bias, self_mask, encoder_mask
+  def cached(
+    self,
+    x_BND,
+    write,
+    keys,
+    values,
+    cross,
+    *,
+    bias,
+    bias_of,
+    self_mask,
+    encoder_mask,
   ):
-    """Returns one position [B, 1, D], and keys and values with those of it."""
-    if self.config.relpos_bias_per_layer:
-      bias = _bias_of_step(self.relpos_bias, step, keys.shape[2])
-    h = self.pre_self_attention_layer_norm(x_B1D)
-    key, value = self.self_attention.keys_values(h)
-    at = (0, 0, step, 0)
-    keys = jax.lax.dynamic_update_slice(keys, key, at)
-    values = jax.lax.dynamic_update_slice(values, value, at)
-    x_B1D = self._after_keys_values(
-      x_B1D,
-      h,
-      (keys, values),
-      cross,
-      bias=bias,
-      self_mask=self_mask,
-      encoder_mask=encoder_mask,
-      deterministic=True,
-    )
-    return x_B1D, keys, values
+    """Returns N positions [B, N, D], and keys and values with those of them.
 
-  def block(
-    self, x_BND, offsets, keys, values, cross, *, bias, self_mask, encoder_mask
-  ):
-    """Returns N positions [B, N, D], and keys and values with those of them."""
+    Args:
+      x_BND: [B, N, D].
+      write: (cached keys or values, those of x) -> all of them.
+      keys: [B, H, T, K].
+      values: likewise.
+      cross: keys and values of the encoder outputs.
+      bias: of the positions; None if each layer has its own.
+      bias_of: relative position bias of a layer -> bias of the positions.
+      self_mask: see `layers.Attention.attend`.
+      encoder_mask: likewise.
+    """
     if self.config.relpos_bias_per_layer:
-      bias = _bias_of_block(
-        self.relpos_bias, offsets, x_BND.shape[1], keys.shape[2]
-      )
+      bias = bias_of(self.relpos_bias)
     h = self.pre_self_attention_layer_norm(x_BND)
     key, value = self.self_attention.keys_values(h)
-    keys = layers.write_block(keys, key, offsets)
-    values = layers.write_block(values, value, offsets)
+    own = write(keys, key), write(values, value)
     x_BND = self._after_keys_values(
       x_BND,
       h,
-      (keys, values),
+      own,
       cross,
       bias=bias,
       self_mask=self_mask,
       encoder_mask=encoder_mask,
       deterministic=True,
     )
-    return x_BND, keys, values
+    return x_BND, *own
 
   def _after_keys_values(
     self,
@@ -482,50 +478,47 @@ class Decoder(nn.Module):
 
   def step(self, cache: Cache, x_B1D) -> tuple[jax.Array, Cache]:
     """Returns the next position's hidden state [B, 1, D], and the cache."""
-    max_decode_len = cache.self_keys[0].shape[2]
-    bias_1H1T = None
-    if not self.config.relpos_bias_per_layer:
-      bias_1H1T = _bias_of_step(self.relpos_bias, cache.step, max_decode_len)
-    self_mask = (jnp.arange(max_decode_len) <= cache.step)[None, None, None]
-    keys, values = [], []
-    for i, layer in enumerate(self.layers):
-      x_B1D, key, value = layer.step(
-        x_B1D,
-        cache.step,
-        cache.self_keys[i],
-        cache.self_values[i],
-        (cache.cross_keys[i], cache.cross_values[i]),
-        bias=bias_1H1T,
-        self_mask=self_mask,
-        encoder_mask=cache.encoder_mask,
-      )
-      x_B1D = layer_stack.constrain(x_B1D, self.placement)
-      keys.append(self._constrain(key))
-      values.append(self._constrain(value))
-    cache = cache._replace(
-      step=cache.step + 1, self_keys=tuple(keys), self_values=tuple(values)
+    step, max_decode_len = cache.step, cache.self_keys[0].shape[2]
+    hidden, cache = self._advance(
+      cache,
+      x_B1D,
+      lambda cached, new: jax.lax.dynamic_update_slice(
+        cached, new, (0, 0, step, 0)
+      ),
+      lambda relpos_bias: _bias_of_step(relpos_bias, step, max_decode_len),
+      (jnp.arange(max_decode_len) <= step)[None, None, None],
     )
-    return self.decoder_norm(x_B1D), cache
+    return hidden, cache._replace(step=step + 1)
 
   def block(self, cache: Cache, offsets_B, x_BND) -> tuple[jax.Array, Cache]:
     """Returns hidden states [B, N, D] of N positions, and the cache."""
-    max_decode_len = cache.self_keys[0].shape[2]
-    bias_BHNT = None
+    num, max_decode_len = x_BND.shape[1], cache.self_keys[0].shape[2]
+    positions_BN1 = _positions(offsets_B, num)[:, :, None]
+    return self._advance(
+      cache,
+      x_BND,
+      lambda cached, new: layers.write_block(cached, new, offsets_B),
+      lambda relpos_bias: _bias_of_block(
+        relpos_bias, offsets_B, num, max_decode_len
+      ),
+      (jnp.arange(max_decode_len) <= positions_BN1)[:, None],
+    )
+
+  def _advance(self, cache, x_BND, write, bias_of, self_mask):
+    """Runs the layers on some positions; see `DecoderLayer.cached`."""
+    bias = None
     if not self.config.relpos_bias_per_layer:
-      bias_BHNT = _bias_of_block(
-        self.relpos_bias, offsets_B, x_BND.shape[1], max_decode_len
-      )
-    positions_BN1 = _positions(offsets_B, x_BND.shape[1])[:, :, None]
-    self_mask = (jnp.arange(max_decode_len) <= positions_BN1)[:, None]
+      bias = bias_of(self.relpos_bias)
     keys, values = [], []
     for i, layer in enumerate(self.layers):
-      x_BND, key, value = layer.block(
+      x_BND, key, value = layer.cached(
         x_BND,
-        offsets_B,
+        write,
         cache.self_keys[i],
         cache.self_values[i],
         (cache.cross_keys[i], cache.cross_values[i]),
-        bias=bias_BHNT,
+        bias=bias,
+        bias_of=bias_of,
         self_mask=self_mask,
         encoder_mask=cache.encoder_mask,
       )
